@@ -1,0 +1,110 @@
+// exp, log and sqrt as straight-line code that a compiler turns into packed instructions, and the conversions of
+// 16-bit floats. Included inside a namespace per instruction set: nothing here may be shared between them.
+//
+// fp64 calls the C library: it is there for exactness, not for speed.
+
+static inline float bits_to_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
+static inline uint32_t float_to_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
+
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by a minimax polynomial of degree 6
+// (relative error 3e-9, so that fp32 rounding dominates). The rounding adds and subtracts 1.5 * 2^23, which
+// leaves n in the low bits of the sum. NaN passes through r.
+static inline float exp_core(float x) {
+  const float round_to_integer = 12582912.0f;
+  float shifted = x * 1.44269504088896341f + round_to_integer;
+  float n = shifted - round_to_integer;
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float y = 1.381454058e-3f;
+  y = y * r + 8.368745446e-3f;
+  y = y * r + 4.166838899e-2f;
+  y = y * r + 1.666652113e-1f;
+  y = y * r + 4.999999404e-1f;
+  y = y * (r * r) + r + 1.0f;
+  uint32_t exponent = (float_to_bits(shifted) + 127u) << 23;
+  return y * bits_to_float(exponent);
+}
+
+// For x <= 0, as every exponential relative to a maximum is. Below the smallest normal number it is 0.
+static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_core(x); }
+static inline double exp_of_nonpositive(double x) { return ::exp(x); }
+
+static inline float exp_of(float x) { return x > 88.0f ? INFINITY : exp_of_nonpositive(x); }
+static inline double exp_of(double x) { return ::exp(x); }
+
+// log(x) = e ln 2 + log(m), m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2 / 2 + f^3 y(f) with y a minimax polynomial
+// of degree 7 (relative error 6e-9). For x in [0, large); log(0) is -88, which is always multiplied
+// by a probability of 0; NaN comes back through x - x.
+static inline float log_of(float x) {
+  int32_t bits = (int32_t)float_to_bits(x);
+  int32_t e = (bits - 0x3f3504f3) >> 23;
+  float m = bits_to_float((uint32_t)(bits - (e << 23)));
+  float f = m - 1.0f;
+  float y = -7.634506375e-2f;
+  y = y * f + 1.276158839e-1f;
+  y = y * f - 1.316018403e-1f;
+  y = y * f + 1.420175582e-1f;
+  y = y * f - 1.662335694e-1f;
+  y = y * f + 2.000122666e-1f;
+  y = y * f - 2.500081956e-1f;
+  y = y * f + 3.333333135e-1f;
+  float n = (float)e;
+  float square = f * f;
+  float low = y * f * square + n * -2.12194440e-4f - 0.5f * square;
+  return n * 0.693359375f + (f + low) + (x - x);
+}
+static inline double log_of(double x) { return ::log(x); }
+
+static inline float sqrt_of(float x) { return __builtin_sqrtf(x); }
+static inline double sqrt_of(double x) { return __builtin_sqrt(x); }
+
+static inline float bf16_to_float(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
+
+// Round to nearest even; a NaN stays one (its quiet bit is set, so that no payload rounds to infinity).
+static inline uint16_t float_to_bf16(float x) {
+  uint32_t bits = float_to_bits(x);
+  uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  uint32_t quiet = (bits >> 16) | 0x40u;
+  return (uint16_t)(x != x ? quiet : rounded);
+}
+
+#if defined(__F16C__)
+static inline void f16_to_floats(const uint16_t* from, float* to, int n) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + i))));
+  for (; i < n; ++i) to[i] = _cvtsh_ss(from[i]);
+}
+static inline void floats_to_f16(const float* from, uint16_t* to, int n) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm_storeu_si128((__m128i*)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+  for (; i < n; ++i) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
+}
+#else
+// 2^112 moves a half's exponent to a float's, subnormals included.
+static inline float f16_to_float(uint16_t x) {
+  uint32_t magnitude = (uint32_t)(x & 0x7fffu) << 13;
+  uint32_t sign = (uint32_t)(x & 0x8000u) << 16;
+  float scaled = bits_to_float(magnitude) * 5.192296858534828e33f;
+  uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u | magnitude : float_to_bits(scaled);
+  return bits_to_float(special | sign);
+}
+static inline uint16_t float_to_f16(float x) {
+  uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {  // subnormal: adding 0.5 aligns the units of a half's last place
+    return (uint16_t)(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u));
+  }
+  uint32_t odd = (magnitude >> 13) & 1u;
+  return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xfffu + odd) >> 13));
+}
+static inline void f16_to_floats(const uint16_t* from, float* to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = f16_to_float(from[i]);
+}
+static inline void floats_to_f16(const float* from, uint16_t* to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = float_to_f16(from[i]);
+}
+#endif

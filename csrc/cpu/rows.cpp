@@ -1,0 +1,607 @@
+// The row sweeps of the dense family on a CPU.
+//
+// A row is cut into blocks of kBlock columns. Three sweeps over its blocks, with a merge in fixed order after each of
+// the first two, so that no result depends on the number of threads:
+//
+//     floats      block maximum, exponentials relative to it (kept in the workspace), their sum  -> max, log sum
+//     sums        p, q from those exponentials, the divergence's value and slope (psi kept)      -> sum phi, sum psi
+//     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
+//
+// so each logit's exponential is taken once. Log-probabilities are (x - m) / temperature + ((m - max) / temperature -
+// log sum): differences first, so that a large common offset of the logits costs no digits.
+//
+// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "rows.h"
+
+#define KDK_HD inline
+
+namespace kdk {
+namespace KDK_ISA {
+
+#include "math.h"
+#include "../divergences.h"
+
+constexpr int kBlock = 2048;            // three buffers of it stay in the first-level cache; well under 4,096 terms
+constexpr int kStretch = 1024;           // columns of arithmetic between prefetches
+constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
+
+// ---- loads and stores: any storage type as the compute type T, a block at a time
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+inline const float* widen(const void* from, Dtype dtype, int n, float* buffer) {
+  if (dtype == Dtype::f32) return (const float*)from;
+  const uint16_t* half = (const uint16_t*)from;
+  if (dtype == Dtype::bf16) {
+    for (int i = 0; i < n; ++i) buffer[i] = bf16_to_float(half[i]);
+  } else {
+    f16_to_floats(half, buffer, n);
+  }
+  return buffer;
+}
+
+inline const double* widen(const void* from, Dtype dtype, int n, double* buffer) {
+  if (dtype == Dtype::f64) return (const double*)from;
+  float narrow[kBlock];
+  const float* x = widen(from, dtype, n, narrow);
+  for (int i = 0; i < n; ++i) buffer[i] = x[i];
+  return buffer;
+}
+
+inline void narrow(const float* from, void* to, Dtype dtype, int n) {
+  if (dtype == Dtype::f32) {
+    memcpy(to, from, n * sizeof(float));
+  } else if (dtype == Dtype::bf16) {
+    uint16_t* half = (uint16_t*)to;
+    for (int i = 0; i < n; ++i) half[i] = float_to_bf16(from[i]);
+  } else {
+    floats_to_f16(from, (uint16_t*)to, n);
+  }
+}
+
+inline void narrow(const double* from, void* to, Dtype dtype, int n) {
+  if (dtype == Dtype::f64) {
+    memcpy(to, from, n * sizeof(double));
+    return;
+  }
+  float single[kBlock];
+  for (int i = 0; i < n; ++i) single[i] = (float)from[i];
+  narrow(single, to, dtype, n);
+}
+
+// ---- the inner loops, each over one block
+
+template <class T> T block_max(const T* x, int n) {
+  T max = -INFINITY;
+#pragma omp simd reduction(max : max)
+  for (int i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
+  return max;
+}
+
+template <class T> T exponentials(const T* x, int n, T max, T inverse_temperature, T* e) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) {
+    e[i] = exp_of_nonpositive((x[i] - max) * inverse_temperature);
+    sum += e[i];
+  }
+  return sum;
+}
+
+template <class T> T sum_exp(const T* x, int n, T max) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < n; ++i) sum += exp_of_nonpositive(x[i] - max);
+  return sum;
+}
+
+// How a block's exponentials and logits become probabilities: log q = (s - max) / temperature + shift,
+// q = e * factor with factor = exp(shift), the same rounded shift, so that q is the exponential of log q.
+template <class T> struct Normalizer {
+  T max, shift, factor, inverse_temperature;
+  inline T log_prob(T logit) const { return (logit - max) * inverse_temperature + shift; }
+};
+
+template <class T> struct BlockSums {
+  T phi, psi, tv, student_entropy, teacher_entropy;
+};
+
+// Adds phi and psi to the sums, and with_slope writes q and psi of each class (over the exponentials, if need be).
+template <class T, class D, bool with_slope>
+void divergence_sums(const D& divergence, const T* student, const T* teacher, int n, Normalizer<T> student_norm,
+                     Normalizer<T> teacher_norm, const T* student_e, const T* teacher_e, T* q_out, T* psi_out,
+                     BlockSums<T>* sums) {
+  T phi = 0, psi = 0;
+#pragma omp simd reduction(+ : phi, psi)
+  for (int i = 0; i < n; ++i) {
+    T lp = teacher_norm.log_prob(teacher[i]), lq = student_norm.log_prob(student[i]);
+    T p = teacher_e[i] * teacher_norm.factor, q = student_e[i] * student_norm.factor;
+    phi += divergence.value(lp, lq, p, q);
+    T slope = divergence.slope(lp, lq, p, q);
+    psi += slope;
+    if (with_slope) {
+      q_out[i] = q;
+      psi_out[i] = slope;
+    }
+  }
+  sums->phi += phi;
+  sums->psi += psi;
+}
+
+// Adds the statistics that are sums over the classes.
+template <class T>
+void block_statistics(const T* student, const T* teacher, int n, Normalizer<T> student_norm,
+                      Normalizer<T> teacher_norm, const T* student_e, const T* teacher_e, BlockSums<T>* sums) {
+  T tv = 0, student_entropy = 0, teacher_entropy = 0;
+#pragma omp simd reduction(+ : tv, student_entropy, teacher_entropy)
+  for (int i = 0; i < n; ++i) {
+    T p = teacher_e[i] * teacher_norm.factor, q = student_e[i] * student_norm.factor;
+    tv += p > q ? p - q : q - p;
+    student_entropy -= weighted(q, student_norm.log_prob(student[i]));
+    teacher_entropy -= weighted(p, teacher_norm.log_prob(teacher[i]));
+  }
+  sums->tv += T(0.5) * tv;
+  sums->student_entropy += student_entropy;
+  sums->teacher_entropy += teacher_entropy;
+}
+
+template <class T, bool with_slope>
+void divergence_sums(int name, const T* parameters, const T* student, const T* teacher, int n,
+                     Normalizer<T> student_norm, Normalizer<T> teacher_norm, const T* student_e,
+                     const T* teacher_e, T* q_out, T* psi_out, BlockSums<T>* sums) {
+  int index = 0;
+#define KDK_CASE(key, Struct)                                                                                  \
+  if (name == index++)                                                                                         \
+    return divergence_sums<T, Struct<T>, with_slope>(Struct<T>(parameters), student, teacher, n, student_norm, \
+                                                     teacher_norm, student_e, teacher_e, q_out, psi_out, sums);
+  KDK_DIVERGENCES(KDK_CASE)
+#undef KDK_CASE
+}
+
+inline bool slope_sum_is_zero(int name) {
+  int index = 0;
+#define KDK_CASE(key, Struct) \
+  if (name == index++) return Struct<float>::slope_sum_is_zero;
+  KDK_DIVERGENCES(KDK_CASE)
+#undef KDK_CASE
+  return false;
+}
+
+// ---- one row
+
+template <class T> struct BlockFloats {
+  T student_max, student_sum, teacher_max, teacher_sum, unit_sum;
+};
+
+// What lies in a workspace region: the row's exponentials (later q and psi) and its blocks' partial results.
+template <class T> struct Scratch {
+  T *student_e, *teacher_e;
+  BlockFloats<T>* floats;
+  BlockSums<T>* sums;
+
+  static int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock + 64; }
+  static int64_t bytes(int64_t columns) {
+    int64_t blocks = (columns + kBlock - 1) / kBlock;
+    int64_t size = 2 * padded(columns) * sizeof(T) + blocks * (sizeof(BlockFloats<T>) + sizeof(BlockSums<T>));
+    return (size + 63) / 64 * 64;
+  }
+  Scratch(void* workspace, int64_t columns, int region) {
+    char* base = (char*)(((uintptr_t)workspace + 63) / 64 * 64) + region * bytes(columns);
+    student_e = (T*)base;
+    teacher_e = student_e + padded(columns);
+    floats = (BlockFloats<T>*)(teacher_e + padded(columns));
+    sums = (BlockSums<T>*)(floats + (columns + kBlock - 1) / kBlock);
+  }
+};
+
+// Who works on a row: one thread, or all threads of a region block by block.
+struct Alone {
+  template <class F> static void blocks(int64_t n, F body) {
+    for (int64_t b = 0; b < n; ++b) body(b);
+  }
+  template <class F> static void once(F body) { body(); }
+};
+struct Together {
+  template <class F> static void blocks(int64_t n, F body) {
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < n; ++b) body(b);
+  }
+  template <class F> static void once(F body) {
+#pragma omp single
+    body();
+  }
+};
+
+template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
+
+template <class T> struct Row {
+  const RowsCall& call;
+  const int64_t row;
+  const int64_t blocks;
+  const T scale, temperature, inverse_temperature;
+  const char *student, *teacher;
+  T student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum, phi, psi;
+  T tv, student_entropy, teacher_entropy;
+
+  Row(const RowsCall& call, int64_t row)
+      : call(call),
+        row(row),
+        blocks((call.columns + kBlock - 1) / kBlock),
+        scale(per_row<T>(call.row_scale, row)),
+        temperature(per_row<T>(call.temperature, row)),
+        inverse_temperature(1 / temperature),
+        student(start(call.student)),
+        teacher(start(call.teacher)) {}
+
+  const char* start(const Logits& x) const {
+    int64_t offset = row / call.inner * x.outer_stride + row % call.inner * x.inner_stride;
+    return (const char*)x.data + offset * bytes_of(x.dtype);
+  }
+
+  int fault() const {
+    if (scale == 0) return kNone;
+    if (!(temperature > 0 && temperature < INFINITY)) return kBadTemperature;
+    if (call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns)) return kLabelOutOfRange;
+    return kNone;
+  }
+
+  int width(int64_t block) const {
+    int64_t left = call.columns - block * kBlock;
+    return left < kBlock ? (int)left : kBlock;
+  }
+  const char* at(const Logits& x, const char* row_start, int64_t block) const {
+    return row_start + block * kBlock * bytes_of(x.dtype);
+  }
+  const T* load(const Logits& x, const char* row_start, int64_t block, T* buffer) const {
+    return widen(at(x, row_start, block), x.dtype, width(block), buffer);
+  }
+  T hard_weight() const { return call.hard_weight.data ? per_row<T>(call.hard_weight, row) : T(0); }
+  T logit(const Logits& x, const char* row_start, int64_t column) const {
+    T buffer[1];
+    return *widen(row_start + column * bytes_of(x.dtype), x.dtype, 1, buffer);
+  }
+
+  // Stretches of a block, each after a prefetch of the same columns of the next block from every stream: a hardware
+  // prefetcher stops at a page, and a block of 16-bit logits is one, so each block would begin with cache misses.
+  template <class Streams, class Body> void stretches(int64_t b, Streams prefetch, Body body) const {
+    for (int from = 0, n = width(b); from < n; from += kStretch) {
+      prefetch((b + 1) * kBlock + from);
+      body(from, from + kStretch < n ? kStretch : n - from);
+    }
+  }
+  void prefetch(const Logits& x, const char* row_start, int64_t column) const {
+    const char* first = row_start + column * bytes_of(x.dtype);
+    for (int byte = 0; byte < kStretch * bytes_of(x.dtype); byte += 64) __builtin_prefetch(first + byte, 0, 2);
+  }
+  static void prefetch(const T* kept) {
+    for (int i = 0; i < kStretch; i += 64 / sizeof(T)) __builtin_prefetch(kept + i, 1, 2);
+  }
+
+  // Sweep 1.
+  void block_floats(int64_t b, Scratch<T>& scratch) const {
+    BlockFloats<T>& out = scratch.floats[b];
+    out = {};
+    alignas(64) T buffer[kBlock];
+    const T* s = load(call.student, student, b, buffer);
+    block_floats(b, call.student, student, s, scratch.student_e + b * kBlock, &out.student_max, &out.student_sum);
+    if (call.unit_log_sum) {
+      T base = out.student_max == T(-INFINITY) ? T(0) : out.student_max;
+      out.unit_sum = temperature == 1 ? out.student_sum : sum_exp(s, width(b), base);
+    }
+    const T* t = load(call.teacher, teacher, b, buffer);
+    block_floats(b, call.teacher, teacher, t, scratch.teacher_e + b * kBlock, &out.teacher_max, &out.teacher_sum);
+  }
+  void block_floats(int64_t b, const Logits& x, const char* row_start, const T* values, T* e, T* max, T* sum) const {
+    *max = block_max(values, width(b));
+    T base = *max == T(-INFINITY) ? T(0) : *max;
+    stretches(
+        b, [&](int64_t column) { prefetch(x, row_start, column); },
+        [&](int from, int n) { *sum += exponentials(values + from, n, base, inverse_temperature, e + from); });
+  }
+
+  // (max, sum exp) pairs merge: log sum_b sum_b exp(max_b - max). A row of -inf alone is 0/0: NaN, as log_softmax.
+  T merged(T BlockFloats<T>::*block_max, T BlockFloats<T>::*block_sum, T beta, const Scratch<T>& scratch,
+           T* max) const {
+    *max = -INFINITY;
+    for (int64_t b = 0; b < blocks; ++b)
+      if (scratch.floats[b].*block_max > *max) *max = scratch.floats[b].*block_max;
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b)
+      sum += scratch.floats[b].*block_sum * ::exp((double)(scratch.floats[b].*block_max - *max) * beta);
+    return (T)::log(sum);
+  }
+  void merge_floats(const Scratch<T>& scratch) {
+    typedef BlockFloats<T> B;
+    student_log_sum = merged(&B::student_max, &B::student_sum, inverse_temperature, scratch, &student_max);
+    teacher_log_sum = merged(&B::teacher_max, &B::teacher_sum, inverse_temperature, scratch, &teacher_max);
+    unit_log_sum = 0;
+    if (call.unit_log_sum) unit_log_sum = merged(&B::student_max, &B::unit_sum, 1, scratch, &student_max);
+    T* out = (T*)call.floats + row;
+    T values[kRowFloats] = {student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum};
+    for (int i = 0; i < kRowFloats; ++i) out[i * call.rows] = values[i];
+  }
+  void read_floats() {
+    const T* in = (const T*)call.floats + row;
+    student_max = in[0], student_log_sum = in[call.rows];
+    teacher_max = in[2 * call.rows], teacher_log_sum = in[3 * call.rows];
+    unit_log_sum = in[4 * call.rows];
+  }
+
+  Normalizer<T> normalizer(T max, T log_sum, T base) const {
+    T shift = (base - max) * inverse_temperature - log_sum;
+    return {base, shift, (T)::exp((double)shift), inverse_temperature};
+  }
+
+  // Sweep 2. `student_e` and `teacher_e` hold the block's exponentials where sweep 1 left them (`kept`), else they are
+  // taken here. with_slope writes q and psi of each class.
+  template <bool with_slope>
+  void block_sums(int64_t b, bool kept, Scratch<T>& scratch, T* student_e, T* teacher_e, T* q, T* psi_of_class,
+                  BlockSums<T>* out) const {
+    alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
+    const T* s = load(call.student, student, b, student_buffer);
+    const T* t = load(call.teacher, teacher, b, teacher_buffer);
+    T student_base = student_max, teacher_base = teacher_max;
+    if (kept) {
+      if (scratch.floats[b].student_max != T(-INFINITY)) student_base = scratch.floats[b].student_max;
+      if (scratch.floats[b].teacher_max != T(-INFINITY)) teacher_base = scratch.floats[b].teacher_max;
+    }
+    Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
+    Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
+    *out = {};
+    stretches(
+        b,
+        [&](int64_t column) {
+          prefetch(call.student, student, column);
+          prefetch(call.teacher, teacher, column);
+          if (kept) {
+            prefetch(student_e + kBlock + column % kBlock);
+            prefetch(teacher_e + kBlock + column % kBlock);
+          }
+        },
+        [&](int from, int n) {
+          if (!kept) {
+            exponentials(s + from, n, student_base, inverse_temperature, student_e + from);
+            exponentials(t + from, n, teacher_base, inverse_temperature, teacher_e + from);
+          }
+          if (call.statistics)
+            block_statistics(s + from, t + from, n, student_norm, teacher_norm, student_e + from, teacher_e + from, out);
+          divergence_sums<T, with_slope>(call.divergence, (const T*)call.parameters, s + from, t + from, n,
+                                         student_norm, teacher_norm, student_e + from, teacher_e + from, q + from,
+                                         psi_of_class + from, out);
+        });
+  }
+  T total(T BlockSums<T>::*field, const Scratch<T>& scratch) const {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += scratch.sums[b].*field;
+    return (T)sum;
+  }
+  void merge_sums(const Scratch<T>& scratch) {
+    typedef BlockSums<T> B;
+    phi = total(&B::phi, scratch);
+    psi = total(&B::psi, scratch);
+    ((T*)call.sums)[row] = phi;
+    ((T*)call.sums)[call.rows + row] = psi;
+    if (call.statistics) {
+      tv = total(&B::tv, scratch);
+      student_entropy = total(&B::student_entropy, scratch);
+      teacher_entropy = total(&B::teacher_entropy, scratch);
+      write_statistics();
+    }
+    if (call.loss) ((T*)call.loss)[row] = loss();
+  }
+
+  // Cross-entropy with the label, at temperature 1.
+  T cross_entropy() const {
+    return unit_log_sum + (student_max - logit(call.student, student, call.labels[row]));
+  }
+  T loss() const {
+    T factor = call.temperature_squared ? temperature * temperature : T(1);
+    T loss = weighted(1 - hard_weight(), factor * phi);
+    if (hard_weight() != 0) loss += hard_weight() * cross_entropy();
+    return scale * loss;
+  }
+  // The first column of the row's maximum. NaN has no place in an order: 0.
+  int64_t argmax(const Logits& x, const char* row_start, T max) const {
+    alignas(64) T buffer[kBlock];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const T* values = load(x, row_start, b, buffer);
+      if (block_max(values, width(b)) != max) continue;
+      for (int i = 0; i < width(b); ++i)
+        if (values[i] == max) return b * kBlock + i;
+    }
+    return 0;
+  }
+  void write_statistics() const {
+    T student_lse = student_max * inverse_temperature + student_log_sum;
+    T teacher_lse = teacher_max * inverse_temperature + teacher_log_sum;
+    T label_entropy = 0, student_label = 0, teacher_label = 0;
+    if (call.labels) {
+      int64_t label = call.labels[row];
+      label_entropy = cross_entropy();
+      student_label = normalizer(student_max, student_log_sum, student_max).log_prob(logit(call.student, student, label));
+      teacher_label = normalizer(teacher_max, teacher_log_sum, teacher_max).log_prob(logit(call.teacher, teacher, label));
+    }
+    T values[kRowStatistics] = {phi, label_entropy, tv, student_entropy, teacher_entropy, -student_log_sum,
+                                -teacher_log_sum, student_label, teacher_label, student_lse, teacher_lse};
+    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
+    call.top1[row] = argmax(call.student, student, student_max);
+    call.top1[call.rows + row] = argmax(call.teacher, teacher, teacher_max);
+  }
+
+  // Sweep 3, from q and psi of the block.
+  void block_gradient(int64_t b, const T* q, const T* psi_of_class) const {
+    alignas(64) T student_buffer[kBlock], gradient_buffer[kBlock];
+    int n = width(b);
+    Dtype dtype = call.student.dtype;
+    int64_t element = row * call.gradient_columns + b * kBlock;
+    void* to = (char*)call.gradient + element * bytes_of(dtype);
+    bool in_place = bytes_of(dtype) == (int64_t)sizeof(T);
+    T* out = in_place ? (T*)to : gradient_buffer;
+
+    T factor = call.temperature_squared ? temperature : inverse_temperature;
+    T soft = scale * (1 - hard_weight()) * factor, hard = scale * hard_weight();
+    T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
+    if (soft == 0) {
+      for (int i = 0; i < n; ++i) out[i] = 0;
+    } else {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = soft * (psi_of_class[i] - q[i] * slope_sum);
+    }
+    if (hard != 0) {
+      const T* s = load(call.student, student, b, student_buffer);
+      T unit_factor = hard * (T)::exp(-(double)unit_log_sum);
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] += unit_factor * exp_of_nonpositive(s[i] - student_max);
+      int64_t label = call.labels[row] - b * kBlock;
+      if (label >= 0 && label < n) out[label] -= hard;
+    }
+    if (!in_place) narrow(out, to, dtype, n);
+  }
+
+  void write_zeros() const {
+    if (call.gradient) zero_gradient(0);
+    T* outputs[] = {(T*)call.floats, (T*)call.sums, (T*)call.statistics, (T*)call.loss};
+    int counts[] = {call.sweeps & kFloats ? kRowFloats : 0, call.sweeps & kSums ? kRowSums : 0,
+                    call.statistics ? kRowStatistics : 0, call.loss ? 1 : 0};
+    for (int k = 0; k < 4; ++k)
+      for (int i = 0; i < counts[k]; ++i) outputs[k][i * call.rows + row] = 0;
+    if (call.statistics) call.top1[row] = call.top1[call.rows + row] = 0;
+  }
+  void zero_gradient(int64_t from) const {
+    int64_t bytes = bytes_of(call.student.dtype);
+    memset((char*)call.gradient + (row * call.gradient_columns + from) * bytes, 0,
+           (call.gradient_columns - from) * bytes);
+  }
+
+  // `mine` is the calling thread's region, `shared` the row's; they are one when a thread works alone.
+  template <class Team> void sweep(Scratch<T>& shared, Scratch<T>& mine) {
+    if (call.sweeps & kFloats) {
+      Team::blocks(blocks, [&](int64_t b) { block_floats(b, shared); });
+      Team::once([&] { merge_floats(shared); });
+    } else {
+      Team::once([&] { read_floats(); });
+    }
+    bool kept = call.sweeps & kFloats;
+    bool fused = call.gradient && call.sweeps & kSums && slope_sum_is_zero(call.divergence);
+    if (call.sweeps & kSums) {
+      psi = 0;
+      Team::blocks(blocks, [&](int64_t b) {
+        T *student_e = shared.student_e + b * kBlock, *teacher_e = shared.teacher_e + b * kBlock;
+        if (fused) {
+          alignas(64) T q[kBlock], psi_of_class[kBlock];
+          block_sums<true>(b, kept, shared, student_e, teacher_e, q, psi_of_class, &shared.sums[b]);
+          block_gradient(b, q, psi_of_class);
+        } else if (call.gradient) {
+          block_sums<true>(b, kept, shared, student_e, teacher_e, student_e, teacher_e, &shared.sums[b]);
+        } else {
+          block_sums<false>(b, kept, shared, student_e, teacher_e, student_e, teacher_e, &shared.sums[b]);
+        }
+      });
+      Team::once([&] { merge_sums(shared); });
+    } else if (call.gradient) {
+      Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });
+    }
+    if (!(call.sweeps & kGradient)) return;
+    if (!fused) {
+      Team::blocks(blocks, [&](int64_t b) {
+        T *q = shared.student_e + b * kBlock, *psi_of_class = shared.teacher_e + b * kBlock;
+        if (!(call.sweeps & kSums)) {
+          BlockSums<T> unused;
+          q = mine.student_e, psi_of_class = mine.teacher_e;
+          block_sums<true>(b, false, mine, q, psi_of_class, q, psi_of_class, &unused);
+        }
+        block_gradient(b, q, psi_of_class);
+      });
+    }
+    Team::once([&] { zero_gradient(call.columns); });
+  }
+};
+
+// ---- all rows
+
+template <class T> FaultAt all_rows(const RowsCall& call) {
+  FaultAt found = {kNone, call.rows};
+  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+
+  auto skip = [&](const Row<T>& row) {
+    int fault = row.fault();
+    if (fault != kNone) {
+#pragma omp critical
+      if (row.row < found.row) found = {fault, row.row};
+    }
+    return row.scale == 0 || fault != kNone;
+  };
+
+  if (threads == 1 || call.rows >= 4 * threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      Scratch<T> scratch(call.workspace, call.columns, omp_get_thread_num());
+#pragma omp for schedule(dynamic)
+      for (int64_t r = 0; r < call.rows; ++r) {
+        Row<T> row(call, r);
+        if (skip(row))
+          row.write_zeros();
+        else
+          row.template sweep<Alone>(scratch, scratch);
+      }
+    }
+    return found;
+  }
+  for (int64_t r = 0; r < call.rows; ++r) {
+    Row<T> row(call, r);
+    if (skip(row)) {
+      row.write_zeros();
+      continue;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+      Scratch<T> shared(call.workspace, call.columns, 0), mine(call.workspace, call.columns, omp_get_thread_num());
+      row.template sweep<Together>(shared, mine);
+    }
+  }
+  return found;
+}
+
+FaultAt rows(const RowsCall& call) noexcept {
+  bool fp64 = call.student.dtype == Dtype::f64 || call.teacher.dtype == Dtype::f64;
+  return fp64 ? all_rows<double>(call) : all_rows<float>(call);
+}
+
+// x[r, :] *= factor[r], where that is not 1.
+template <class T> void scale_all(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns >= kSerialWork && threads > 1)
+  for (int64_t r = 0; r < rows; ++r) {
+    T f = per_row<T>(factor, r);
+    if (f == 1) continue;
+    for (int64_t c = 0; c < columns; c += kBlock) {
+      alignas(64) T buffer[kBlock];
+      int n = columns - c < kBlock ? (int)(columns - c) : kBlock;
+      void* block = (char*)x + (r * columns + c) * bytes_of(dtype);
+      const T* in = widen(block, dtype, n, buffer);
+      for (int i = 0; i < n; ++i) buffer[i] = in[i] * f;
+      narrow(buffer, block, dtype, n);
+    }
+  }
+}
+
+void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) noexcept {
+  if (dtype == Dtype::f64)
+    scale_all<double>(x, dtype, rows, columns, factor, threads);
+  else
+    scale_all<float>(x, dtype, rows, columns, factor, threads);
+}
+
+int64_t workspace_bytes(int64_t columns, bool fp64, int threads) noexcept {
+  return 64 + threads * (fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

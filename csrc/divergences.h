@@ -1,0 +1,142 @@
+// THE TABLE: every divergence as two pointwise functions of one class.
+//
+//     value(lp, lq, p, q)   phi, the class's share of the row's loss   L = sum phi
+//     slope(lp, lq, p, q)   psi = d phi / d lq                         dL/ds = (psi - q * sum psi) / temperature
+//
+// Where sum psi is 0 for every p and q (slope_sum_is_zero), the gradient can be written in the sweep that finds sum phi.
+//
+// lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
+// and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
+// its digits when the distributions are close. No loop, mask, softmax or device in this file: g++ and nvcc compile
+// these lines. The includer provides KDK_HD, exp_of(T), log_of(T) and sqrt_of(T), and includes this file inside its
+// own namespace (once per instruction set, so that no template is shared between them).
+//
+// To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,
+// kdkernels/backends/reference.py and kdkernels/backends/triton/table.py.
+
+// 0 * log 0 = 0: a term of probability exactly 0 is dropped before the product. (NaN == 0 is false, so NaN stays.)
+template <class T> KDK_HD T weighted(T weight, T x) { return weight == T(0) ? T(0) : weight * x; }
+// x / m, where m may have underflowed together with x.
+template <class T> KDK_HD T ratio(T x, T m) { return m == T(0) ? T(0) : x / m; }
+
+// weight * p + (1 - weight) * q, from the side of larger weight: exactly p where p = q, whatever weight rounds to.
+template <class T> KDK_HD T mixture(T weight, T p, T q) {
+  return weight < T(0.5) ? q + weight * (p - q) : p + (1 - weight) * (q - p);
+}
+
+// KL(p || q) = sum p log(p / q)
+template <class T> struct Kl {
+  static constexpr bool slope_sum_is_zero = true;
+  KDK_HD explicit Kl(const T*) {}
+  KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(p, lp - lq) - p + q; }
+  KDK_HD T slope(T, T, T p, T q) const { return q - p; }
+};
+
+// KL(q || p) = sum q log(q / p)
+template <class T> struct ReverseKl {
+  static constexpr bool slope_sum_is_zero = false;
+  KDK_HD explicit ReverseKl(const T*) {}
+  KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(q, lq - lp) - q + p; }
+  KDK_HD T slope(T lp, T lq, T, T q) const { return weighted(q, lq - lp); }
+};
+
+// weight * KL(p || q) + (1 - weight) * KL(q || p)
+template <class T> struct MixedKl {
+  static constexpr bool slope_sum_is_zero = false;
+  T weight;
+  KDK_HD explicit MixedKl(const T* parameters) : weight(parameters[0]) {}
+  KDK_HD T value(T lp, T lq, T p, T q) const {
+    return weighted(weight * p, lp - lq) + weighted((1 - weight) * q, lq - lp) + (2 * weight - 1) * (q - p);
+  }
+  KDK_HD T slope(T lp, T lq, T p, T q) const { return weight * (q - p) + weighted((1 - weight) * q, lq - lp); }
+};
+
+// beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
+template <class T> struct Js {
+  static constexpr bool slope_sum_is_zero = false;
+  T beta;
+  KDK_HD explicit Js(const T* parameters) : beta(parameters[0]) {}
+  KDK_HD T value(T lp, T lq, T p, T q) const {
+    T lm = log_of(mixture(beta, p, q));
+    return weighted(beta * p, lp - lm) + weighted((1 - beta) * q, lq - lm);
+  }
+  KDK_HD T slope(T, T lq, T p, T q) const { return weighted((1 - beta) * q, lq - log_of(mixture(beta, p, q))); }
+};
+
+// KL(p || m),  m = alpha * p + (1 - alpha) * q
+template <class T> struct SkewKl {
+  static constexpr bool slope_sum_is_zero = false;
+  T alpha;
+  KDK_HD explicit SkewKl(const T* parameters) : alpha(parameters[0]) {}
+  KDK_HD T value(T lp, T, T p, T q) const {
+    return weighted(p, lp - log_of(mixture(alpha, p, q))) + (1 - alpha) * (q - p);
+  }
+  KDK_HD T slope(T, T, T p, T q) const {
+    return (1 - alpha) * (1 - alpha) * (q - p) * ratio(q, mixture(alpha, p, q));
+  }
+};
+
+// KL(q || m),  m = (1 - alpha) * p + alpha * q
+template <class T> struct SkewReverseKl {
+  static constexpr bool slope_sum_is_zero = false;
+  T alpha;
+  KDK_HD explicit SkewReverseKl(const T* parameters) : alpha(parameters[0]) {}
+  KDK_HD T value(T, T lq, T p, T q) const {
+    return weighted(q, lq - log_of(mixture(alpha, q, p))) + (1 - alpha) * (p - q);
+  }
+  KDK_HD T slope(T, T lq, T p, T q) const {
+    T m = mixture(alpha, q, p);
+    return weighted(q, lq - log_of(m)) + alpha * (1 - alpha) * (p - q) * ratio(q, m);
+  }
+};
+
+// sum |p - q| / 2, slope 0 where p = q
+template <class T> struct Tv {
+  static constexpr bool slope_sum_is_zero = false;
+  KDK_HD explicit Tv(const T*) {}
+  KDK_HD T value(T, T, T p, T q) const { return T(0.5) * (p > q ? p - q : q - p); }
+  KDK_HD T slope(T, T, T p, T q) const {
+    T signed_q = q > p ? q : -q;
+    return q == p ? T(0) : T(0.5) * signed_q + (p - p);  // p - p is NaN where p is
+  }
+};
+
+// sum (sqrt p - sqrt q)^2 / 2
+template <class T> struct Hellinger {
+  static constexpr bool slope_sum_is_zero = false;
+  KDK_HD explicit Hellinger(const T*) {}
+  KDK_HD T value(T, T, T p, T q) const {
+    T difference = sqrt_of(p) - sqrt_of(q);
+    return T(0.5) * difference * difference;
+  }
+  KDK_HD T slope(T, T, T p, T q) const { return T(0.5) * sqrt_of(q) * (sqrt_of(q) - sqrt_of(p)); }
+};
+
+// (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both have
+// underflowed where it has not.
+template <class T> struct Alpha {
+  static constexpr bool slope_sum_is_zero = false;
+  T alpha;
+  KDK_HD explicit Alpha(const T* parameters) : alpha(parameters[0]) {}
+  KDK_HD T power(T lp, T lq, T p) const {
+    T d = lp - lq;
+    T exponent = d == T(INFINITY) ? (alpha - 1) * d : lq + alpha * d;  // d is +inf where lq alone is -inf
+    return lp == lq ? p : exp_of(exponent);
+  }
+  KDK_HD T value(T lp, T lq, T p, T q) const {
+    return (power(lp, lq, p) - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1));
+  }
+  KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) / alpha; }
+};
+
+// name in kdkernels/divergences.py, struct
+#define KDK_DIVERGENCES(X) \
+  X(kl, Kl)                \
+  X(reverse_kl, ReverseKl) \
+  X(mixed_kl, MixedKl)     \
+  X(js, Js)                \
+  X(skew_kl, SkewKl)       \
+  X(skew_reverse_kl, SkewReverseKl) \
+  X(tv, Tv)                \
+  X(hellinger, Hellinger)  \
+  X(alpha, Alpha)

@@ -1,0 +1,18 @@
+"""The loss layer of knowledge distillation at vocabulary scale."""
+
+from . import nn
+from .divergences import CATALOGUE, Divergence
+from .functional import LossOutput, fused_divergence, fused_js, fused_kl, next_token_labels
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CATALOGUE",
+    "Divergence",
+    "LossOutput",
+    "fused_divergence",
+    "fused_js",
+    "fused_kl",
+    "next_token_labels",
+    "nn",
+]

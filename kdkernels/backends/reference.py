@@ -1,0 +1,175 @@
+"""The definition: every divergence and the row loop in plain PyTorch.
+
+Differentiable by autograd (twice), in fp64 too, on any device, with every [rows, vocabulary] temporary that the kernels
+exist to avoid. The other backends' slopes are tested against the derivatives that autograd takes of the values here.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ROW_STATISTICS, ROW_TOP1, compute_dtype
+
+
+def weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x with 0 * log 0 = 0: where the weight is 0 the term, and its derivative, is dropped."""
+    return weight * torch.where(weight == 0, 0, x)
+
+
+def log_mixture(lp: Tensor, lq: Tensor, weight: Tensor) -> Tensor:
+    """log(weight * p + (1 - weight) * q)."""
+    lp, lq = lp + torch.log(weight), lq + torch.log1p(-weight)
+    both = torch.isneginf(lp) & torch.isneginf(lq)  # logaddexp has no derivative there
+    mixture = torch.logaddexp(torch.where(both, 0, lp), torch.where(both, 0, lq))
+    return torch.where(both, -torch.inf, mixture)
+
+
+# The table: value(lp, lq, p, q, parameter) of one class, the teacher's and the student's log-probability and their
+# exponentials. Free up to c * (p - q), which is used to make every value vanish at p = q.
+
+
+def kl(lp, lq, p, q, _):
+    return weighted(p, lp - lq) - p + q
+
+
+def reverse_kl(lp, lq, p, q, _):
+    return weighted(q, lq - lp) - q + p
+
+
+def mixed_kl(lp, lq, p, q, weight):
+    return weighted(weight * p, lp - lq) + weighted((1 - weight) * q, lq - lp) + (2 * weight - 1) * (q - p)
+
+
+def js(lp, lq, p, q, beta):
+    lm = log_mixture(lp, lq, beta)
+    return weighted(beta * p, lp - lm) + weighted((1 - beta) * q, lq - lm)
+
+
+def skew_kl(lp, lq, p, q, alpha):
+    return weighted(p, lp - log_mixture(lp, lq, alpha)) + (1 - alpha) * (q - p)
+
+
+def skew_reverse_kl(lp, lq, p, q, alpha):
+    return weighted(q, lq - log_mixture(lq, lp, alpha)) + (1 - alpha) * (p - q)
+
+
+def tv(lp, lq, p, q, _):
+    difference = p - q  # whose sign is a constant: 0 at 0, and NaN for NaN, where that of abs is 0
+    sign = torch.where(difference == 0, 0, difference / difference.abs()).detach()
+    return 0.5 * difference * sign
+
+
+def hellinger(lp, lq, p, q, _):
+    return 0.5 * (torch.exp(0.5 * lp) - torch.exp(0.5 * lq)) ** 2
+
+
+def alpha(lp, lq, p, q, alpha):
+    nowhere = torch.isneginf(lp) & torch.isneginf(lq)
+    exponent = alpha * torch.where(nowhere, 0, lp) + (1 - alpha) * torch.where(nowhere, 0, lq)
+    power = torch.where(nowhere, 0, torch.exp(exponent))
+    return (power - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
+
+
+TABLE = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "mixed_kl": mixed_kl,
+    "js": js,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tv": tv,
+    "hellinger": hellinger,
+    "alpha": alpha,
+}
+
+
+class _WholeRowOrNaN(torch.autograd.Function):
+    """Identity whose gradient is NaN in every class of a row where the sum over the row is not finite.
+
+    An infinite slope (reverse_kl where the teacher has no mass) leaves a row without a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, log_probs):
+        return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        finite = torch.isfinite(gradient.sum(-1, keepdim=True))
+        return torch.where(finite, gradient, torch.nan)
+
+
+def rows(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    hard_weight: Tensor | None,
+    parameters: Tensor,
+    divergence: str,
+    vocab_size: int,
+    temperature_squared: bool,
+    statistics: bool,
+):
+    """Per-row losses [rows], statistics and top-1 as `ops.rows` returns them."""
+    dtype = compute_dtype(student, teacher)
+    kept = row_scale != 0
+    inner = (row_scale.shape[0], vocab_size)
+    # A skipped row may hold anything: zeros take its place, so that nothing of it reaches a gradient.
+    s = torch.where(kept[:, None], student[..., :vocab_size].reshape(inner).to(dtype), 0)
+    t = torch.where(kept[:, None], teacher[..., :vocab_size].reshape(inner).to(dtype), 0)
+    student_tempered, teacher_tempered = s / temperature[:, None], t / temperature[:, None]
+    lq = _WholeRowOrNaN.apply(torch.log_softmax(student_tempered, -1))
+    lp = torch.log_softmax(teacher_tempered, -1)
+    p, q = lp.exp(), lq.exp()
+
+    row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
+    loss = row_divergence
+    if temperature_squared:
+        loss = loss * temperature**2
+    cross_entropy = torch.zeros_like(loss)
+    if labels is not None:
+        index = torch.where(kept, labels, 0)[:, None]
+        _check_labels(index, vocab_size)
+        cross_entropy = -torch.log_softmax(s, -1).gather(-1, index)[:, 0]
+    if hard_weight is not None:
+        loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
+    loss = torch.where(kept, row_scale * loss, 0)
+    if not statistics:
+        return loss, None, None
+
+    def label_log_prob(log_probs):
+        return log_probs.gather(-1, index)[:, 0] if labels is not None else torch.zeros_like(loss)
+
+    values = {
+        "divergence": row_divergence,
+        "cross_entropy": cross_entropy,
+        "tv": 0.5 * (p - q).abs().sum(-1),
+        "student_entropy": -weighted(q, lq).sum(-1),
+        "teacher_entropy": -weighted(p, lp).sum(-1),
+        "student_max_log_prob": lq.max(-1).values,
+        "teacher_max_log_prob": lp.max(-1).values,
+        "student_label_log_prob": label_log_prob(lq),
+        "teacher_label_log_prob": label_log_prob(lp),
+        "student_lse": student_tempered.logsumexp(-1),
+        "teacher_lse": teacher_tempered.logsumexp(-1),
+    }
+    top1 = {"student_top1": s.argmax(-1), "teacher_top1": t.argmax(-1)}
+    return (
+        loss,
+        torch.where(kept, torch.stack([values[name] for name in ROW_STATISTICS]), 0).detach(),
+        torch.where(kept, torch.stack([top1[name] for name in ROW_TOP1]), 0),
+    )
+
+
+def _check_labels(labels: Tensor, vocab_size: int):
+    """On a CPU, where it costs no synchronisation; gather would raise too, but not say what was expected."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((labels < 0) | (labels >= vocab_size)).flatten()
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"labels: expected 0 <= label < {vocab_size} (the vocabulary) or ignore_index; "
+            f"got {labels.flatten()[row].item()} in row {row}"
+        )

@@ -1,0 +1,144 @@
+"""The catalogue of divergences: names, parameters, formulas, sources. No tensors here.
+
+Throughout, p is the teacher's and q the student's distribution over the classes of a row, and the direction follows
+GKD (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). To add one: an entry here, and its pointwise value and slope in
+backends/reference.py, backends/triton/table.py and csrc/divergences.h.
+"""
+
+import difflib
+from dataclasses import dataclass
+
+_INFINITY = float("inf")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One divergence of the catalogue. `low` and `high` bound its parameter; `closed` admits the bounds themselves."""
+
+    formula: str
+    source: str
+    parameter: str | None = None
+    default: float | None = None
+    low: float = -_INFINITY
+    high: float = _INFINITY
+    closed: bool = False
+    excluded: tuple[float, ...] = ()
+    hint: str = ""
+
+
+CATALOGUE: dict[str, Entry] = {
+    "kl": Entry("KL(p‖q) = Σ p log(p/q)", "Hinton et al. 2015, arXiv:1503.02531"),
+    "reverse_kl": Entry("KL(q‖p) = Σ q log(q/p)", "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1"),
+    "mixed_kl": Entry(
+        "w·KL(p‖q) + (1−w)·KL(q‖p)",
+        "Amara et al. 2022 (BD-KD), arXiv:2212.12965",
+        parameter="weight",
+        default=0.5,
+        low=0.0,
+        high=1.0,
+        closed=True,
+    ),
+    "js": Entry(
+        "β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q",
+        "Agarwal et al. 2024 (GKD), arXiv:2306.13649, Eq. 1",
+        parameter="beta",
+        default=0.5,
+        low=0.0,
+        high=1.0,
+        hint='at 0 and 1 it vanishes; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
+    ),
+    "skew_kl": Entry(
+        "KL(p‖αp + (1−α)q)",
+        "Ko et al. 2024 (DistiLLM), arXiv:2402.03898, Sec. 3.1",
+        parameter="alpha",
+        default=0.1,
+        low=0.0,
+        high=1.0,
+        hint='at 0 it is "kl"',
+    ),
+    "skew_reverse_kl": Entry(
+        "KL(q‖(1−α)p + αq)",
+        "Ko et al. 2024 (DistiLLM), arXiv:2402.03898, Sec. 3.1",
+        parameter="alpha",
+        default=0.1,
+        low=0.0,
+        high=1.0,
+        hint='at 0 it is "reverse_kl"',
+    ),
+    "tv": Entry("½ Σ |p − q|", "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"),
+    "hellinger": Entry("½ Σ (√p − √q)²", "Hellinger 1909; squared Hellinger distance"),
+    "alpha": Entry(
+        "(Σ pᵅ q¹⁻ᵅ − 1) / (α(α−1))",
+        "Amari 1985; Wang et al. 2021 (AlphaNet), arXiv:2102.07954",
+        parameter="alpha",
+        default=0.5,
+        excluded=(0.0, 1.0),
+        hint='its limit at 1 is "kl", at 0 "reverse_kl"',
+    ),
+}
+
+
+class Divergence:
+    """A divergence with its parameter: `Divergence("skew_kl", alpha=0.1)`, `Divergence("tv")`.
+
+    The parameter is a run-time number: changing it between calls recompiles nothing. Raises ValueError for an unknown
+    name (with the nearest known one), an unknown parameter, and a parameter outside its range.
+    """
+
+    __slots__ = ("name", "parameter")
+
+    def __init__(self, name: str, **parameters: float):
+        entry = CATALOGUE.get(name) if isinstance(name, str) else None
+        if entry is None:
+            raise ValueError(f"unknown divergence {name!r}{_nearest(name)}; known: {', '.join(CATALOGUE)}")
+        for given in parameters:
+            if given != entry.parameter:
+                takes = f"the parameter {entry.parameter!r}" if entry.parameter else "no parameter"
+                raise ValueError(f"divergence {name!r} takes {takes}; got {given!r}")
+        self.name = name
+        self.parameter = parameters.get(entry.parameter, entry.default) if entry.parameter else None
+        if entry.parameter:
+            _check_parameter(name, entry, self.parameter)
+
+    @staticmethod
+    def gkd(beta: float) -> "Divergence":
+        """GKD's family: "kl" at beta = 0, "reverse_kl" at beta = 1, "js" with that beta between.
+
+        Not continuous at its ends: js tends to 0 there (trainers that offer 0 and 1 jump in the same way).
+        """
+        if beta == 0:
+            return Divergence("kl")
+        if beta == 1:
+            return Divergence("reverse_kl")
+        return Divergence("js", beta=beta)
+
+    def __repr__(self):
+        parameter = CATALOGUE[self.name].parameter
+        return f"Divergence({self.name!r}" + (f", {parameter}={self.parameter!r})" if parameter else ")")
+
+    def __eq__(self, other):
+        if not isinstance(other, Divergence):
+            return NotImplemented
+        return (self.name, self.parameter) == (other.name, other.parameter)
+
+    def __hash__(self):
+        return hash((self.name, self.parameter))
+
+
+def _nearest(name) -> str:
+    near = difflib.get_close_matches(str(name), CATALOGUE, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _check_parameter(name: str, entry: Entry, value: float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {entry.parameter} must be a float; got {type(value).__name__}")
+    inside = entry.low <= value <= entry.high if entry.closed else entry.low < value < entry.high
+    if inside and value not in entry.excluded:
+        return
+    if entry.excluded:
+        expected = "finite and not " + " or ".join(f"{x:g}" for x in entry.excluded)
+    else:
+        expected = f"in {'[' if entry.closed else '('}{entry.low:g}, {entry.high:g}{']' if entry.closed else ')'}"
+    hint = f" ({entry.hint})" if entry.hint else ""
+    raise ValueError(f"{name}: {entry.parameter} must be {expected}; got {value}{hint}")

@@ -1,0 +1,177 @@
+"""The public functions: what a training loop calls."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, options
+from .autograd import Rows
+from .backends import ROW_STATISTICS, compute_dtype, reference
+from .divergences import CATALOGUE, Divergence
+
+
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """A loss and the row statistics that were asked for, by name; each has the logits' leading shape."""
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+
+
+def fused_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: str | Divergence = "kl",
+    *,
+    temperature: float | Tensor = 1.0,
+    temperature_squared: bool = False,
+    mask: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    hard_weight: float | Tensor = 0.0,
+    reduction: str = "mean",
+    normalizer: int | float | Tensor | None = None,
+    vocab_size: int | None = None,
+    statistics: tuple[str, ...] = (),
+    gradient: str = "auto",
+    backend: str = "auto",
+) -> Tensor | LossOutput:
+    """A divergence between softmax(teacher / T) and softmax(student / T), row by row, with its gradient in one sweep.
+
+    With p the teacher's and q the student's distribution of a row, D(p, q) the divergence, y the label, T the
+    temperature, lambda the hard weight and w the row weight::
+
+        row loss = w * ((1 - lambda) * D(p, q) * (T**2 if temperature_squared else 1)
+                        + lambda * -log softmax(student)[y])
+
+    "mean" is the sum of the row losses over the number of kept rows (or `normalizer`). Rows that are not kept are
+    neither read nor counted, and may hold anything. Without kept rows: 0, with zero gradients.
+
+    Args:
+        student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Leading dimensions are free, and the last has
+            stride 1; slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient.
+        teacher: logits [..., V] of the same leading shape; the dtype may differ. Must not require grad.
+        divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
+            alpha) or a `Divergence` with its parameter.
+        temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, not the label term's.
+        temperature_squared: multiplies the divergence by T**2, which keeps the gradient's scale as T grows
+            (Hinton et al. 2015). False: the divergence as it is, whose gradient shrinks as 1/T.
+        mask: bool, leading shape; False rows are dropped.
+        row_weight: real, leading shape; multiplies a row's loss and does not change the count. A row of weight 0 is
+            skipped as a masked one is, and is counted.
+        labels: int64, leading shape, already shifted by the caller (`next_token_labels`). Rows labelled
+            `ignore_index` are dropped, also when hard_weight is 0.
+        ignore_index: the label of rows to drop.
+        hard_weight: lambda in [0, 1], a number, a 0-d tensor or one per row; needs labels.
+        reduction: "mean", "sum" or "none" (row losses in the leading shape, 0 where dropped).
+        normalizer: with "mean" only, replaces the count of kept rows: a number or a tensor of one element, of any
+            shape, dtype and device. "mean" is otherwise local to this call and rank. Pass the number of tokens of the
+            global batch for gradient accumulation and data parallelism (transformers' ``num_items_in_batch``; NeMo-RL's
+            global valid tokens); use reduction="sum" where the trainer divides (Megatron); for a mean of sequence
+            means pass ``row_weight = 1 / length`` of the row's sequence and ``normalizer = sequences``.
+        vocab_size: classes that count; columns past it are padding in either tensor, and the widths may differ. Their
+            gradient is 0. Widths that differ without it raise.
+        statistics: names of row statistics wanted from the same sweep, detached, in the leading shape, 0 on dropped
+            rows: divergence (D alone), cross_entropy (of the label, at temperature 1), tv, student_entropy,
+            teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
+            teacher_label_log_prob, student_lse, teacher_lse (of logits / T) in the loss's dtype (but the
+            cross-entropy all at temperature T), and student_top1, teacher_top1 (int64, the first of equals).
+        gradient: "forward" finds the gradient in the sweep that finds the loss, and keeps one tensor of the student's
+            shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
+            for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
+            sees them), else "forward". Without grad nothing but the loss is computed.
+        backend: "auto" or one of "cpu" (C++), "triton" (GPU), "reference" (plain PyTorch, twice differentiable).
+
+    Returns:
+        The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
+        student's dtype; between logits and gradient all arithmetic is fp32 (fp64).
+
+    Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
+    Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
+    reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. Where only the student is
+    -inf and the teacher has mass, kl, mixed_kl (weight > 0) are +inf with the finite gradient of their formula, alpha > 1
+    is +inf with a NaN gradient. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN, no other's.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of
+            range and temperatures <= 0 in a tensor raise on a CPU; on a GPU they make their row NaN.
+        RuntimeError: when the backend that was asked for cannot serve the call, with the reason; in backward, for
+            second derivatives outside backend="reference".
+
+    Sources of the divergences: `kdkernels.divergences.CATALOGUE`.
+    """
+    if not isinstance(divergence, Divergence):
+        divergence = Divergence(divergence)
+    vocab_size = options.check_logits(student, teacher, vocab_size)
+    options.check_choice("gradient", gradient, options.GRADIENTS)
+    options.check_statistics(statistics, labels)
+    row = options.resolve(
+        student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=labels,
+        ignore_index=ignore_index, hard_weight=hard_weight, reduction=reduction, normalizer=normalizer,
+    )  # fmt: skip
+    backend = backends.select(backend, student, teacher)
+    parameters = torch.ones(1, dtype=compute_dtype(student, teacher), device=student.device)
+    if CATALOGUE[divergence.name].parameter is not None:
+        parameters = parameters * divergence.parameter
+
+    leading = student.shape[:-1]
+    tensors = (*options.as_outer_inner(student, teacher), *row, parameters)
+    static = (divergence.name, vocab_size, temperature_squared)
+    row_loss, row_statistics, top1 = _row_losses(tensors, static, bool(statistics), reduction, gradient, backend)
+
+    loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
+    if not statistics:
+        return loss
+    return LossOutput(loss, {name: _statistic(name, row_statistics, top1, leading) for name in statistics})
+
+
+def fused_kl(student: Tensor, teacher: Tensor, **row_options) -> Tensor | LossOutput:
+    """KL(p‖q) = Σ p log(p/q), p = softmax(teacher / T), q = softmax(student / T): Hinton's distillation loss.
+
+    The gradient with respect to the student's logits is (q − p) / T (times T**2 with temperature_squared=True).
+    Row options, shapes, what is returned and raised: `fused_divergence`. Source: arXiv:1503.02531.
+    """
+    return fused_divergence(student, teacher, "kl", **row_options)
+
+
+def fused_js(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **row_options) -> Tensor | LossOutput:
+    """Generalised Jensen-Shannon divergence β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv:2306.13649, Eq. 1).
+
+    p is the teacher's and q the student's distribution. 0 < beta < 1: at 0 and 1 the divergence vanishes, so they
+    raise; `Divergence.gkd(beta)` has kl and reverse_kl there. Row options, shapes, what is returned and raised:
+    `fused_divergence`.
+    """
+    return fused_divergence(student, teacher, Divergence("js", beta=beta), **row_options)
+
+
+def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Shifts token ids [..., T] so that row t is labelled with token t + 1; the last row gets `ignore_index`.
+
+    With these, logits [..., T, V] are taken whole: no slice of the logits, and no copy in its backward.
+    """
+    if labels.dim() == 0 or labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected int64 of shape [..., T]; got {labels.dtype} of {list(labels.shape)}")
+    last = torch.full_like(labels[..., :1], ignore_index)
+    return torch.cat([labels[..., 1:], last], dim=-1)
+
+
+def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str, backend: str):
+    """Row losses [rows] (a node of the autograd graph where a gradient is wanted), statistics and top-1."""
+    student = tensors[0]
+    if backend == "reference":
+        with torch.autocast(student.device.type, enabled=False):
+            return reference.rows(*tensors, *static, statistics)
+    if not (torch.is_grad_enabled() and student.requires_grad):
+        loss, _, _, _, row_statistics, top1 = ops.rows(*tensors, *static, False, statistics, backend)
+        return loss, row_statistics, top1
+    if gradient == "auto":
+        gradient = "backward" if reduction == "none" or student.dtype == torch.float16 else "forward"
+    return Rows.apply(*tensors, *static, statistics, gradient, backend)
+
+
+def _statistic(name: str, row_statistics: Tensor, top1: Tensor, leading: torch.Size) -> Tensor:
+    if name in ROW_STATISTICS:
+        return row_statistics[ROW_STATISTICS.index(name)].reshape(leading)
+    return top1[backends.ROW_TOP1.index(name)].reshape(leading)

@@ -1,0 +1,116 @@
+"""torch.library operators of the row family: schema, fake, and dispatch to a backend's function of the same name.
+
+They mutate nothing and return fresh tensors (`scale_` excepted), take no floats (a float argument recompiles at every
+new value), and know nothing of autograd: autograd.py stands outside.
+
+Shapes: student and teacher are [outer, inner, columns] views with unit stride in the last dimension; rows = outer *
+inner; every per-row tensor is contiguous [rows], or [1] where one number serves all rows, in the compute dtype.
+A row whose row_scale is 0 is skipped before any load, and its results are 0.
+"""
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, compute_dtype
+
+NAMESPACE = "kdkernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+_LOGITS = "Tensor student, Tensor teacher, Tensor row_scale"
+_LABEL = "Tensor? labels, Tensor temperature, Tensor? hard_weight"
+
+
+def _define(schema: str, implementation, fake):
+    """Registers an operator whose last argument names the backend."""
+    name = schema.split("(")[0].strip()
+    _library.define(schema)
+
+    def run(*args):
+        *args, backend = args
+        with torch._C._DisableAutocast():
+            return implementation(backends.kernels(backend), *args)
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _new(like: Tensor, *shape, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _gradient_like(student: Tensor) -> Tensor:
+    return _new(student, *student.shape, dtype=student.dtype)
+
+
+def _rows_fake(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
+               temperature_squared, gradient, statistics, backend):  # fmt: skip
+    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
+    return (
+        _new(student, count, dtype=dtype),
+        _gradient_like(student) if gradient else _new(student, 0, dtype=student.dtype),
+        _new(student, len(ROW_FLOATS), count, dtype=dtype),
+        _new(student, len(ROW_SUMS), count, dtype=dtype),
+        _new(student, len(ROW_STATISTICS) if statistics else 0, count, dtype=dtype),
+        _new(student, len(ROW_TOP1) if statistics else 0, count, dtype=torch.int64),
+    )
+
+
+def _row_floats_fake(student, teacher, row_scale, temperature, vocab_size, backend):
+    return _new(student, len(ROW_FLOATS), row_scale.shape[0], dtype=compute_dtype(student, teacher))
+
+
+def _row_sums_fake(student, teacher, row_scale, temperature, parameters, floats, divergence, vocab_size, backend):
+    return _new(student, len(ROW_SUMS), row_scale.shape[0], dtype=compute_dtype(student, teacher))
+
+
+# All sweeps in one call: loss [rows] (row_scale folded in), gradient (the student's shape, or empty), row floats,
+# row sums, statistics and top-1 (or empty).
+rows = _define(
+    f"rows({_LOGITS}, {_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
+    "bool gradient, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda kernels, *args: kernels.rows(*args),
+    _rows_fake,
+)
+
+# The sweeps one by one. A reduction between them makes them serve a vocabulary that is split over devices.
+row_floats = _define(
+    f"row_floats({_LOGITS}, Tensor temperature, SymInt vocab_size, str backend) -> Tensor",
+    lambda kernels, *args: kernels.row_floats(*args),
+    _row_floats_fake,
+)
+row_sums = _define(
+    f"row_sums({_LOGITS}, Tensor temperature, Tensor parameters, Tensor floats, str divergence, SymInt vocab_size, "
+    "str backend) -> Tensor",
+    lambda kernels, *args: kernels.row_sums(*args),
+    _row_sums_fake,
+)
+row_gradient = _define(
+    f"row_gradient({_LOGITS}, {_LABEL}, Tensor parameters, Tensor floats, Tensor sums, str divergence, "
+    "SymInt vocab_size, bool temperature_squared, str backend) -> Tensor",
+    lambda kernels, *args: kernels.row_gradient(*args),
+    lambda student, *args: _gradient_like(student),
+)
+
+# gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.
+scale_ = _define(
+    "scale_(Tensor(a!) gradient, Tensor factor, str backend) -> ()",
+    lambda kernels, gradient, factor: kernels.scale_(gradient, factor),
+    lambda gradient, factor, backend: None,
+)
+
+
+def _scaled(kernels, gradient: Tensor, factor: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    kernels.scale_(gradient, factor)
+    return gradient
+
+
+# The same into a fresh tensor.
+scale = _define(
+    "scale(Tensor gradient, Tensor factor, str backend) -> Tensor",
+    _scaled,
+    lambda gradient, factor, backend: torch.empty_like(gradient),
+)

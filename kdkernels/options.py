@@ -1,0 +1,231 @@
+"""The row options: checks what the caller passed and turns it into the few tensors that every kernel takes.
+
+Mask, labels, row weights, reduction and normalizer fold, on the device and without synchronisation, into one row_scale.
+Nothing here reads a value of a tensor: that is left to the operators, which on a CPU can afford it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
+
+REDUCTIONS = ("mean", "sum", "none")
+GRADIENTS = ("auto", "forward", "backward")
+STATISTICS = (*ROW_STATISTICS, *ROW_TOP1)
+NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_prob")
+
+
+class RowOptions(NamedTuple):
+    """Per-row tensors are contiguous, [rows] or (temperature, hard_weight) [1], in the compute dtype."""
+
+    row_scale: Tensor
+    labels: Tensor | None
+    temperature: Tensor
+    hard_weight: Tensor | None
+
+
+def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
+    """Raises on logits that no backend takes; returns the number of classes that count."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
+        if x.dtype not in STORAGE_DTYPES:
+            raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
+        if x.dim() == 0:
+            raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            "student and teacher must agree in all dimensions but the last; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if student.device != teacher.device:
+        raise ValueError(
+            f"student and teacher must be on one device; got {student.device} and {teacher.device}"
+        )
+    if teacher.requires_grad:
+        raise ValueError(
+            "teacher requires grad, but the loss has no gradient with respect to it; pass teacher.detach()"
+        )
+    widths = student.shape[-1], teacher.shape[-1]
+    if vocab_size is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"student has {widths[0]} classes and teacher {widths[1]}; where the rest is padding, "
+                "pass vocab_size=<classes that both have>"
+            )
+        vocab_size = widths[0]
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size: expected an int or None; got {type(vocab_size).__name__}")
+    if vocab_size < 1 or vocab_size > widths[0] or vocab_size > widths[1]:
+        raise ValueError(
+            f"vocab_size: expected from 1 to the narrower width; got {vocab_size} "
+            f"with a student of {widths[0]} and a teacher of {widths[1]} classes"
+        )
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+            raise ValueError(
+                f"{name}: expected a last dimension of stride 1; got strides {list(x.stride())}; "
+                f"pass {name}.contiguous()"
+            )
+    return vocab_size
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]):
+    if value not in choices:
+        raise ValueError(f"{name}: expected {_one_of(choices)}; got {value!r}")
+
+
+def check_statistics(statistics: tuple[str, ...], labels: Tensor | None):
+    if isinstance(statistics, str):
+        raise TypeError(f"statistics: expected a tuple of names, as in ({statistics!r},); got a str")
+    for name in statistics:
+        if name not in STATISTICS:
+            raise ValueError(f"statistics: unknown name {name!r}; known: {', '.join(STATISTICS)}")
+        if name in NEED_LABELS and labels is None:
+            raise ValueError(f"statistics: {name!r} needs labels; got labels=None")
+
+
+def as_outer_inner(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits [..., V] as [outer, inner, V]: views where the leading dimensions collapse to two, else copies."""
+    leading = student.shape[:-1]
+    # Where to cut the leading dimensions in two, so that as few tensors as possible need a copy.
+    cut = min(
+        range(1, max(len(leading), 2)),
+        key=lambda cut: sum(not _collapses(x, 0, cut) or not _collapses(x, cut, len(leading)) for x in (student, teacher)),
+    )
+    outer, inner = leading[:cut].numel(), leading[cut:].numel()
+    return student.reshape(outer, inner, student.shape[-1]), teacher.reshape(outer, inner, teacher.shape[-1])
+
+
+def _collapses(x: Tensor, first: int, last: int) -> bool:
+    """Whether dimensions first .. last - 1 form one with a single stride."""
+    return all(x.stride(d) == x.stride(d + 1) * x.shape[d + 1] for d in range(first, last - 1))
+
+
+def resolve(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature,
+    mask: Tensor | None,
+    row_weight: Tensor | None,
+    labels: Tensor | None,
+    ignore_index: int,
+    hard_weight,
+    reduction: str,
+    normalizer,
+) -> RowOptions:
+    leading, device = student.shape[:-1], student.device
+    dtype = compute_dtype(student, teacher)
+    check_choice_of_reduction(reduction)
+
+    if mask is not None:
+        _check_per_row("mask", mask, leading, device, torch.bool)
+    if labels is not None:
+        _check_per_row("labels", labels, leading, device, torch.int64)
+        labels = labels.reshape(-1).contiguous()
+    if row_weight is not None:
+        _check_per_row("row_weight", row_weight, leading, device)
+
+    temperature = _number_or_per_row("temperature", temperature, leading, device, dtype)
+    if isinstance(hard_weight, Tensor) or hard_weight != 0:
+        if labels is None:
+            raise ValueError(f"hard_weight needs labels; got hard_weight={_shown(hard_weight)} and labels=None")
+        hard_weight = _number_or_per_row("hard_weight", hard_weight, leading, device, dtype)
+    else:
+        hard_weight = None
+
+    row_scale = _row_scale(leading.numel(), device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer)
+    return RowOptions(row_scale, labels, temperature, hard_weight)
+
+
+def check_choice_of_reduction(reduction: str):
+    if reduction == "batchmean":
+        raise ValueError(
+            "reduction 'batchmean' depends on what is the batch; 'mean' divides by the number of kept rows, and "
+            "normalizer replaces that number"
+        )
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def _row_scale(rows, device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer) -> Tensor:
+    """where(keep, weight / denominator, 0) as [rows]."""
+    keep = None if mask is None else mask.reshape(-1)
+    if labels is not None:
+        labelled = labels != ignore_index
+        keep = labelled if keep is None else keep & labelled
+    weight = torch.ones(rows, dtype=dtype, device=device)
+    if row_weight is not None:
+        weight = weight * row_weight.reshape(-1)
+
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"normalizer goes with reduction='mean' only; got reduction={reduction!r}")
+        weight = weight / _normalizer(normalizer, device, dtype)
+    elif reduction == "mean":
+        weight = weight / (rows if keep is None else keep.sum())
+    return weight if keep is None else torch.where(keep, weight, 0)
+
+
+def _normalizer(normalizer, device, dtype):
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected one element; got shape {list(normalizer.shape)}")
+        _refuse_gradient("normalizer", normalizer)
+        return normalizer.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+    _check_number("normalizer", normalizer)
+    if not 0 <= normalizer < float("inf"):
+        raise ValueError(f"normalizer: expected finite and not negative; got {normalizer}")
+    # Division by a tensor: a normalizer of 0 is 0 rows, all of which row_scale sets to 0.
+    return torch.ones((), dtype=dtype, device=device) * normalizer
+
+
+def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        if value.dim() == 0:
+            _refuse_gradient(name, value)
+            return value.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(1)
+        _check_per_row(name, value, leading, device)
+        return value.detach().to(dtype).reshape(-1).contiguous()
+    _check_number(name, value)
+    if name == "temperature" and not 0 < value < float("inf"):
+        raise ValueError(f"temperature: expected finite and > 0; got {value}")
+    if name == "hard_weight" and not 0 <= value <= 1:
+        raise ValueError(f"hard_weight: expected from 0 to 1; got {value}")
+    return torch.ones(1, dtype=dtype, device=device) * value
+
+
+def _check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype}; got {x.dtype}")
+    if dtype is None and (x.is_complex() or x.dtype == torch.bool):
+        raise TypeError(f"{name}: expected a real number per row; got {x.dtype}")
+    if x.shape != leading:
+        raise ValueError(f"{name}: expected the logits' leading shape {list(leading)}; got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected on the logits' device {device}; got {x.device}")
+    _refuse_gradient(name, x)
+
+
+def _refuse_gradient(name: str, x: Tensor):
+    if x.requires_grad:
+        raise ValueError(f"{name} requires grad, but the loss has no gradient with respect to it; pass it detached")
+
+
+def _check_number(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number or a tensor; got {type(value).__name__}")
+
+
+def _shown(value) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def _one_of(choices) -> str:
+    return " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)

@@ -1,0 +1,240 @@
+"""The edges of a row: infinities, NaN, one class, equal and saturated distributions, offsets, offsets past 2^31."""
+
+import math
+
+import pytest
+import torch
+from truth import BACKENDS, DIVERGENCES, assert_gradient_close, assert_loss_close, device_of, rounding, run, truth
+
+from kdkernels import CATALOGUE, Divergence
+
+INF = math.inf
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+each_gradient = pytest.mark.parametrize("gradient", ["forward", "backward"])
+
+
+def infinite_where_teacher_has_no_mass(divergence: Divergence) -> bool:
+    return divergence.name in ("reverse_kl", "mixed_kl") or (divergence.name == "alpha" and divergence.parameter < 0)
+
+
+def check(student, teacher, divergence, backend, **options):
+    student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
+    got = run(student, teacher, divergence, backend=backend, **options)
+    want = truth(student, teacher, divergence, **options)
+    ulps = rounding(student, teacher, options.get("temperature", 1.0))
+    assert_loss_close(got.loss, want.loss, 1e-6 * want.loss.abs() + ulps * (1 + want.loss.abs()), divergence)
+    assert_gradient_close(got.gradient, want.gradient, ulps * (1 + want.loss.abs().nan_to_num(0, 0)), divergence)
+    return got
+
+
+@each_divergence
+@each_backend
+@each_gradient
+def test_class_that_is_minus_infinity_on_both_sides_contributes_nothing(divergence, backend, gradient):
+    student, teacher = torch.randn(3, 300), torch.randn(3, 300)
+    without = run(student[:, 10:].contiguous(), teacher[:, 10:].contiguous(), divergence, backend="reference")
+    student[:, :10], teacher[:, :10] = -INF, -INF
+    got = check(student, teacher, divergence, backend, gradient=gradient)
+    torch.testing.assert_close(got.loss.cpu(), without.loss, rtol=1e-4, atol=1e-6)
+    assert not got.gradient[:, :10].any()
+
+
+@each_divergence
+@each_backend
+@each_gradient
+def test_teacher_without_mass_where_the_student_has_some(divergence, backend, gradient):
+    """Finite and exact, or +inf with the whole row's gradient NaN, as the docstring says; other rows are untouched."""
+    student, teacher = torch.randn(3, 300), torch.randn(3, 300)
+    teacher[1, 5:20] = -INF
+    got = check(student, teacher, divergence, backend, gradient=gradient)
+    if infinite_where_teacher_has_no_mass(divergence):
+        assert got.loss[1] == INF and got.gradient[1].isnan().all()
+    else:
+        assert got.loss[1].isfinite() and got.gradient[1].isfinite().all()
+    assert got.loss[[0, 2]].isfinite().all() and got.gradient[[0, 2]].isfinite().all()
+
+
+@each_divergence
+@each_backend
+@each_gradient
+def test_student_without_mass_where_the_teacher_has_some(divergence, backend, gradient):
+    student, teacher = torch.randn(3, 300), torch.randn(3, 300)
+    student[1, 5:20] = -INF
+    got = check(student, teacher, divergence, backend, gradient=gradient)
+    if divergence.name in ("kl", "mixed_kl"):
+        assert got.loss[1] == INF and got.gradient[1].isfinite().all()
+    elif divergence.name == "alpha" and divergence.parameter > 1:
+        assert got.loss[1] == INF and got.gradient[1].isnan().all()
+    else:
+        assert got.loss[1].isfinite() and got.gradient[1].isfinite().all()
+
+
+@each_backend
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_mixed_kl_at_its_ends_is_what_it_ends_in(backend, weight):
+    """A term of weight 0 is dropped, also where it is infinite."""
+    student, teacher = torch.randn(2, 100), torch.randn(2, 100)
+    (teacher if weight == 1.0 else student)[:, 3] = -INF
+    end = "kl" if weight == 1.0 else "reverse_kl"
+    got = check(student, teacher, Divergence("mixed_kl", weight=weight), backend)
+    torch.testing.assert_close(got.loss.cpu(), run(student, teacher, end, backend="reference").loss)
+    assert got.gradient.isfinite().all()
+
+
+@each_divergence
+@each_backend
+def test_rows_of_minus_infinity_but_one(divergence, backend):
+    """Point masses: on one class (nothing to learn), and on two."""
+    student, teacher = torch.full((2, 5000 if backend == "cpu" else 300), -INF), None
+    teacher = student.clone()
+    student[:, 7] = 1.0
+    teacher[0, 7], teacher[1, 9] = -2.0, 3.0
+    got = check(student, teacher, divergence, backend)
+    assert got.loss[0].abs() < 1e-7 and got.gradient[0].abs().max() < 1e-7
+    limits = {"tv": 1.0, "hellinger": 1.0, "js": None}
+    if limits.get(divergence.name):
+        assert got.loss[1].item() == pytest.approx(limits[divergence.name])
+
+
+@each_backend
+@each_gradient
+@pytest.mark.parametrize("where", ["student", "teacher"])
+@pytest.mark.parametrize("bad", ["7fc00000", "7fffffff", "ffffffff", "7f800001", "inf", "all -inf"])
+@pytest.mark.parametrize("divergence", list(CATALOGUE))
+def test_nan_stays_in_its_row(backend, gradient, where, bad, divergence):
+    if backend == "triton" and (divergence not in ("kl", "js", "tv") or bad in ("7fffffff", "7f800001")):
+        return  # the interpreter is slow; what is left covers every path
+    student, teacher = torch.randn(3, 70), torch.randn(3, 70)
+    row = {"student": student, "teacher": teacher}[where][1]
+    if bad == "inf":
+        row[4] = INF
+    elif bad == "all -inf":
+        row[:] = -INF
+    else:
+        row[4] = torch.tensor(int(bad, 16) - (1 << 32) if int(bad, 16) >> 31 else int(bad, 16), dtype=torch.int32).view(
+            torch.float32
+        )
+    for dtype in (torch.float32, torch.bfloat16):
+        device = device_of(backend)
+        got = run(student.to(device, dtype), teacher.to(device), divergence, backend=backend, gradient=gradient)
+        assert got.loss.isnan().tolist() == [False, True, False], dtype
+        assert got.gradient[1].isnan().all() and not got.gradient[[0, 2]].isnan().any(), dtype
+
+
+@each_backend
+@pytest.mark.parametrize("bits", [0x7FC0, 0x7FFF, 0xFFFF, 0x7F81])
+def test_every_nan_of_bf16_is_nan(backend, bits):
+    student = torch.randn(2, 50).bfloat16()
+    student[0, 3] = torch.tensor(bits - (1 << 16) if bits >> 15 else bits, dtype=torch.int16).view(torch.bfloat16)
+    got = run(student.to(device_of(backend)), torch.randn(2, 50, device=device_of(backend)), "kl", backend=backend)
+    assert got.loss.isnan().tolist() == [True, False] and got.gradient[0].isnan().all()
+
+
+@each_divergence
+@each_backend
+def test_one_class(divergence, backend):
+    got = check(torch.randn(4, 1), torch.randn(4, 1), divergence, backend)
+    assert got.loss.abs().max() < 1e-7 and got.gradient.abs().max() < 1e-7
+
+
+@each_divergence
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_identical_distributions_give_zero(divergence, backend, dtype):
+    logits = (5 * torch.randn(3, 1000)).to(dtype)
+    got = check(logits, logits, divergence, backend)
+    assert got.loss.abs().max() < 1e-6 and got.gradient.abs().max() < 1e-6
+
+
+@each_divergence
+@each_backend
+def test_saturated_logits(divergence, backend):
+    if divergence.name == "alpha" and not 0 < divergence.parameter < 1:
+        return  # e^160 is beyond fp32, as the docstring's +inf says
+    sign = torch.where(torch.rand(4, 500) < 0.5, -80.0, 80.0)
+    check(sign, sign.roll(1, -1), divergence, backend)
+    one_hot = torch.full((2, 500), -80.0)
+    other = one_hot.clone()
+    one_hot[:, 3], other[:, 4] = 80.0, 80.0
+    check(one_hot, other, divergence, backend)
+
+
+@each_divergence
+@each_backend
+def test_common_offset_changes_nothing(divergence, backend):
+    """Digits are not lost to a large lse: logits on a grid that fp32 holds at both offsets."""
+    student, teacher = torch.randint(-64, 64, (2, 3, 400)).float() / 16
+    device = device_of(backend)
+    here = run(student.to(device), teacher.to(device), divergence, backend=backend)
+    far = run((student + 4096).to(device), (teacher - 8192).to(device), divergence, backend=backend)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if backend != "reference" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(far.loss, here.loss, **tolerance)
+    torch.testing.assert_close(far.gradient, here.gradient, **tolerance)
+
+
+@each_divergence
+def test_close_distributions_keep_their_digits(divergence):
+    """At V = 262,144 and a divergence of 1e-5 the termwise form holds; the rounding of an lse alone would be 10 % of it."""
+    torch.manual_seed(0)
+    student = torch.randn(1, 262_144)
+    teacher = student + 0.005 * torch.randn(1, 262_144)
+    got = run(student, teacher, divergence, backend="cpu")
+    want = truth(student, teacher, divergence)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=2e-3, abs=1e-8)
+
+
+def test_kl_is_closer_than_eager_near_equality():
+    torch.manual_seed(0)
+    student = torch.randn(1, 262_144)
+    teacher = student + 0.01 * torch.randn(1, 262_144)
+    want = truth(student, teacher, "kl").loss.item()
+    eager = torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum"
+    ).item()
+    got = run(student, teacher, "kl", backend="cpu").loss.item()
+    assert abs(got - want) < 0.02 * abs(eager - want)
+
+
+@each_divergence
+def test_offsets_past_two_to_the_31(divergence):
+    """Rows further apart than int32 counts: strided views of a memory that is only touched at the rows."""
+    stride = 2**31 + 64
+    storage = torch.empty(0, dtype=torch.uint8)
+    torch.use_deterministic_algorithms(False)  # do not fill
+    try:
+        storage = torch.empty(stride + 4096, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4 GiB of address space are not to be had")
+    rows = storage.as_strided((2, 1000), (stride, 1))
+    values, teacher = torch.randn(2, 1000).bfloat16(), torch.randn(2, 1000)
+    rows.copy_(values)
+    got = run(rows, teacher, divergence, backend="cpu")
+    want = run(values, teacher, divergence, backend="cpu")
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
+
+
+@each_backend
+def test_label_term_ignores_the_temperature_and_the_divergence(backend):
+    """hard_weight 1 is cross-entropy at temperature 1, whatever the teacher says, with its gradient."""
+    device = device_of(backend)
+    student, teacher = torch.randn(4, 200, device=device), torch.randn(4, 200, device=device)
+    labels = torch.randint(0, 200, (4,), device=device)
+    got = run(student, teacher, "js", labels=labels, hard_weight=1.0, temperature=3.0, backend=backend)
+    leaf = student.clone().requires_grad_()
+    want = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    want.sum().backward()
+    torch.testing.assert_close(got.loss, want)
+    torch.testing.assert_close(got.gradient, leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+@each_backend
+def test_label_of_probability_zero_is_infinite_only_where_it_counts(backend):
+    device = device_of(backend)
+    student, teacher = torch.randn(2, 50, device=device), torch.randn(2, 50, device=device)
+    student[:, 3], teacher[:, 3] = -INF, -INF
+    labels = torch.tensor([3, 3], device=device)
+    hard_weight = torch.tensor([0.0, 0.5], device=device)
+    got = run(student, teacher, "kl", labels=labels, hard_weight=hard_weight, backend=backend)
+    assert got.loss[0].isfinite() and got.loss[1] == INF
+    assert got.gradient[0].isfinite().all()

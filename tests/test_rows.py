@@ -1,0 +1,241 @@
+"""Every divergence on every backend, against fp64: losses, gradients, statistics, options, reductions."""
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, Logits, logits, row_options
+from truth import (
+    BACKENDS,
+    DIVERGENCES,
+    assert_gradient_close,
+    assert_loss_close,
+    device_of,
+    rounding,
+    run,
+    serves,
+    truth,
+)
+
+from kdkernels.options import STATISTICS
+
+LABEL_FREE = tuple(name for name in STATISTICS if "label" not in name and name != "cross_entropy")
+# The interpreter takes a hundred times as long.
+EXAMPLES = {"cpu": 40, "triton": 6, "reference": 8}
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def vocabularies(backend):
+    return st.integers(1, 700) if backend == "triton" else None
+
+
+def check(recipe: Logits, options, divergence, backend, statistics=()):
+    device = device_of(backend)
+    student, teacher = recipe.make(device)
+    options = {**options, "vocab_size": recipe.vocab_size, "statistics": statistics}
+    got = run(student, teacher, divergence, backend=backend, **options)
+    want = truth(student, teacher, divergence, **options)
+    # Outside (0, 1), alpha's terms are exponentials of the log-ratio: its rounding is relative to the loss, and the loss
+    # may be larger than any number of the gradient's dtype.
+    steep = want.loss.abs() if divergence.name == "alpha" and not 0 < divergence.parameter < 1 else 0
+    assume(torch.as_tensor(steep).max() < 1e3)
+
+    temperature = torch.as_tensor(options["temperature"], device=device)
+    column = temperature[..., None].double() if temperature.dim() else temperature
+    ulps = rounding(student[..., : recipe.vocab], teacher[..., : recipe.vocab], column)
+    # What multiplies a divergence multiplies its error.
+    factor = temperature**2 if options["temperature_squared"] else torch.ones_like(temperature)
+    weight = options.get("row_weight", torch.ones((), device=device)).abs()
+    slopes = weight * (factor / temperature).clamp(min=1) + want.loss.abs()
+    allowed = 1e-6 * want.loss.abs() + ulps * (factor.clamp(min=1) * weight + steep)
+    assert_loss_close(got.loss, want.loss, allowed, divergence)
+    assert_gradient_close(got.gradient, want.gradient, ulps * slopes, divergence)
+    assert not got.gradient[..., recipe.vocab :].any(), "padding columns have no gradient"
+    for name in statistics:
+        if "top1" in name:
+            assert torch.equal(got.statistics[name], want.statistics[name]), name
+        else:
+            value = want.statistics[name]
+            allowed = 1e-6 * value.abs() + ulps * (1 + (value.abs() if name == "divergence" else 0))
+            assert_loss_close(got.statistics[name], value, allowed, name)
+
+
+@each_divergence
+@each_backend
+def test_matches_fp64(divergence, backend):
+    @settings(max_examples=EXAMPLES[backend])
+    @given(recipe=logits(vocabularies(backend)), recipe_of_options=row_options)
+    def property_holds(recipe, recipe_of_options):
+        options = recipe_of_options.make(recipe.leading, recipe.vocab, device_of(backend))
+        check(recipe, options, divergence, backend)
+
+    property_holds()
+
+
+@each_backend
+def test_statistics_match_fp64(backend):
+    @settings(max_examples=EXAMPLES[backend])
+    @given(recipe=logits(vocabularies(backend)), recipe_of_options=row_options)
+    def property_holds(recipe, recipe_of_options):
+        options = recipe_of_options.make(recipe.leading, recipe.vocab, device_of(backend))
+        statistics = STATISTICS if "labels" in options else LABEL_FREE
+        check(recipe, options, DIVERGENCES[0], backend, statistics)
+
+    property_holds()
+
+
+@each_divergence
+def test_cpu_in_fp64(divergence):
+    """fp64 in, fp64 through: the native kernels agree with the reference to fp64 rounding."""
+
+    @settings(max_examples=10)
+    @given(recipe=logits(st.integers(1, 5000), dtypes=[torch.float64]), recipe_of_options=row_options)
+    def property_holds(recipe, recipe_of_options):
+        options = recipe_of_options.make(recipe.leading, recipe.vocab)
+        student, teacher = recipe.make()
+        got = run(student, teacher, divergence, backend="cpu", vocab_size=recipe.vocab_size, **options)
+        want = truth(student, teacher, divergence, vocab_size=recipe.vocab_size, **options)
+        assert got.loss.dtype == torch.float64 and got.gradient.dtype == torch.float64
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-9, atol=1e-11)
+
+    property_holds()
+
+
+@each_divergence
+@each_backend
+def test_both_gradients_agree(divergence, backend):
+    """The sweep that writes the gradient at once and the one that comes back for it, with a gradient per row."""
+    recipe = Logits((2, 3), 613, (0, 0), torch.float32, torch.bfloat16, 3.0, 0.0, 0.0, True, 5)
+    student, teacher = recipe.make(device_of(backend))
+    labels = torch.randint(0, 613, (2, 3), device=student.device)
+    labels[1, 1] = -100
+    options = {"temperature": 1.7, "labels": labels, "hard_weight": 0.3, "backend": backend}
+    grad_output = torch.randn(2, 3, device=student.device)
+    grad_output[1, 1] = torch.nan  # a row that is not kept stays without gradient whatever comes back
+    if backend == "reference":
+        grad_output[1, 1] = 0
+    at_once = run(student, teacher, divergence, gradient="forward", grad_output=grad_output.nan_to_num(0), **options)
+    in_backward = run(student, teacher, divergence, gradient="backward", grad_output=grad_output, **options)
+    torch.testing.assert_close(at_once.loss, in_backward.loss, rtol=0, atol=0)
+    scale = at_once.gradient.abs().max()
+    torch.testing.assert_close(at_once.gradient, in_backward.gradient, rtol=1e-5, atol=1e-6 * scale.item())
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_reductions(backend, reduction, gradient):
+    """mean divides by the kept rows, sum by nothing; a row weight does not change the count; a normalizer replaces it."""
+    recipe = Logits((4, 3), 300, (0, 0), torch.float32, torch.float32, 2.0, 0.0, 0.0, False, 1)
+    student, teacher = recipe.make(device_of(backend))
+    mask = torch.rand(4, 3, device=student.device) > 0.4
+    mask[0, 0], mask[0, 1] = True, False
+    weight = torch.rand(4, 3, device=student.device)
+    rows = truth(student, teacher, "js").loss.float()
+    denominator = {"mean": mask.sum(), "sum": 1, "none": 1}[reduction]
+    want = torch.where(mask, rows * weight, 0) / denominator
+    options = {"mask": mask, "row_weight": weight, "backend": backend, "gradient": gradient}
+    got = run(student, teacher, "js", reduction=reduction, **options)
+    torch.testing.assert_close(got.loss, want if reduction == "none" else want.sum(), rtol=1e-5, atol=1e-6)
+    masked_truth = truth(student, teacher, "js", reduction=reduction, mask=mask, row_weight=weight)
+    torch.testing.assert_close(got.gradient.double(), masked_truth.gradient, rtol=1e-4, atol=1e-7)
+    if reduction == "mean":
+        for normalizer in (7, 7.0, torch.tensor(7), torch.tensor([[7.0]], dtype=torch.float64, device=student.device)):
+            again = run(student, teacher, "js", reduction="mean", normalizer=normalizer, **options)
+            torch.testing.assert_close(again.loss, got.loss * mask.sum() / 7)
+            torch.testing.assert_close(again.gradient, got.gradient * (mask.sum() / 7))
+
+
+@each_backend
+def test_masked_rows_are_not_read_or_counted(backend):
+    """NaN in masked rows reaches nothing; the mean is that of the kept rows alone."""
+    recipe = Logits((6,), 400, (0, 0), torch.float32, torch.float32, 2.0, 0.0, 0.0, False, 2)
+    student, teacher = recipe.make(device_of(backend))
+    mask = torch.tensor([True, False, True, True, False, False], device=student.device)
+    alone = run(student[mask], teacher[mask], "kl", reduction="mean", backend=backend)
+    student[~mask], teacher[~mask] = torch.nan, torch.nan
+    for options in ({"mask": mask}, {"labels": torch.where(mask, 3, -100)}):
+        got = run(student, teacher, "kl", reduction="mean", backend=backend, statistics=LABEL_FREE, **options)
+        torch.testing.assert_close(got.loss, alone.loss)
+        torch.testing.assert_close(got.gradient[mask], alone.gradient)
+        assert not got.gradient[~mask].any()
+        for name in LABEL_FREE:
+            assert not got.statistics[name][~mask].any(), name
+
+
+@each_backend
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("normalizer", [None, 0, 5])
+def test_no_kept_rows_is_zero(backend, reduction, normalizer):
+    if reduction == "sum" and normalizer is not None:
+        return
+    device = device_of(backend)
+    for shape in ((3, 50), (0, 50), (2, 0, 50)):
+        student, teacher = torch.randn(shape, device=device), torch.randn(shape, device=device)
+        mask = torch.zeros(shape[:-1], dtype=torch.bool, device=device)
+        got = run(student, teacher, "js", reduction=reduction, normalizer=normalizer, mask=mask, backend=backend)
+        assert got.loss == 0 and got.gradient.shape == shape and not got.gradient.any()
+
+
+@each_backend
+def test_leading_shapes_and_statistics_shapes(backend):
+    device = device_of(backend)
+    base_s, base_t = torch.randn(12, 130, device=device), torch.randn(12, 130, device=device)
+    flat = run(base_s, base_t, "tv", backend=backend, statistics=("tv", "student_top1"))
+    for leading in ((12,), (3, 4), (2, 3, 2), (1, 2, 1, 6)):
+        got = run(base_s.view(*leading, 130), base_t.view(*leading, 130), "tv", backend=backend,
+                  statistics=("tv", "student_top1"))  # fmt: skip
+        assert got.loss.shape == leading and got.statistics["tv"].shape == leading
+        assert torch.equal(got.loss.flatten(), flat.loss)
+        assert torch.equal(got.gradient.view(12, 130), flat.gradient)
+        assert torch.equal(got.statistics["student_top1"].flatten(), base_s.argmax(-1))
+    single = run(base_s[0], base_t[0], "tv", backend=backend)
+    assert single.loss.shape == () and torch.equal(single.loss, flat.loss[0])
+
+
+@each_backend
+def test_strides_are_honoured(backend):
+    """Slices, transposed leading dimensions and expanded teachers give what their contiguous copies give."""
+    device = device_of(backend)
+    logits = torch.randn(3, 5, 4, 90, device=device)
+    for view in (
+        logits[0, :, :-1],
+        logits[0].transpose(0, 1),
+        logits[:, 1:, 2],
+        logits[:, :, ::2],
+        logits[..., 3:80],
+        logits[:1].expand(3, 5, 4, 90),
+        logits[:, ::2, ::3],
+        logits.permute(2, 0, 1, 3),
+    ):
+        teacher = torch.randn(view.shape, device=device)
+        strided = run(view, teacher, "js", backend=backend)
+        packed = run(view.contiguous(), teacher, "js", backend=backend)
+        assert torch.equal(strided.loss, packed.loss) and torch.equal(strided.gradient, packed.gradient)
+        as_teacher = run(teacher, view, "js", backend=backend)
+        assert torch.equal(as_teacher.loss, run(teacher, view.contiguous(), "js", backend=backend).loss)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_result_does_not_depend_on_thread_count(dtype):
+    student, teacher = torch.randn(3, 70_001).to(dtype), torch.randn(3, 70_001).to(dtype)
+    threads = torch.get_num_threads()
+    results = {"forward": [], "backward": []}
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for gradient, found in results.items():
+                found.append(run(student, teacher, "js", backend="cpu", gradient=gradient))
+    finally:
+        torch.set_num_threads(threads)
+    for first, *others in results.values():
+        for other in others:
+            assert torch.equal(other.loss, first.loss) and torch.equal(other.gradient, first.gradient)
+
+
+@each_backend
+def test_serves_what_it_says(backend):
+    x = torch.randn(1, 4, device=device_of(backend))
+    assert serves(backend, x, x)

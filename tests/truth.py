@@ -1,0 +1,110 @@
+"""The truth that kernels are held to, and how close they must come."""
+
+from dataclasses import dataclass
+
+import torch
+
+import kdkernels
+from kdkernels import CATALOGUE, Divergence
+from kdkernels.backends import refuse
+
+DIVERGENCES = [
+    Divergence("kl"),
+    Divergence("reverse_kl"),
+    Divergence("mixed_kl", weight=0.3),
+    Divergence("js", beta=0.5),
+    Divergence("js", beta=0.1),
+    Divergence("skew_kl", alpha=0.1),
+    Divergence("skew_reverse_kl", alpha=0.1),
+    Divergence("tv"),
+    Divergence("hellinger"),
+    Divergence("alpha", alpha=0.5),
+    Divergence("alpha", alpha=1.5),
+    Divergence("alpha", alpha=-0.5),
+]
+assert {d.name for d in DIVERGENCES} == set(CATALOGUE), "a new divergence needs a line in DIVERGENCES"
+
+# The compiled backends, and "reference" in low precision.
+BACKENDS = ["cpu", "triton", "reference"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend == "cpu" else DEVICE
+
+
+def serves(backend: str, student: torch.Tensor, teacher: torch.Tensor) -> bool:
+    return refuse(backend, student, teacher) is None
+
+
+@dataclass
+class Result:
+    loss: torch.Tensor
+    gradient: torch.Tensor | None
+    statistics: dict[str, torch.Tensor]
+
+
+def run(student, teacher, divergence, *, grad_output=None, statistics=(), **options) -> Result:
+    """Loss and gradient of a call, on fresh leaves; reduction "none" unless it is given."""
+    options = {"reduction": "none", **options}
+    student = student.detach().requires_grad_()
+    out = kdkernels.fused_divergence(student, teacher.detach(), divergence, statistics=statistics, **options)
+    loss, found = (out.loss, out.statistics) if statistics else (out, {})
+    if grad_output is None:
+        grad_output = torch.ones_like(loss)
+    (gradient,) = torch.autograd.grad(loss, student, grad_output.to(loss))
+    return Result(loss.detach(), gradient, found)
+
+
+def truth(student, teacher, divergence, **options) -> Result:
+    """The same call in fp64 on the reference backend."""
+    options = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()
+    }
+    options.pop("gradient", None)
+    return run(student.double(), teacher.double(), divergence, **{**options, "backend": "reference"})
+
+
+def rounding(student, teacher, temperature=1.0) -> torch.Tensor:
+    """4 ulp of the larger |lse| of each row, in the size that its log-probabilities have.
+
+    Log-probabilities carry the rounding of their own size, also where the lse is small: the span from the lse down to
+    the smallest logit that has mass in fp32 counts too.
+    """
+    largest = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device)
+    for x in (student, teacher):
+        tempered = x.double() / temperature
+        lse = tempered.logsumexp(-1)
+        finite = torch.where(torch.isfinite(tempered), tempered, lse[..., None])
+        span = (lse - finite.min(-1).values).clamp(max=87.0)
+        largest = torch.maximum(largest, torch.maximum(lse.abs(), span).nan_to_num(1))
+    return 4 * 2.0**-23 * largest
+
+
+def assert_loss_close(got: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor, what=""):
+    """Infinities and NaN must be where they should be; the rest within the tolerance."""
+    got, want = got.double().cpu(), want.double().cpu()
+    assert torch.equal(torch.isnan(got), torch.isnan(want)), f"{what}: NaN in {got} where {want}"
+    infinite = torch.isinf(want)
+    assert torch.equal(got[infinite], want[infinite]), f"{what}: {got} where {want}"
+    finite = torch.isfinite(want)
+    error = (got - want).abs()[finite]
+    allowed = tolerance.double().cpu()[finite]
+    assert (error <= allowed).all(), f"{what}: error {error.max():.3e}, allowed {allowed.max():.3e}; {got} {want}"
+
+
+# A gradient is rounded to its dtype once; what the arithmetic before that loses is relative to the row's largest slope.
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+
+
+def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.Tensor, what=""):
+    """`of_row` is the absolute error that a row may have: its rounding times the size of its slopes."""
+    relative = GRADIENT_TOLERANCE[got.dtype]
+    subnormal = 2.0**-24 if got.dtype == torch.float16 else 1e-37
+    got, want = got.double().cpu(), want.double().cpu()
+    assert torch.equal(torch.isnan(got), torch.isnan(want)), f"{what}: NaN in other places than expected"
+    got, want = got.nan_to_num(0), want.nan_to_num(0)
+    row_max = want.abs().amax(-1, keepdim=True)
+    allowed = relative * want.abs() + 1e-6 * row_max + of_row.double().cpu()[..., None] + subnormal
+    error = (got - want).abs()
+    assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times what is allowed"
