@@ -33,7 +33,7 @@ namespace {
 
 struct Cpu {
   const char* isa;
-  kdk::FaultAt (*rows)(const RowsCall&) noexcept;
+  bool (*rows)(const RowsCall&) noexcept;
   void (*scale_rows)(void*, Dtype, int64_t, int64_t, kdk::PerRow, int) noexcept;
   int64_t (*workspace_bytes)(int64_t, bool, int) noexcept;
 };
@@ -92,13 +92,13 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-std::tuple<int, int64_t> rows(int sweeps, int divergence, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
-                              const LogitsArgument& student, const LogitsArgument& teacher,
-                              const PerRowArgument& row_scale, const PerRowArgument& temperature,
-                              const PerRowArgument& hard_weight, uintptr_t labels, uintptr_t parameters,
-                              bool temperature_squared, bool unit_log_sum, uintptr_t floats, uintptr_t sums,
-                              uintptr_t loss, uintptr_t statistics, uintptr_t top1, uintptr_t gradient,
-                              uintptr_t workspace, int threads) {
+bool rows(int sweeps, int divergence, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
+          const LogitsArgument& student, const LogitsArgument& teacher,
+          const PerRowArgument& row_scale, const PerRowArgument& temperature,
+          const PerRowArgument& hard_weight, uintptr_t labels, uintptr_t parameters,
+          bool temperature_squared, bool unit_log_sum, uintptr_t floats, uintptr_t sums,
+          uintptr_t loss, uintptr_t statistics, uintptr_t top1, uintptr_t gradient,
+          uintptr_t workspace, int threads) {
   RowsCall call{};
   call.sweeps = sweeps;
   call.divergence = divergence;
@@ -126,8 +126,7 @@ std::tuple<int, int64_t> rows(int sweeps, int divergence, std::tuple<int64_t, in
     int64_t element = call.student.dtype == Dtype::f64 ? 8 : call.student.dtype == Dtype::f32 ? 4 : 2;
     advise_huge_pages(call.gradient, call.rows * call.gradient_columns * element);
   }
-  kdk::FaultAt found = cpu.rows(call);
-  return {found.fault, found.row};
+  return cpu.rows(call);
 }
 
 void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const PerRowArgument& factor, int threads) {

@@ -51,11 +51,4 @@ struct RowsCall {
   int threads;
 };
 
-// What a call found wrong with a value; the row's results are NaN.
-enum Fault : int { kNone = 0, kLabelOutOfRange = 1, kBadTemperature = 2 };
-struct FaultAt {
-  int fault;
-  int64_t row;
-};
-
 }  // namespace kdk

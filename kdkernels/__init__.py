@@ -1,6 +1,7 @@
 """The loss layer of knowledge distillation at vocabulary scale."""
 
 from . import nn
+from .backends import checks
 from .divergences import CATALOGUE, Divergence
 from .functional import LossOutput, fused_divergence, fused_js, fused_kl, next_token_labels
 
@@ -10,6 +11,7 @@ __all__ = [
     "CATALOGUE",
     "Divergence",
     "LossOutput",
+    "checks",
     "fused_divergence",
     "fused_js",
     "fused_kl",

@@ -45,6 +45,21 @@ def _gradient_like(student: Tensor) -> Tensor:
     return _new(student, *student.shape, dtype=student.dtype)
 
 
+def _rows(kernels, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
+          *flags):  # fmt: skip
+    if backends.values_are_checked():
+        backends.check_values(row_scale, labels, temperature, vocab_size)
+    return kernels.rows(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
+                        vocab_size, *flags)  # fmt: skip
+
+
+def _statistics_fake(student, count, dtype, statistics):
+    return (
+        _new(student, len(ROW_STATISTICS) if statistics else 0, count, dtype=dtype),
+        _new(student, len(ROW_TOP1) if statistics else 0, count, dtype=torch.int64),
+    )
+
+
 def _rows_fake(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
                temperature_squared, gradient, statistics, backend):  # fmt: skip
     count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
@@ -53,8 +68,7 @@ def _rows_fake(student, teacher, row_scale, labels, temperature, hard_weight, pa
         _gradient_like(student) if gradient else _new(student, 0, dtype=student.dtype),
         _new(student, len(ROW_FLOATS), count, dtype=dtype),
         _new(student, len(ROW_SUMS), count, dtype=dtype),
-        _new(student, len(ROW_STATISTICS) if statistics else 0, count, dtype=dtype),
-        _new(student, len(ROW_TOP1) if statistics else 0, count, dtype=torch.int64),
+        *_statistics_fake(student, count, dtype, statistics),
     )
 
 
@@ -62,8 +76,10 @@ def _row_floats_fake(student, teacher, row_scale, temperature, vocab_size, backe
     return _new(student, len(ROW_FLOATS), row_scale.shape[0], dtype=compute_dtype(student, teacher))
 
 
-def _row_sums_fake(student, teacher, row_scale, temperature, parameters, floats, divergence, vocab_size, backend):
-    return _new(student, len(ROW_SUMS), row_scale.shape[0], dtype=compute_dtype(student, teacher))
+def _row_sums_fake(student, teacher, row_scale, labels, temperature, parameters, floats, divergence, vocab_size,
+                   statistics, backend):  # fmt: skip
+    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
+    return _new(student, len(ROW_SUMS), count, dtype=dtype), *_statistics_fake(student, count, dtype, statistics)
 
 
 # All sweeps in one call: loss [rows] (row_scale folded in), gradient (the student's shape, or empty), row floats,
@@ -71,19 +87,20 @@ def _row_sums_fake(student, teacher, row_scale, temperature, parameters, floats,
 rows = _define(
     f"rows({_LOGITS}, {_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
     "bool gradient, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda kernels, *args: kernels.rows(*args),
+    _rows,
     _rows_fake,
 )
 
-# The sweeps one by one. A reduction between them makes them serve a vocabulary that is split over devices.
+# The sweeps one by one; a reduction between them makes them serve a vocabulary that is split over devices. row_floats
+# gives the floats, row_sums the sums, statistics and top-1 (or empty).
 row_floats = _define(
     f"row_floats({_LOGITS}, Tensor temperature, SymInt vocab_size, str backend) -> Tensor",
     lambda kernels, *args: kernels.row_floats(*args),
     _row_floats_fake,
 )
 row_sums = _define(
-    f"row_sums({_LOGITS}, Tensor temperature, Tensor parameters, Tensor floats, str divergence, SymInt vocab_size, "
-    "str backend) -> Tensor",
+    f"row_sums({_LOGITS}, Tensor? labels, Tensor temperature, Tensor parameters, Tensor floats, str divergence, "
+    "SymInt vocab_size, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
     lambda kernels, *args: kernels.row_sums(*args),
     _row_sums_fake,
 )

@@ -93,10 +93,13 @@ def as_outer_inner(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both logits [..., V] as [outer, inner, V]: views where the leading dimensions collapse to two, else copies."""
     leading = student.shape[:-1]
     # Where to cut the leading dimensions in two, so that as few tensors as possible need a copy.
-    cut = min(
-        range(1, max(len(leading), 2)),
-        key=lambda cut: sum(not _collapses(x, 0, cut) or not _collapses(x, cut, len(leading)) for x in (student, teacher)),
-    )
+    cut, fewest = 1, 3
+    for candidate in range(1, max(len(leading), 2)):
+        copies = sum(
+            not (_collapses(x, 0, candidate) and _collapses(x, candidate, len(leading))) for x in (student, teacher)
+        )
+        if copies < fewest:
+            cut, fewest = candidate, copies
     outer, inner = leading[:cut].numel(), leading[cut:].numel()
     return student.reshape(outer, inner, student.shape[-1]), teacher.reshape(outer, inner, teacher.shape[-1])
 

@@ -246,11 +246,9 @@ template <class T> struct Row {
     return (const char*)x.data + offset * bytes_of(x.dtype);
   }
 
-  int fault() const {
-    if (scale == 0) return kNone;
-    if (!(temperature > 0 && temperature < INFINITY)) return kBadTemperature;
-    if (call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns)) return kLabelOutOfRange;
-    return kNone;
+  bool has_bad_value() const {
+    if (!(temperature > 0 && temperature < INFINITY)) return true;
+    return call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns);
   }
 
   int width(int64_t block) const {
@@ -527,18 +525,12 @@ template <class T> struct Row {
 
 // ---- all rows
 
-template <class T> FaultAt all_rows(const RowsCall& call) {
-  FaultAt found = {kNone, call.rows};
+template <class T> bool all_rows(const RowsCall& call) {
   int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
-
-  auto skip = [&](const Row<T>& row) {
-    int fault = row.fault();
-    if (fault != kNone) {
-#pragma omp critical
-      if (row.row < found.row) found = {fault, row.row};
-    }
-    return row.scale == 0 || fault != kNone;
-  };
+  for (int64_t r = 0; r < call.rows; ++r) {
+    Row<T> row(call, r);
+    if (row.scale != 0 && row.has_bad_value()) return true;
+  }
 
   if (threads == 1 || call.rows >= 4 * threads) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -547,17 +539,17 @@ template <class T> FaultAt all_rows(const RowsCall& call) {
 #pragma omp for schedule(dynamic)
       for (int64_t r = 0; r < call.rows; ++r) {
         Row<T> row(call, r);
-        if (skip(row))
+        if (row.scale == 0)
           row.write_zeros();
         else
           row.template sweep<Alone>(scratch, scratch);
       }
     }
-    return found;
+    return false;
   }
   for (int64_t r = 0; r < call.rows; ++r) {
     Row<T> row(call, r);
-    if (skip(row)) {
+    if (row.scale == 0) {
       row.write_zeros();
       continue;
     }
@@ -567,10 +559,10 @@ template <class T> FaultAt all_rows(const RowsCall& call) {
       row.template sweep<Together>(shared, mine);
     }
   }
-  return found;
+  return false;
 }
 
-FaultAt rows(const RowsCall& call) noexcept {
+bool rows(const RowsCall& call) noexcept {
   bool fp64 = call.student.dtype == Dtype::f64 || call.teacher.dtype == Dtype::f64;
   return fp64 ? all_rows<double>(call) : all_rows<float>(call);
 }

@@ -4,7 +4,8 @@
 
 #define KDK_CPU_ROWS(isa)                                                                                \
   namespace isa {                                                                                        \
-  FaultAt rows(const RowsCall& call) noexcept;                                                           \
+  /* Whether a kept row had a label or a temperature that no loss has; nothing is written then. */ \
+  bool rows(const RowsCall& call) noexcept;                                                              \
   /* x[r, :] *= factor[r], rows whose factor is 1 left alone */                                          \
   void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) noexcept; \
   int64_t workspace_bytes(int64_t columns, bool fp64, int threads) noexcept;                             \

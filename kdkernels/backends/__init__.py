@@ -4,6 +4,8 @@ A backend is a module with `refuse(student, teacher) -> str | None` (why it cann
 per operator of its families (see ops.py). Nothing here imports a backend before it is needed.
 """
 
+import os
+
 import torch
 
 # Statistics of a row, in the order of the [len, rows] tensor that every backend fills.
@@ -77,3 +79,51 @@ def kernels(name: str):
 
         return rows
     raise ValueError(f"backend {name!r} implements no operators")
+
+
+# Whether values (labels, temperatures) are checked also where that costs a synchronisation.
+_checked = os.environ.get("KDKERNELS_CHECK") == "1"
+
+
+def checks(enabled: bool) -> bool:
+    """Whether a bad value in a tensor (a label out of range, a temperature <= 0) raises on a GPU too.
+
+    On a CPU it always does. On a GPU it costs a synchronisation, so without this the row becomes NaN.
+    KDKERNELS_CHECK=1 sets it from outside. Returns what was set before.
+    """
+    global _checked
+    before, _checked = _checked, bool(enabled)
+    return before
+
+
+def values_are_checked() -> bool:
+    return _checked
+
+
+def bad_rows(
+    row_scale: torch.Tensor, labels: torch.Tensor | None, temperature: torch.Tensor, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which kept rows have a label, and which a temperature, that no loss has: two bool tensors [rows]."""
+    kept = row_scale != 0
+    temperature = temperature.expand_as(row_scale)
+    bad_temperature = kept & ~((temperature > 0) & (temperature < torch.inf))
+    if labels is None:
+        return torch.zeros_like(kept), bad_temperature
+    return kept & ((labels < 0) | (labels >= vocab_size)), bad_temperature
+
+
+def check_values(
+    row_scale: torch.Tensor, labels: torch.Tensor | None, temperature: torch.Tensor, vocab_size: int
+) -> None:
+    """Raises ValueError for the first row of `bad_rows`. Reads values: a synchronisation on a GPU."""
+    bad_label, bad_temperature = bad_rows(row_scale, labels, temperature, vocab_size)
+    if bad_label.any():
+        row = int(bad_label.nonzero()[0])
+        raise ValueError(
+            f"labels: expected 0 <= label < {vocab_size} (the vocabulary) or ignore_index; "
+            f"got {labels[row].item()} in row {row}"
+        )
+    if bad_temperature.any():
+        row = int(bad_temperature.nonzero()[0])
+        got = temperature.expand_as(row_scale)[row].item()
+        raise ValueError(f"temperature: expected finite and > 0; got {got} in row {row}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
+from . import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, STORAGE_DTYPES, check_values, compute_dtype
 
 try:
     from .. import _native
@@ -40,26 +40,25 @@ def rows(
     gradient: bool,
     statistics: bool,
 ):
-    dtype = compute_dtype(student, teacher)
-    count = row_scale.numel()
+    dtype, count = compute_dtype(student, teacher), row_scale.numel()
     out = {
         "loss": torch.empty(count, dtype=dtype),
         "gradient": torch.empty(student.shape if gradient else 0, dtype=student.dtype),
         "floats": torch.empty(len(ROW_FLOATS), count, dtype=dtype),
         "sums": torch.empty(len(ROW_SUMS), count, dtype=dtype),
-        "statistics": torch.empty(len(ROW_STATISTICS) if statistics else 0, count, dtype=dtype),
-        "top1": torch.empty(len(ROW_TOP1) if statistics else 0, count, dtype=torch.int64),
+        **_statistics(dtype, count, statistics),
     }
     sweeps = _FLOATS | _SUMS | (_GRADIENT if gradient else 0)
+    unit_log_sum = hard_weight is not None or (labels is not None and statistics)
     _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-          temperature_squared, out)  # fmt: skip
+          temperature_squared, unit_log_sum, out)  # fmt: skip
     return tuple(out.values())
 
 
 def row_floats(student: Tensor, teacher: Tensor, row_scale: Tensor, temperature: Tensor, vocab_size: int):
     floats = torch.empty(len(ROW_FLOATS), row_scale.numel(), dtype=compute_dtype(student, teacher))
-    _call(_FLOATS, student, teacher, row_scale, None, temperature, None, None, None, vocab_size, False,
-          {"floats": floats}, unit_log_sum=True)  # fmt: skip
+    _call(_FLOATS, student, teacher, row_scale, None, temperature, None, None, None, vocab_size, False, True,
+          {"floats": floats})  # fmt: skip
     return floats
 
 
@@ -67,16 +66,20 @@ def row_sums(
     student: Tensor,
     teacher: Tensor,
     row_scale: Tensor,
+    labels: Tensor | None,
     temperature: Tensor,
     parameters: Tensor,
     floats: Tensor,
     divergence: str,
     vocab_size: int,
+    statistics: bool,
 ):
-    sums = torch.empty(len(ROW_SUMS), row_scale.numel(), dtype=compute_dtype(student, teacher))
-    _call(_SUMS, student, teacher, row_scale, None, temperature, None, parameters, divergence, vocab_size, False,
-          {"floats": floats, "sums": sums})  # fmt: skip
-    return sums
+    dtype, count = compute_dtype(student, teacher), row_scale.numel()
+    sums = torch.empty(len(ROW_SUMS), count, dtype=dtype)
+    out = _statistics(dtype, count, statistics)
+    _call(_SUMS, student, teacher, row_scale, labels, temperature, None, parameters, divergence, vocab_size, False,
+          False, {"floats": floats, "sums": sums, **out})  # fmt: skip
+    return sums, *out.values()
 
 
 def row_gradient(
@@ -95,7 +98,7 @@ def row_gradient(
 ):
     gradient = torch.empty(student.shape, dtype=student.dtype)
     _call(_GRADIENT, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
-          vocab_size, temperature_squared, {"floats": floats, "sums": sums, "gradient": gradient})  # fmt: skip
+          vocab_size, temperature_squared, False, {"floats": floats, "sums": sums, "gradient": gradient})  # fmt: skip
     return gradient
 
 
@@ -106,15 +109,20 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
                        torch.get_num_threads())  # fmt: skip
 
 
+def _statistics(dtype: torch.dtype, count: int, wanted: bool) -> dict[str, Tensor]:
+    return {
+        "statistics": torch.empty(len(ROW_STATISTICS) if wanted else 0, count, dtype=dtype),
+        "top1": torch.empty(len(ROW_TOP1) if wanted else 0, count, dtype=torch.int64),
+    }
+
+
 def _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-          temperature_squared, out, unit_log_sum=None):  # fmt: skip
+          temperature_squared, unit_log_sum, out):  # fmt: skip
     threads = torch.get_num_threads()
     fp64 = compute_dtype(student, teacher) == torch.float64
     workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
     statistics = out.get("statistics")
-    if unit_log_sum is None:
-        unit_log_sum = hard_weight is not None or (labels is not None and statistics is not None)
-    fault, row = _native.rows(
+    found_bad_value = _native.rows(
         sweeps,
         -1 if divergence is None else _native.divergences.index(divergence),
         (row_scale.numel(), student.shape[1], vocab_size, student.shape[2]),
@@ -136,14 +144,8 @@ def _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight,
         workspace.data_ptr(),
         threads,
     )
-    if fault == 1:
-        raise ValueError(
-            f"labels: expected 0 <= label < {vocab_size} (the vocabulary) or ignore_index; "
-            f"got {labels[row].item()} in row {row}"
-        )
-    if fault == 2:
-        got = temperature.flatten()[row if temperature.numel() > 1 else 0].item()
-        raise ValueError(f"temperature: expected finite and > 0; got {got} in row {row}")
+    if found_bad_value:
+        check_values(row_scale, labels, temperature, vocab_size)
 
 
 def _logits(x: Tensor):

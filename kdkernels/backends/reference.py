@@ -7,7 +7,7 @@ exist to avoid. The other backends' slopes are tested against the derivatives th
 import torch
 from torch import Tensor
 
-from . import ROW_STATISTICS, ROW_TOP1, compute_dtype
+from . import ROW_STATISTICS, ROW_TOP1, bad_rows, check_values, compute_dtype, values_are_checked
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
@@ -114,6 +114,9 @@ def rows(
     """Per-row losses [rows], statistics and top-1 as `ops.rows` returns them."""
     dtype = compute_dtype(student, teacher)
     kept = row_scale != 0
+    if (row_scale.device.type == "cpu" or values_are_checked()) and not torch.compiler.is_compiling():
+        check_values(row_scale, labels, temperature, vocab_size)
+    bad_label, bad_temperature = bad_rows(row_scale, labels, temperature, vocab_size)
     inner = (row_scale.shape[0], vocab_size)
     # A skipped row may hold anything: zeros take its place, so that nothing of it reaches a gradient.
     s = torch.where(kept[:, None], student[..., :vocab_size].reshape(inner).to(dtype), 0)
@@ -129,11 +132,11 @@ def rows(
         loss = loss * temperature**2
     cross_entropy = torch.zeros_like(loss)
     if labels is not None:
-        index = torch.where(kept, labels, 0)[:, None]
-        _check_labels(index, vocab_size)
+        index = torch.where(kept & ~bad_label, labels, 0)[:, None]
         cross_entropy = -torch.log_softmax(s, -1).gather(-1, index)[:, 0]
     if hard_weight is not None:
         loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
+    loss = loss * torch.where(bad_label | bad_temperature, torch.nan, 1)
     loss = torch.where(kept, row_scale * loss, 0)
     if not statistics:
         return loss, None, None
@@ -160,16 +163,3 @@ def rows(
         torch.where(kept, torch.stack([values[name] for name in ROW_STATISTICS]), 0).detach(),
         torch.where(kept, torch.stack([top1[name] for name in ROW_TOP1]), 0),
     )
-
-
-def _check_labels(labels: Tensor, vocab_size: int):
-    """On a CPU, where it costs no synchronisation; gather would raise too, but not say what was expected."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    bad = ((labels < 0) | (labels >= vocab_size)).flatten()
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"labels: expected 0 <= label < {vocab_size} (the vocabulary) or ignore_index; "
-            f"got {labels.flatten()[row].item()} in row {row}"
-        )

@@ -1,0 +1,280 @@
+"""What torch expects of an operator: compile, opcheck, autocast, checkpointing, saved tensors, hooks, FakeTensors."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+from truth import BACKENDS, DIVERGENCES, device_of, run
+
+import kdkernels
+from kdkernels import Divergence, fused_divergence, fused_js, fused_kl, ops
+from kdkernels.backends import native
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+kernel_backends = pytest.mark.parametrize("backend", ["cpu", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def annealed_step(student, teacher, temperature, beta, mask, labels, hard_weight, normalizer, gradient):
+    out = fused_js(
+        student, teacher, beta=beta, temperature=temperature, mask=mask, labels=labels, hard_weight=hard_weight,
+        normalizer=normalizer, gradient=gradient, statistics=("tv", "student_top1"), backend="cpu",
+    )  # fmt: skip
+    return out.loss, out.statistics["tv"]
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_compiles_whole_and_twice_at_most(gradient):
+    """Ten annealed temperatures, betas, hard weights, normalizers and token counts: at most two compilations."""
+    counter = CompileCounter()
+    compiled = torch.compile(annealed_step, fullgraph=True, backend=counter)
+    for i in range(10):
+        rows = 7 + 2 * i
+        student, teacher = torch.randn(rows, 50, requires_grad=True), torch.randn(rows, 50)
+        mask, labels = torch.rand(rows) > 0.3, torch.randint(0, 50, (rows,))
+        compiled(student, teacher, 1.0 + 0.1 * i, 0.1 + 0.05 * i, mask, labels, 0.1 + 0.01 * i, 10.0 + i, gradient)
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
+    """Also where the graph goes on on both sides, and where the loss has a factor."""
+    head = torch.randn(16, 60)
+
+    def step(hidden, teacher, scale):
+        loss = fused_divergence(hidden @ head, teacher, "skew_kl", gradient=gradient, backend="cpu")
+        return loss * scale + hidden.square().mean()
+
+    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    for rows in (5, 9, 12):
+        hidden, teacher = torch.randn(rows, 16, requires_grad=True), torch.randn(rows, 60)
+        (want,) = torch.autograd.grad(step(hidden, teacher, 2.5), hidden)
+        (got,) = torch.autograd.grad(compiled(hidden, teacher, 2.5), hidden)
+        torch.testing.assert_close(got, want)
+
+
+def test_compiles_modules_without_grad_and_reference():
+    module = kdkernels.nn.Divergence("kl", temperature=2.0)
+    student, teacher = torch.randn(4, 30, requires_grad=True), torch.randn(4, 30)
+    for backend in ("cpu", "reference"):
+        compiled = torch.compile(lambda s, t, b=backend: module(s, t, backend=b), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(student, teacher), module(student, teacher))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(student, teacher), module(student, teacher))
+
+
+def operator_arguments(backend):
+    device = device_of(backend)
+    student, teacher = torch.randn(2, 3, 40, device=device), torch.randn(2, 3, 44, device=device).bfloat16()
+    row_scale = torch.rand(6, device=device)
+    labels = torch.randint(0, 40, (6,), device=device)
+    temperature, hard_weight, parameters = (torch.full((1,), x, device=device) for x in (1.5, 0.3, 0.4))
+    sweep = (student, teacher, row_scale)
+    label = (labels, temperature, hard_weight)
+    floats = ops.row_floats(*sweep, temperature, 40, backend)
+    sums, _, _ = ops.row_sums(*sweep, labels, temperature, parameters, floats, "js", 40, True, backend)
+    return {
+        "rows": (*sweep, *label, parameters, "js", 40, False, True, True, backend),
+        "rows without": (*sweep, None, temperature, None, parameters, "kl", 40, True, False, False, backend),
+        "row_floats": (*sweep, temperature, 40, backend),
+        "row_sums": (*sweep, labels, temperature, parameters, floats, "js", 40, True, backend),
+        "row_gradient": (*sweep, *label, parameters, floats, sums, "js", 40, True, backend),
+        "scale": (student.clone(), row_scale, backend),
+        "scale_": (student.clone(), row_scale, backend),
+    }
+
+
+@kernel_backends
+@pytest.mark.parametrize(
+    "name", ["rows", "rows without", "row_floats", "row_sums", "row_gradient", "scale", "scale_"]
+)
+def test_opcheck(backend, name):
+    arguments = operator_arguments(backend)[name]
+    torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
+    torch.library.opcheck(getattr(torch.ops.kdkernels, name.split()[0]).default, arguments)
+
+
+@kernel_backends
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_the_three_sweeps_make_the_fused_one(backend, divergence):
+    """row_floats, row_sums and row_gradient, one after the other, are `rows`."""
+    device = device_of(backend)
+    student, teacher = torch.randn(2, 3, 300, device=device), torch.randn(2, 3, 300, device=device)
+    row_scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.5], device=device)
+    labels = torch.randint(0, 300, (6,), device=device)
+    temperature, hard_weight = torch.full((1,), 1.3, device=device), torch.full((1,), 0.2, device=device)
+    parameters = torch.full((1,), divergence.parameter or 1.0, device=device)
+    sweep = (student, teacher, row_scale)
+    loss, gradient, floats, sums, statistics, top1 = ops.rows(
+        *sweep, labels, temperature, hard_weight, parameters, divergence.name, 300, False, True, True, backend
+    )
+    alone = ops.row_floats(*sweep, temperature, 300, backend)
+    torch.testing.assert_close(alone, floats)
+    again, statistics_again, top1_again = ops.row_sums(
+        *sweep, labels, temperature, parameters, floats, divergence.name, 300, True, backend
+    )
+    close = {"rtol": 1e-4, "atol": 2e-6}
+    torch.testing.assert_close(again, sums, **close)
+    torch.testing.assert_close(statistics_again, statistics, **close)
+    assert torch.equal(top1_again, top1)
+    gradient_again = ops.row_gradient(
+        *sweep, labels, temperature, hard_weight, parameters, floats, sums, divergence.name, 300, False, backend
+    )
+    torch.testing.assert_close(gradient_again, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_gradcheck(divergence, backend, gradient):
+    torch.manual_seed(3)
+    student, teacher = torch.randn(3, 7, dtype=torch.float64, requires_grad=True), torch.randn(3, 7).double()
+    labels, temperature = torch.tensor([1, -100, 3]), torch.tensor([0.7, 1.0, 2.0], dtype=torch.float64)
+    options = {"labels": labels, "temperature": temperature, "backend": backend, "gradient": gradient}
+    for more in ({"hard_weight": 0.3}, {"reduction": "none", "temperature_squared": True}, {"reduction": "sum"}):
+        torch.autograd.gradcheck(
+            lambda s, more=more: fused_divergence(s, teacher, divergence, **options, **more), student
+        )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_reference_is_twice_differentiable(divergence):
+    student, teacher = torch.randn(2, 6, dtype=torch.float64, requires_grad=True), torch.randn(2, 6).double()
+    torch.autograd.gradgradcheck(
+        lambda s: fused_divergence(s, teacher, divergence, temperature=1.5, backend="reference"), student
+    )
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(backend, dtype):
+    device = device_of(backend)
+    student, teacher = torch.randn(3, 200, device=device), torch.randn(3, 200, device=device)
+    plain = run(student, teacher, "js", reduction="mean", backend=backend)
+    with torch.autocast(device, dtype=dtype):
+        cast = run(student, teacher, "js", reduction="mean", backend=backend)
+    assert cast.loss.dtype == torch.float32 and cast.gradient.dtype == torch.float32
+    assert torch.equal(cast.loss, plain.loss) and torch.equal(cast.gradient, plain.gradient)
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(backend, reentrant):
+    device = device_of(backend)
+    hidden = torch.randn(4, 8, device=device, requires_grad=True)
+    head, teacher = torch.randn(8, 100, device=device), torch.randn(4, 100, device=device)
+
+    def loss(x):
+        return fused_kl(x @ head, teacher, backend=backend)
+
+    (want,) = torch.autograd.grad(loss(hidden), hidden)
+    checkpoint(loss, hidden, use_reentrant=reentrant).backward()
+    torch.testing.assert_close(hidden.grad, want)
+
+
+@kernel_backends
+def test_saved_tensors_pass_through_hooks(backend):
+    """Everything kept for backward goes through save_for_backward: one gradient, or the inputs and row numbers."""
+    device = device_of(backend)
+    student, teacher = torch.randn(5, 64, device=device, requires_grad=True), torch.randn(5, 64, device=device)
+    for gradient, large in (("forward", 1), ("backward", 2)):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.clone()) or x, lambda x: x):
+            loss = fused_kl(student, teacher, gradient=gradient, backend=backend)
+        assert sum(x.numel() >= 5 * 64 for x in saved) == large
+        loss.backward()
+
+
+@kernel_backends
+def test_no_graph_and_no_gradient_without_grad(backend):
+    device = device_of(backend)
+    student, teacher = torch.randn(5, 64, device=device, requires_grad=True), torch.randn(5, 64, device=device)
+    with torch.no_grad():
+        assert not fused_kl(student, teacher, backend=backend).requires_grad
+    assert not fused_kl(student.detach(), teacher, backend=backend).requires_grad
+    with torch.inference_mode():
+        assert fused_kl(student.detach(), teacher, backend=backend).isfinite()
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@pytest.mark.parametrize("divergence", ["kl", "js"])
+def test_memory_is_the_gradient_and_a_few_rows(gradient, divergence):
+    """Nothing of size [N, V] but the gradient, in either mode; without grad, nothing."""
+    rows, vocab = 64, 20_000
+    torch.use_deterministic_algorithms(False)
+    student, teacher = torch.randn(rows, vocab, requires_grad=True), torch.randn(rows, vocab)
+
+    def allocated(call):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            call()
+        return [event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0]
+
+    one = rows * vocab * 4
+    few_rows = 64 + torch.get_num_threads() * native._native.workspace_bytes(vocab, False, 1)
+    sizes = allocated(lambda: fused_divergence(student, teacher, divergence, gradient=gradient).backward())
+    assert sizes.count(one) == 1
+    assert all(size <= few_rows for size in sizes if size != one)
+    with torch.no_grad():
+        assert all(size <= few_rows for size in allocated(lambda: fused_divergence(student, teacher, divergence)))
+
+
+def test_no_value_is_read_on_the_way():
+    """Under FakeTensors nothing can read a value: what runs there synchronises with no device, forward or backward."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        student, teacher = torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 5, 64)
+        labels, mask = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)
+        for gradient in ("forward", "backward"):
+            out = fused_divergence(
+                student, teacher, Divergence("js", beta=0.3), labels=labels, mask=mask, hard_weight=torch.rand(2, 5),
+                temperature=torch.rand(2, 5), row_weight=torch.rand(2, 5), normalizer=torch.tensor(3),
+                statistics=("tv", "teacher_top1"), gradient=gradient, backend="cpu",
+            )  # fmt: skip
+            out.loss.backward()
+            assert student.grad.shape == student.shape and out.statistics["tv"].shape == (2, 5)
+
+
+@pytest.mark.gpu
+def test_no_synchronisation_on_a_gpu():
+    student, teacher = torch.randn(5, 640, device="cuda", requires_grad=True), torch.randn(5, 640, device="cuda")
+    labels = torch.randint(0, 640, (5,), device="cuda")
+    fused_js(student, teacher, labels=labels, hard_weight=0.5, temperature=2.0).backward()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for gradient in ("forward", "backward"):
+            fused_js(student, teacher, labels=labels, hard_weight=0.5, temperature=2.0, gradient=gradient).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs_on_a_gpu():
+    """A side stream, and capture in a CUDA graph that is replayed on new values."""
+    student = torch.randn(5, 640, device="cuda", requires_grad=True)
+    teacher = torch.randn(5, 640, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            student.grad = None
+            fused_kl(student, teacher).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    student.grad = None
+    with torch.cuda.graph(graph):
+        loss = fused_kl(student, teacher)
+        loss.backward()
+    with torch.no_grad():
+        student.copy_(torch.randn_like(student))
+    graph.replay()
+    want = run(student, teacher, "kl", reduction="mean")
+    torch.testing.assert_close(loss, want.loss)
+    torch.testing.assert_close(student.grad, want.gradient)
