@@ -24,9 +24,7 @@ CPU_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-trapping-math -fno-ma
 ISA_FLAGS = {"baseline": ""}
 if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
-    ISA_FLAGS["avx512"] = (
-        "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
-    )
+    ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 
 
 def ninja_file(module: Path) -> str:

@@ -91,8 +91,9 @@ def fused_divergence(
     Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
     Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
     reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. Where only the student is
-    -inf and the teacher has mass, kl, mixed_kl (weight > 0) are +inf with the finite gradient of their formula, alpha > 1
-    is +inf with a NaN gradient. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN, no other's.
+    -inf and the teacher has mass, kl and mixed_kl (weight > 0) are +inf with the finite gradient of their formula, and
+    alpha > 1 is +inf with a NaN gradient. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN, no
+    other's.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of

@@ -43,9 +43,7 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             f"got {list(student.shape)} and {list(teacher.shape)}"
         )
     if student.device != teacher.device:
-        raise ValueError(
-            f"student and teacher must be on one device; got {student.device} and {teacher.device}"
-        )
+        raise ValueError(f"student and teacher must be on one device; got {student.device} and {teacher.device}")
     if teacher.requires_grad:
         raise ValueError(
             "teacher requires grad, but the loss has no gradient with respect to it; pass teacher.detach()"
@@ -142,7 +140,9 @@ def resolve(
     else:
         hard_weight = None
 
-    row_scale = _row_scale(leading.numel(), device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer)
+    row_scale = _row_scale(
+        leading.numel(), device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer
+    )
     return RowOptions(row_scale, labels, temperature, hard_weight)
 
 

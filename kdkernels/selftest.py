@@ -32,7 +32,7 @@ def one_call(student, teacher, divergence, options, backend, gradient):
 
 
 def errors(divergence: str, dtype: torch.dtype, width: int, device: str, backend: str) -> tuple[float, float, float]:
-    """Largest errors of loss, gradient and statistics over calls that use every row option, as parts of the tolerance."""
+    """Largest errors of loss, gradient and statistics, with every row option in use, as parts of the tolerance."""
     generator = torch.Generator().manual_seed(width)
 
     def normal(*shape):

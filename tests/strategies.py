@@ -88,7 +88,8 @@ class RowOptions:
         generator = torch.Generator().manual_seed(self.seed)
 
         def uniform(low, high):
-            return (low + (high - low) * torch.rand(leading, generator=generator, dtype=torch.float64)).float().to(device)
+            drawn = torch.rand(leading, generator=generator, dtype=torch.float64)
+            return (low + (high - low) * drawn).float().to(device)
 
         options = {
             "temperature": self.temperature or uniform(0.5, 3.0),

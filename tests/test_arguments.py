@@ -11,7 +11,7 @@ ROWS, VOCAB = 4, 11
 
 
 def logits(*shape, dtype=torch.float32, **options):
-    return torch.randn(*(shape or (ROWS, VOCAB)), dtype=torch.float32).to(dtype).requires_grad_(options.get("grad", False))
+    return torch.randn(*(shape or (ROWS, VOCAB))).to(dtype).requires_grad_(options.get("grad", False))
 
 
 def per_row(grad=False):
@@ -107,7 +107,11 @@ BAD = {
         ["cross_entropy", "labels"],
     ),
     "gradient": (lambda: fused_kl(logits(), logits(), gradient="both"), ValueError, ["'forward'", "'both'"]),
-    "backend unknown": (lambda: fused_kl(logits(), logits(), backend="gpu"), ValueError, ["'gpu'", "'cpu'", "'triton'"]),
+    "backend unknown": (
+        lambda: fused_kl(logits(), logits(), backend="gpu"),
+        ValueError,
+        ["'gpu'", "'cpu'", "'triton'"],
+    ),
     "backend cuda": (lambda: fused_kl(logits(), logits(), backend="cuda"), RuntimeError, ["'cuda'", "cannot serve"]),
     "triton and fp64": (
         lambda: fused_kl(logits().double(), logits(), backend="triton"),
@@ -133,7 +137,7 @@ def test_bad_input_is_named(name):
 def test_devices_that_differ():
     with pytest.raises(ValueError, match="one device; got cpu and meta"):
         fused_kl(logits(), logits().to("meta"))
-    with pytest.raises(ValueError, match="mask.*device"):
+    with pytest.raises(ValueError, match=r"mask.*device"):
         fused_kl(logits(), logits(), mask=torch.ones(ROWS, dtype=torch.bool, device="meta"))
 
 

@@ -36,8 +36,8 @@ def check(recipe: Logits, options, divergence, backend, statistics=()):
     options = {**options, "vocab_size": recipe.vocab_size, "statistics": statistics}
     got = run(student, teacher, divergence, backend=backend, **options)
     want = truth(student, teacher, divergence, **options)
-    # Outside (0, 1), alpha's terms are exponentials of the log-ratio: its rounding is relative to the loss, and the loss
-    # may be larger than any number of the gradient's dtype.
+    # Outside (0, 1), alpha's terms are exponentials of the log-ratio: its rounding is relative to the loss, and the
+    # loss may be larger than any number of the gradient's dtype.
     steep = want.loss.abs() if divergence.name == "alpha" and not 0 < divergence.parameter < 1 else 0
     assume(torch.as_tensor(steep).max() < 1e3)
 
@@ -96,6 +96,8 @@ def test_cpu_in_fp64(divergence):
         student, teacher = recipe.make()
         got = run(student, teacher, divergence, backend="cpu", vocab_size=recipe.vocab_size, **options)
         want = truth(student, teacher, divergence, vocab_size=recipe.vocab_size, **options)
+        if divergence.name == "alpha" and not 0 < divergence.parameter < 1:
+            assume(want.loss.abs().max() < 1e3)  # exponentials of the log-ratio magnify its rounding
         assert got.loss.dtype == torch.float64 and got.gradient.dtype == torch.float64
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(got.gradient, want.gradient, rtol=1e-9, atol=1e-11)
@@ -127,7 +129,7 @@ def test_both_gradients_agree(divergence, backend):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_reductions(backend, reduction, gradient):
-    """mean divides by the kept rows, sum by nothing; a row weight does not change the count; a normalizer replaces it."""
+    """mean divides by the kept rows, sum by nothing; row weights do not change the count; a normalizer replaces it."""
     recipe = Logits((4, 3), 300, (0, 0), torch.float32, torch.float32, 2.0, 0.0, 0.0, False, 1)
     student, teacher = recipe.make(device_of(backend))
     mask = torch.rand(4, 3, device=student.device) > 0.4

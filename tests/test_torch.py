@@ -92,9 +92,7 @@ def operator_arguments(backend):
 
 
 @kernel_backends
-@pytest.mark.parametrize(
-    "name", ["rows", "rows without", "row_floats", "row_sums", "row_gradient", "scale", "scale_"]
-)
+@pytest.mark.parametrize("name", ["rows", "rows without", "row_floats", "row_sums", "row_gradient", "scale", "scale_"])
 def test_opcheck(backend, name):
     arguments = operator_arguments(backend)[name]
     torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
@@ -112,7 +110,7 @@ def test_the_three_sweeps_make_the_fused_one(backend, divergence):
     temperature, hard_weight = torch.full((1,), 1.3, device=device), torch.full((1,), 0.2, device=device)
     parameters = torch.full((1,), divergence.parameter or 1.0, device=device)
     sweep = (student, teacher, row_scale)
-    loss, gradient, floats, sums, statistics, top1 = ops.rows(
+    _, gradient, floats, sums, statistics, top1 = ops.rows(
         *sweep, labels, temperature, hard_weight, parameters, divergence.name, 300, False, True, True, backend
     )
     alone = ops.row_floats(*sweep, temperature, 300, backend)

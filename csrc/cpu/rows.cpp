@@ -30,7 +30,14 @@ namespace KDK_ISA {
 #include "../divergences.h"
 
 constexpr int kBlock = 2048;            // three buffers of it stay in the first-level cache; well under 4,096 terms
-constexpr int kStretch = 1024;           // columns of arithmetic between prefetches
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+constexpr int kStretch = 64 * kLanes;   // columns between prefetches, and between merges of a lane's running sum
 constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
 
 // ---- loads and stores: any storage type as the compute type T, a block at a time
@@ -114,9 +121,10 @@ template <class T> struct BlockSums {
   T phi, psi, tv, student_entropy, teacher_entropy;
 };
 
-// Adds phi and psi to the sums, and with_slope writes q and psi of each class (over the exponentials, if need be).
+// Adds phi and psi to the sums, and with_slope writes q and psi of each class (over the exponentials, if need be). Not
+// inlined: a symbol of its own shows in a profile, and lets a test see that the loop is made of packed instructions.
 template <class T, class D, bool with_slope>
-void divergence_sums(const D& divergence, const T* student, const T* teacher, int n, Normalizer<T> student_norm,
+__attribute__((noinline)) void divergence_sums(const D& divergence, const T* student, const T* teacher, int n, Normalizer<T> student_norm,
                      Normalizer<T> teacher_norm, const T* student_e, const T* teacher_e, T* q_out, T* psi_out,
                      BlockSums<T>* sums) {
   T phi = 0, psi = 0;

@@ -1,0 +1,160 @@
+"""The layout's promises: imports go one way, the four tables agree, importing is cheap, commands work."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kdkernels
+from kdkernels import CATALOGUE, backends
+from kdkernels.backends import native, reference
+
+PACKAGE = Path(kdkernels.__file__).parent
+ROOT = Path(__file__).parent.parent
+
+# Who may import whom: a module's layer must be above that of what it imports.
+LAYERS = {
+    "kdkernels.selftest": 10,
+    "kdkernels.info": 10,
+    "kdkernels": 9,
+    "kdkernels.nn": 8,
+    "kdkernels.functional": 7,
+    "kdkernels.autograd": 6,
+    "kdkernels.options": 6,
+    "kdkernels.ops": 5,
+    "kdkernels.backends.triton.rows": 3,
+    "kdkernels.backends.triton": 2,
+    "kdkernels.backends.triton.table": 2,
+    "kdkernels.backends.native": 2,
+    "kdkernels.backends.reference": 2,
+    "kdkernels.backends": 1,
+    "kdkernels.divergences": 0,
+    "kdkernels._native": 0,
+}
+# backends picks a backend when one is needed: inside a function, never when it is imported.
+LAZY = {"kdkernels.backends", "kdkernels.info"}
+
+
+def module_name(path: Path) -> str:
+    parts = ("kdkernels", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path):
+    """(module, whether inside a function) for every import of this package."""
+    name = module_name(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    lazy = {node for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("kdkernels") for alias in node.names), f"{path}: import relatively"
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+        source = f"{base}.{node.module}" if node.module else base
+        for alias in node.names:
+            full = f"{source}.{alias.name}"
+            yield (full if full in LAYERS else source), node in lazy
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        name = module_name(path)
+        assert name in LAYERS, f"{name} has no layer"
+        for target, lazy in imported(path):
+            if lazy and name in LAZY:
+                continue
+            assert LAYERS[target] < LAYERS[name], f"{name} imports {target}"
+
+
+def test_the_four_tables_agree():
+    from kdkernels.backends.triton import table
+
+    names = list(CATALOGUE)
+    assert list(reference.TABLE) == names
+    assert list(table.TABLE) == names
+    if native._native is not None:
+        assert list(native._native.divergences) == names
+
+
+def test_every_divergence_has_formula_and_source():
+    for name, entry in CATALOGUE.items():
+        assert entry.formula and entry.source, name
+        assert (entry.parameter is None) == (entry.default is None), name
+
+
+def test_importing_loads_no_triton_and_no_numpy_of_ours():
+    code = "import torch, sys; before = set(sys.modules); import kdkernels; print(sorted(set(sys.modules) - before))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = [m for m in ast.literal_eval(out.stdout) if not m.startswith("kdkernels")]
+    assert not [m for m in loaded if m.split(".")[0] in ("triton", "numpy", "pandas", "transformers")], loaded
+
+
+def test_info_says_what_is_here():
+    out = subprocess.run([sys.executable, "-m", "kdkernels.info"], capture_output=True, text=True, check=True).stdout
+    for part in ("kdkernels", torch.__version__, "cpu on cpu", "available", "reference on cpu"):
+        assert part in out
+
+
+def test_info_without_the_native_module(monkeypatch):
+    from kdkernels import info
+
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "missing_because", "ModuleNotFoundError: No module named 'kdkernels._native'")
+    monkeypatch.setattr(info, "build", lambda: {"native_missing_because": "the compiler failed: g++ not found"})
+    report = info.report()
+    assert "No module named" in report and "g++ not found" in report and "auto on cpu" in report
+    assert report.splitlines()[-1 if not torch.cuda.is_available() else -2].endswith("reference")
+
+
+def test_selftest_passes_and_can_fail(monkeypatch, capsys):
+    from kdkernels import selftest
+
+    monkeypatch.setattr(selftest, "WIDTHS", {"cpu": (1, 1000), "triton": (7,)})
+    monkeypatch.setattr(selftest, "INTERPRETED_WIDTHS", (7,))
+    monkeypatch.setattr(selftest, "CATALOGUE", {"kl": None, "js": None})
+    assert selftest.check("cpu")
+    assert "all right" in capsys.readouterr().out
+    right = reference.TABLE["js"]
+    monkeypatch.setitem(reference.TABLE, "js", lambda *args: 1.001 * right(*args))
+    assert not selftest.check("cpu")
+    assert "WRONG" in capsys.readouterr().out
+
+
+def test_build_record_is_there():
+    build = json.loads((PACKAGE / "_build.json").read_text())
+    assert "native_missing_because" in build
+
+
+def test_exports():
+    for name in kdkernels.__all__:
+        assert hasattr(kdkernels, name)
+    assert kdkernels.__version__ == "0.1.0"
+
+
+def test_module_is_the_function():
+    student, teacher = torch.randn(2, 3, 40), torch.randn(2, 3, 40)
+    mask = torch.rand(2, 3) > 0.3
+    module = kdkernels.nn.Divergence(kdkernels.Divergence("js", beta=0.2), temperature=2.0, reduction="sum")
+    want = kdkernels.fused_js(student, teacher, beta=0.2, temperature=2.0, reduction="sum", mask=mask)
+    assert torch.equal(module(student, teacher, mask=mask), want)
+    assert torch.equal(module(student, teacher, mask=mask, reduction="none").sum(), want)
+    assert "beta=0.2" in repr(module) and "temperature=2.0" in repr(module)
+    assert kdkernels.nn.Divergence.gkd(0).divergence == kdkernels.Divergence("kl")
+
+
+def test_next_token_labels():
+    ids = torch.arange(8).view(2, 4)
+    assert kdkernels.next_token_labels(ids).tolist() == [[1, 2, 3, -100], [5, 6, 7, -100]]
+
+
+@pytest.mark.parametrize("name", backends.NAMES)
+def test_refusals_are_sentences(name):
+    x = torch.randn(1, 2, device="meta")
+    reason = backends.refuse(name, x, x)
+    assert reason is None if name == "reference" else len(reason) > 20
