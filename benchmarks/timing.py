@@ -1,0 +1,114 @@
+"""Time and memory: interleaved rounds, the copy floor, and the peak of a process."""
+
+import gc
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+MiB = 2**20
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: str, before=lambda: None, after_round=None):
+    """Seconds of every step in every round: {name: [seconds of round 0, ...]}.
+
+    Each round runs every step once and starts with another one, so that a disturbance of the machine meets
+    all of them alike and no step always runs after the same one. `before` runs untimed before each step.
+    """
+    names = list(steps)
+    for name in names:
+        before()
+        steps[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            before()
+            synchronize(device)
+            start = time.perf_counter()
+            steps[name]()
+            synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+        if after_round is not None:
+            after_round()
+    return seconds
+
+
+def training_steps(losses: dict[str, Callable], student: torch.Tensor, teacher: torch.Tensor):
+    """Steps for `interleaved`: loss and gradient of each contender on one student leaf, and a copy to find
+    the floor.
+
+    The last gradient is dropped before the clock starts: a step allocates its own, as in training, and pays
+    for none that another contender left behind.
+    """
+    leaf = student.detach().requires_grad_()
+
+    def drop_gradient():
+        leaf.grad = None
+
+    def step(loss):
+        return lambda: loss(leaf, teacher).backward()
+
+    written = teacher.clone()  # memory that is there already
+    steps = {name: step(loss) for name, loss in losses.items()}
+    steps["copy"] = lambda: written.copy_(teacher)
+    return steps, drop_gradient
+
+
+def floor_seconds(copy_seconds: list[float]) -> list[float]:
+    """The time in which this machine moves the bytes of a loss with gradient, in every round.
+
+    They are two reads and one write of [N, V]; a copy, one read and one write, moves two thirds of them.
+    """
+    return [1.5 * seconds for seconds in copy_seconds]
+
+
+def ratio(seconds: list[float], baseline: list[float]) -> float:
+    """Median of the ratios round by round."""
+    return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
+
+
+def peak_extra_bytes(loss, student: torch.Tensor, teacher: torch.Tensor) -> int:
+    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own."""
+    steps, drop_gradient = training_steps({"measured": loss}, student, teacher)
+    del steps["copy"]
+    steps["measured"]()  # what a first call sets up (thread pools, compiled code) is not the step's memory
+    drop_gradient()
+    gc.collect()
+    if student.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+        steps["measured"]()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - resident
+    reset_peak()
+    resident = psutil.Process().memory_info().rss
+    steps["measured"]()
+    return max(0, peak_resident_bytes() - resident)
+
+
+def reset_peak() -> None:
+    """Linux forgets the peak when 5 is written here; elsewhere the equal one of the warm-up step stays."""
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+
+
+def peak_resident_bytes() -> int:
+    # Not ru_maxrss on Linux: a child starts there with the peak of its parent.
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

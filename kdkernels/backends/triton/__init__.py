@@ -1,0 +1,27 @@
+"""The Triton backend: NVIDIA and AMD GPUs, and a CPU under TRITON_INTERPRET=1.
+
+Triton is imported when it is used, and not to answer `refuse`.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuse(student: Tensor, teacher: Tensor) -> str | None:
+    if not _INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if torch.float64 in (student.dtype, teacher.dtype):
+        return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.device.type != "cuda" and not (_INTERPRETED and x.device.type == "cpu"):
+            return (
+                f"it takes tensors on a GPU; got {name} on {x.device} "
+                "(TRITON_INTERPRET=1, set before the import, runs it on a CPU, slowly)"
+            )
+    return None

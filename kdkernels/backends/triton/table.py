@@ -1,0 +1,206 @@
+"""The table in Triton: every divergence as two pointwise functions of one class.
+
+    value(lp, lq, p, q, parameter)    phi, the class's share of the row's loss    L = sum phi
+    slope(lp, lq, p, q, parameter)    psi = d phi / d lq          dL/ds = (psi - q * sum psi) / temperature
+
+lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq); the formulas are those of
+csrc/divergences.h, where every term vanishes at p = q. An entry may have a third function,
+
+    slope_sum(mean_log_ratio, parameter)    sum psi from E_q[lq - lp]
+
+which the sweep that finds the normalisers can carry along; the gradient then needs no sweep for sum psi.
+
+Nothing but Triton's own mathematics: no libdevice, no inline assembly, so that the interpreter runs it too.
+"""
+
+import triton
+import triton.language as tl
+
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+
+
+@triton.jit
+def weighted(weight, x):
+    """weight * x with 0 * log 0 = 0: a term of probability 0 is dropped. (NaN == 0 is false: NaN stays.)"""
+    return tl.where(weight == 0, 0.0, weight * x)
+
+
+@triton.jit
+def ratio(x, m):
+    """x / m, where m may have underflowed together with x."""
+    return tl.where(m == 0, 0.0, x / m)
+
+
+@triton.jit
+def mixture(weight, p, q):
+    """weight * p + (1 - weight) * q, from the side of larger weight: exactly p where p = q."""
+    return tl.where(weight < 0.5, q + weight * (p - q), p + (1 - weight) * (q - p))
+
+
+@triton.jit
+def log_mixture(weight, p, q):
+    # A GPU's logarithm may flush a subnormal to 0 where the product with the weight does not: its -inf would
+    # meet a weight that is not 0. So the argument stops at the smallest normal number.
+    m = mixture(weight, p, q)
+    return tl.log(tl.where(m < SMALLEST_NORMAL, SMALLEST_NORMAL, m))
+
+
+# KL(p || q) = sum p log(p / q)
+
+
+@triton.jit
+def kl_value(lp, lq, p, q, _):
+    return weighted(p, lp - lq) - p + q
+
+
+@triton.jit
+def kl_slope(lp, lq, p, q, _):
+    return q - p
+
+
+@triton.jit
+def kl_slope_sum(mean_log_ratio, _):
+    return 0.0
+
+
+# KL(q || p) = sum q log(q / p)
+
+
+@triton.jit
+def reverse_kl_value(lp, lq, p, q, _):
+    return weighted(q, lq - lp) - q + p
+
+
+@triton.jit
+def reverse_kl_slope(lp, lq, p, q, _):
+    return weighted(q, lq - lp)
+
+
+@triton.jit
+def reverse_kl_slope_sum(mean_log_ratio, _):
+    return mean_log_ratio
+
+
+# weight * KL(p || q) + (1 - weight) * KL(q || p)
+
+
+@triton.jit
+def mixed_kl_value(lp, lq, p, q, weight):
+    forward = weighted(weight * p, lp - lq)
+    reverse = weighted((1 - weight) * q, lq - lp)
+    return forward + reverse + (2 * weight - 1) * (q - p)
+
+
+@triton.jit
+def mixed_kl_slope(lp, lq, p, q, weight):
+    return weight * (q - p) + weighted((1 - weight) * q, lq - lp)
+
+
+@triton.jit
+def mixed_kl_slope_sum(mean_log_ratio, weight):
+    return weighted(1 - weight, mean_log_ratio)
+
+
+# beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
+
+
+@triton.jit
+def js_value(lp, lq, p, q, beta):
+    lm = log_mixture(beta, p, q)
+    return weighted(beta * p, lp - lm) + weighted((1 - beta) * q, lq - lm)
+
+
+@triton.jit
+def js_slope(lp, lq, p, q, beta):
+    return weighted((1 - beta) * q, lq - log_mixture(beta, p, q))
+
+
+# KL(p || m),  m = alpha * p + (1 - alpha) * q
+
+
+@triton.jit
+def skew_kl_value(lp, lq, p, q, alpha):
+    return weighted(p, lp - log_mixture(alpha, p, q)) + (1 - alpha) * (q - p)
+
+
+@triton.jit
+def skew_kl_slope(lp, lq, p, q, alpha):
+    return (1 - alpha) * (1 - alpha) * (q - p) * ratio(q, mixture(alpha, p, q))
+
+
+# KL(q || m),  m = (1 - alpha) * p + alpha * q
+
+
+@triton.jit
+def skew_reverse_kl_value(lp, lq, p, q, alpha):
+    return weighted(q, lq - log_mixture(alpha, q, p)) + (1 - alpha) * (p - q)
+
+
+@triton.jit
+def skew_reverse_kl_slope(lp, lq, p, q, alpha):
+    through_m = alpha * (1 - alpha) * (p - q) * ratio(q, mixture(alpha, q, p))
+    return weighted(q, lq - log_mixture(alpha, q, p)) + through_m
+
+
+# sum |p - q| / 2, slope 0 where p = q
+
+
+@triton.jit
+def tv_value(lp, lq, p, q, _):
+    return 0.5 * tl.abs(p - q)
+
+
+@triton.jit
+def tv_slope(lp, lq, p, q, _):
+    signed_q = tl.where(q > p, q, -q)
+    return tl.where(q == p, 0.0, 0.5 * signed_q + (p - p))  # p - p is NaN where p is
+
+
+# sum (sqrt p - sqrt q)^2 / 2
+
+
+@triton.jit
+def hellinger_value(lp, lq, p, q, _):
+    difference = tl.sqrt(p) - tl.sqrt(q)
+    return 0.5 * difference * difference
+
+
+@triton.jit
+def hellinger_slope(lp, lq, p, q, _):
+    return 0.5 * tl.sqrt(q) * (tl.sqrt(q) - tl.sqrt(p))
+
+
+# (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both
+# have underflowed where it has not.
+
+
+@triton.jit
+def power(lp, lq, p, alpha):
+    d = lp - lq
+    # d is +inf where lq alone is -inf
+    exponent = tl.where(d == float("inf"), (alpha - 1) * d, lq + alpha * d)
+    return tl.where(lp == lq, p, tl.exp(exponent))
+
+
+@triton.jit
+def alpha_value(lp, lq, p, q, alpha):
+    return (power(lp, lq, p, alpha) - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
+
+
+@triton.jit
+def alpha_slope(lp, lq, p, q, alpha):
+    return (q - power(lp, lq, p, alpha)) / alpha
+
+
+# name in kdkernels/divergences.py: (value, slope, slope_sum or None)
+TABLE = {
+    "kl": (kl_value, kl_slope, kl_slope_sum),
+    "reverse_kl": (reverse_kl_value, reverse_kl_slope, reverse_kl_slope_sum),
+    "mixed_kl": (mixed_kl_value, mixed_kl_slope, mixed_kl_slope_sum),
+    "js": (js_value, js_slope, None),
+    "skew_kl": (skew_kl_value, skew_kl_slope, None),
+    "skew_reverse_kl": (skew_reverse_kl_value, skew_reverse_kl_slope, None),
+    "tv": (tv_value, tv_slope, None),
+    "hellinger": (hellinger_value, hellinger_slope, None),
+    "alpha": (alpha_value, alpha_slope, None),
+}

@@ -1,0 +1,229 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and checks that none spills a tile to a stack.
+
+`python tests/test_triton_compile.py` prints the table of registers and exits with 1 where a kernel spills.
+The test runs just that in a process of its own: nothing compiles under TRITON_INTERPRET=1, which conftest.py
+sets.
+
+The launchers say what to compile: they are called with tensors of the meta device, and the launch that they
+would make is recorded with its types, tile and warps, for a vocabulary of 151,936. See `cases` for what is
+covered. What is not: other widths (their tiles are no larger), logits not aligned to 16 bytes, and running.
+"""
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 151_936
+PROCESSES = 2
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+MAIN_TARGET = "sm_90"
+FEW = ("kl", "js", "alpha")
+WITH_GRADIENT = ("rows, gradient", "rows, label, gradient")
+ONCE = ("row_floats", "scale_")  # the same for every divergence
+
+# ptxas may put a few scalars on the stack where that lets one more block run at a time. A tile that does
+# not fit the registers takes hundreds of bytes.
+MAX_STACK = 32
+
+
+class Case(NamedTuple):
+    target: str
+    divergence: str
+    student: str
+    teacher: str
+    everything: bool  # every operator and choice of options
+
+
+class Measured(NamedTuple):
+    case: Case
+    operator: str
+    registers: int
+    stack: int
+
+
+def test_kernels_compile_without_spilling_a_tile():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    command = [sys.executable, __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+def cases() -> list[Case]:
+    """What is compiled: every divergence for every target, with gradient; the rest of the operators for every
+    divergence on the main target and for a few on the others; other dtypes for those few."""
+    from kdkernels.divergences import CATALOGUE
+
+    found = []
+    for target in TARGETS:
+        for divergence in CATALOGUE:
+            everything = target == MAIN_TARGET or divergence in FEW
+            found.append(Case(target, divergence, "bfloat16", "bfloat16", everything))
+        other_dtypes = [("float32", "float32")]
+        if target == MAIN_TARGET:
+            other_dtypes += [("bfloat16", "float32"), ("float16", "float16")]
+        found += [Case(target, divergence, *dtypes, False) for divergence in FEW for dtypes in other_dtypes]
+    return found
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would be launched with."""
+
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
+    """{operator and options: (kernel, arguments, keyword arguments)}, as the launchers choose them."""
+    import torch
+
+    from kdkernels.backends.triton import rows as launchers
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    count = 4
+    student = meta(1, count, VOCABULARY, dtype=student_dtype)
+    teacher = meta(1, count, VOCABULARY, dtype=teacher_dtype)
+    logits = (student, teacher, meta(count))
+    temperature, parameters, floats, sums = meta(1), meta(1), meta(5, count), meta(2, count)
+    plain = (None, temperature, None, parameters)
+    label = (meta(count, dtype=torch.int64), meta(count), meta(count), parameters)
+
+    calls = {
+        "row_floats": lambda: launchers.row_floats(*logits, temperature, VOCABULARY),
+        "scale_": lambda: launchers.scale_(student, logits[2]),
+    }
+    for options, row in (("", plain), (", label", label)):
+        # Bound now: the loop goes on.
+        calls["row_gradient" + options] = lambda row=row: launchers.row_gradient(
+            *logits, *row, floats, sums, divergence, VOCABULARY, False
+        )
+        for statistics in (False, True):
+            name = "row_sums" + options + ", statistics" * statistics
+            calls[name] = lambda row=row, statistics=statistics: launchers.row_sums(
+                *logits, row[0], temperature, parameters, floats, divergence, VOCABULARY, statistics
+            )
+            for gradient in (False, True):
+                name = "rows" + options + ", gradient" * gradient + ", statistics" * statistics
+                calls[name] = lambda row=row, gradient=gradient, statistics=statistics: launchers.rows(
+                    *logits, *row, divergence, VOCABULARY, statistics, gradient, statistics
+                )
+
+    recorded = []
+    originals = {name: getattr(launchers, name) for name in ("rows_kernel", "scale_kernel")}
+    try:
+        for name, kernel in originals.items():
+            setattr(launchers, name, Recorder(kernel, recorded))
+        for call in calls.values():
+            call()
+    finally:
+        for name, kernel in originals.items():
+            setattr(launchers, name, kernel)
+    return dict(zip(calls, recorded, strict=True))
+
+
+def source(kernel, args, kwargs):
+    """A recorded launch as an ASTSource, specialised as the launch would be, and its compile options."""
+    import torch
+    from triton.compiler import ASTSource
+
+    pointer = {
+        torch.float32: "*fp32",
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.int64: "*i64",
+    }
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    options = {"num_warps": values.pop("num_warps")}
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        tensor = isinstance(value, torch.Tensor)
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+            continue
+        signature[parameter.name] = pointer[value.dtype] if tensor else parameter.annotation_type or "i32"
+        if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes), options
+
+
+def compile_case(case: Case) -> list[Measured]:
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    measured = []
+    dtypes = getattr(torch, case.student), getattr(torch, case.teacher)
+    for operator, launch in launches(case.divergence, *dtypes).items():
+        if operator not in WITH_GRADIENT and not case.everything:
+            continue
+        if operator in ONCE and case.divergence != "kl":
+            continue
+        ast, options = source(*launch)
+        asm = triton.compile(ast, target=GPUTarget(*TARGETS[case.target]), options=options).asm
+        usage = nvidia_usage(asm["cubin"]) if "cubin" in asm else amd_usage(asm["amdgcn"])
+        measured.append(Measured(case, operator, *usage))
+    return measured
+
+
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])
+
+
+def amd_usage(assembly: str) -> tuple[int, int]:
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]
+    return int(registers), int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)[1])
+
+
+def print_table(measured: list[Measured]):
+    """A line per operator and options: for each target, least and most registers of what was compiled."""
+    print(f"registers a thread, V = {VOCABULARY:,}{'':17}" + "".join(f"{target:>12}" for target in TARGETS))
+    for operator in dict.fromkeys(m.operator for m in measured):
+        line = f"{operator:48}"
+        for target in TARGETS:
+            used = [m.registers for m in measured if m.operator == operator and m.case.target == target]
+            line += f"{f'{min(used)}-{max(used)}':>12}"
+        print(line)
+
+
+def main() -> int:
+    with multiprocessing.get_context("spawn").Pool(PROCESSES) as pool:
+        measured = [m for found in pool.imap(compile_case, cases()) for m in found]
+    print_table(measured)
+    on_stack = sorted((m for m in measured if m.stack), key=lambda m: -m.stack)
+    for m in on_stack:
+        print(f"stack {m.stack}: {m.operator}, {' '.join(map(str, m.case[:4]))}")
+    worst = max(m.stack for m in measured)
+    print(f"{len(measured)} kernels, {len(on_stack)} with a stack, at most {worst} bytes ({MAX_STACK} pass)")
+    return 1 if worst > MAX_STACK else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
