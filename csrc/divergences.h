@@ -3,8 +3,6 @@
 //     value(lp, lq, p, q)   phi, the class's share of the row's loss   L = sum phi
 //     slope(lp, lq, p, q)   psi = d phi / d lq                         dL/ds = (psi - q * sum psi) / temperature
 //
-// Where sum psi is 0 for every p and q (slope_sum_is_zero), the gradient can be written in the sweep that finds sum phi.
-//
 // lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. No loop, mask, softmax or device in this file: g++ and nvcc compile
@@ -26,7 +24,6 @@ template <class T> KDK_HD T mixture(T weight, T p, T q) {
 
 // KL(p || q) = sum p log(p / q)
 template <class T> struct Kl {
-  static constexpr bool slope_sum_is_zero = true;
   KDK_HD explicit Kl(const T*) {}
   KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(p, lp - lq) - p + q; }
   KDK_HD T slope(T, T, T p, T q) const { return q - p; }
@@ -34,7 +31,6 @@ template <class T> struct Kl {
 
 // KL(q || p) = sum q log(q / p)
 template <class T> struct ReverseKl {
-  static constexpr bool slope_sum_is_zero = false;
   KDK_HD explicit ReverseKl(const T*) {}
   KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(q, lq - lp) - q + p; }
   KDK_HD T slope(T lp, T lq, T, T q) const { return weighted(q, lq - lp); }
@@ -42,7 +38,6 @@ template <class T> struct ReverseKl {
 
 // weight * KL(p || q) + (1 - weight) * KL(q || p)
 template <class T> struct MixedKl {
-  static constexpr bool slope_sum_is_zero = false;
   T weight;
   KDK_HD explicit MixedKl(const T* parameters) : weight(parameters[0]) {}
   KDK_HD T value(T lp, T lq, T p, T q) const {
@@ -53,7 +48,6 @@ template <class T> struct MixedKl {
 
 // beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
 template <class T> struct Js {
-  static constexpr bool slope_sum_is_zero = false;
   T beta;
   KDK_HD explicit Js(const T* parameters) : beta(parameters[0]) {}
   KDK_HD T value(T lp, T lq, T p, T q) const {
@@ -65,7 +59,6 @@ template <class T> struct Js {
 
 // KL(p || m),  m = alpha * p + (1 - alpha) * q
 template <class T> struct SkewKl {
-  static constexpr bool slope_sum_is_zero = false;
   T alpha;
   KDK_HD explicit SkewKl(const T* parameters) : alpha(parameters[0]) {}
   KDK_HD T value(T lp, T, T p, T q) const {
@@ -78,7 +71,6 @@ template <class T> struct SkewKl {
 
 // KL(q || m),  m = (1 - alpha) * p + alpha * q
 template <class T> struct SkewReverseKl {
-  static constexpr bool slope_sum_is_zero = false;
   T alpha;
   KDK_HD explicit SkewReverseKl(const T* parameters) : alpha(parameters[0]) {}
   KDK_HD T value(T, T lq, T p, T q) const {
@@ -92,7 +84,6 @@ template <class T> struct SkewReverseKl {
 
 // sum |p - q| / 2, slope 0 where p = q
 template <class T> struct Tv {
-  static constexpr bool slope_sum_is_zero = false;
   KDK_HD explicit Tv(const T*) {}
   KDK_HD T value(T, T, T p, T q) const { return T(0.5) * (p > q ? p - q : q - p); }
   KDK_HD T slope(T, T, T p, T q) const {
@@ -103,7 +94,6 @@ template <class T> struct Tv {
 
 // sum (sqrt p - sqrt q)^2 / 2
 template <class T> struct Hellinger {
-  static constexpr bool slope_sum_is_zero = false;
   KDK_HD explicit Hellinger(const T*) {}
   KDK_HD T value(T, T, T p, T q) const {
     T difference = sqrt_of(p) - sqrt_of(q);
@@ -115,7 +105,6 @@ template <class T> struct Hellinger {
 // (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both have
 // underflowed where it has not.
 template <class T> struct Alpha {
-  static constexpr bool slope_sum_is_zero = false;
   T alpha;
   KDK_HD explicit Alpha(const T* parameters) : alpha(parameters[0]) {}
   KDK_HD T power(T lp, T lq, T p) const {

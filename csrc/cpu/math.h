@@ -29,6 +29,23 @@ static inline float exp_core(float x) {
 static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_core(x); }
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
+#if defined(__AVX512F__)
+static inline __m512 exp_of_nonpositive(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // of a NaN and a number, this takes its second operand
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 y = _mm512_set1_ps(1.381454058e-3f);
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.368745446e-3f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.166838899e-2f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.666652113e-1f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.999999404e-1f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, n);
+}
+#endif
+
 static inline float exp_of(float x) { return x > 88.0f ? INFINITY : exp_of_nonpositive(x); }
 static inline double exp_of(double x) { return ::exp(x); }
 

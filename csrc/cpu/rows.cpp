@@ -8,7 +8,9 @@
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
 //
 // so each logit's exponential is taken once. Log-probabilities are (x - m) / temperature + ((m - max) / temperature -
-// log sum): differences first, so that a large common offset of the logits costs no digits.
+// log sum): differences first, so that a large common offset of the logits costs no digits. Also where sum psi is known
+// to be 0 the gradient has a sweep of its own: the page faults of a fresh gradient clear pages through the caches, and
+// in the sweep before they would throw out the row that is being read.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -29,7 +31,6 @@ namespace KDK_ISA {
 #include "math.h"
 #include "../divergences.h"
 
-constexpr int kBlock = 2048;            // three buffers of it stay in the first-level cache; well under 4,096 terms
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
@@ -37,7 +38,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kStretch = 64 * kLanes;   // columns between prefetches, and between merges of a lane's running sum
+constexpr int kBlock = 64 * kLanes;     // a lane sums 64 terms before a merge; five buffers fit the first-level cache
 constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
 
 // ---- loads and stores: any storage type as the compute type T, a block at a time
@@ -93,25 +94,52 @@ template <class T> T block_max(const T* x, int n) {
   return max;
 }
 
-template <class T> T exponentials(const T* x, int n, T max, T inverse_temperature, T* e) {
+// Sum of exp((x - max) * inverse_temperature); each is written to e, where that is wanted. `next` is where the same
+// columns of the next block lie in memory.
+template <bool keep, class T>
+T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void* next, int64_t element) {
+  (void)next, (void)element;
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < n; ++i) {
-    e[i] = exp_of_nonpositive((x[i] - max) * inverse_temperature);
-    sum += e[i];
+    T v = exp_of_nonpositive((x[i] - max) * inverse_temperature);
+    if (keep) e[i] = v;
+    sum += v;
   }
   return sum;
 }
 
-template <class T> T sum_exp(const T* x, int n, T max) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) sum += exp_of_nonpositive(x[i] - max);
-  return sum;
+#if defined(__AVX512F__)
+// With scalef, which no compiler finds. The next block is fetched while this one computes: a hardware prefetcher stops
+// at a page, and a block is half of one.
+template <bool keep>
+float exponentials(const float* x, int n, float max, float inverse_temperature, float* e, const void* next,
+                   int64_t element) {
+  const __m512 shift = _mm512_set1_ps(max), beta = _mm512_set1_ps(inverse_temperature);
+  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
+  auto exp_of_stretch = [&](__m512 logits) {
+    return exp_of_nonpositive(_mm512_mul_ps(_mm512_sub_ps(logits, shift), beta));
+  };
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    for (int64_t byte = i * element; byte < (i + 32) * element; byte += 64)
+      __builtin_prefetch((const char*)next + byte, 0, 2);
+    __m512 first = exp_of_stretch(_mm512_loadu_ps(x + i)), second = exp_of_stretch(_mm512_loadu_ps(x + i + 16));
+    if (keep) _mm512_storeu_ps(e + i, first), _mm512_storeu_ps(e + i + 16, second);
+    even = _mm512_add_ps(even, first), odd = _mm512_add_ps(odd, second);
+  }
+  for (; i < n; i += 16) {
+    __mmask16 inside = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
+    __m512 last = exp_of_stretch(_mm512_maskz_loadu_ps(inside, x + i));
+    if (keep) _mm512_mask_storeu_ps(e + i, inside, last);
+    even = _mm512_mask_add_ps(even, inside, even, last);
+  }
+  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
+#endif
 
 // How a block's exponentials and logits become probabilities: log q = (s - max) / temperature + shift,
-// q = e * factor with factor = exp(shift), the same rounded shift, so that q is the exponential of log q.
+// q = e * factor with factor = exp(shift), of the same rounded shift, so that q is the exponential of log q.
 template <class T> struct Normalizer {
   T max, shift, factor, inverse_temperature;
   inline T log_prob(T logit) const { return (logit - max) * inverse_temperature + shift; }
@@ -121,12 +149,12 @@ template <class T> struct BlockSums {
   T phi, psi, tv, student_entropy, teacher_entropy;
 };
 
-// Adds phi and psi to the sums, and with_slope writes q and psi of each class (over the exponentials, if need be). Not
-// inlined: a symbol of its own shows in a profile, and lets a test see that the loop is made of packed instructions.
+// Sum of phi and psi; with_slope leaves q in student_e and psi in teacher_e. Not inlined: a symbol of its own shows in a
+// profile, and lets a test see that the loop is made of packed instructions.
 template <class T, class D, bool with_slope>
-__attribute__((noinline)) void divergence_sums(const D& divergence, const T* student, const T* teacher, int n, Normalizer<T> student_norm,
-                     Normalizer<T> teacher_norm, const T* student_e, const T* teacher_e, T* q_out, T* psi_out,
-                     BlockSums<T>* sums) {
+__attribute__((noinline)) void divergence_sums(const D& divergence, const T* student, const T* teacher, int n,
+                                               Normalizer<T> student_norm, Normalizer<T> teacher_norm, T* student_e,
+                                               T* teacher_e, BlockSums<T>* sums) {
   T phi = 0, psi = 0;
 #pragma omp simd reduction(+ : phi, psi)
   for (int i = 0; i < n; ++i) {
@@ -136,15 +164,15 @@ __attribute__((noinline)) void divergence_sums(const D& divergence, const T* stu
     T slope = divergence.slope(lp, lq, p, q);
     psi += slope;
     if (with_slope) {
-      q_out[i] = q;
-      psi_out[i] = slope;
+      student_e[i] = q;
+      teacher_e[i] = slope;
     }
   }
-  sums->phi += phi;
-  sums->psi += psi;
+  sums->phi = phi;
+  sums->psi = psi;
 }
 
-// Adds the statistics that are sums over the classes.
+// The statistics that are sums over the classes.
 template <class T>
 void block_statistics(const T* student, const T* teacher, int n, Normalizer<T> student_norm,
                       Normalizer<T> teacher_norm, const T* student_e, const T* teacher_e, BlockSums<T>* sums) {
@@ -156,31 +184,22 @@ void block_statistics(const T* student, const T* teacher, int n, Normalizer<T> s
     student_entropy -= weighted(q, student_norm.log_prob(student[i]));
     teacher_entropy -= weighted(p, teacher_norm.log_prob(teacher[i]));
   }
-  sums->tv += T(0.5) * tv;
-  sums->student_entropy += student_entropy;
-  sums->teacher_entropy += teacher_entropy;
+  sums->tv = T(0.5) * tv;
+  sums->student_entropy = student_entropy;
+  sums->teacher_entropy = teacher_entropy;
 }
 
 template <class T, bool with_slope>
 void divergence_sums(int name, const T* parameters, const T* student, const T* teacher, int n,
-                     Normalizer<T> student_norm, Normalizer<T> teacher_norm, const T* student_e,
-                     const T* teacher_e, T* q_out, T* psi_out, BlockSums<T>* sums) {
+                     Normalizer<T> student_norm, Normalizer<T> teacher_norm, T* student_e, T* teacher_e,
+                     BlockSums<T>* sums) {
   int index = 0;
 #define KDK_CASE(key, Struct)                                                                                  \
   if (name == index++)                                                                                         \
     return divergence_sums<T, Struct<T>, with_slope>(Struct<T>(parameters), student, teacher, n, student_norm, \
-                                                     teacher_norm, student_e, teacher_e, q_out, psi_out, sums);
+                                                     teacher_norm, student_e, teacher_e, sums);
   KDK_DIVERGENCES(KDK_CASE)
 #undef KDK_CASE
-}
-
-inline bool slope_sum_is_zero(int name) {
-  int index = 0;
-#define KDK_CASE(key, Struct) \
-  if (name == index++) return Struct<float>::slope_sum_is_zero;
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-  return false;
 }
 
 // ---- one row
@@ -195,18 +214,17 @@ template <class T> struct Scratch {
   BlockFloats<T>* floats;
   BlockSums<T>* sums;
 
-  static int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock + 64; }
+  static int64_t blocks(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
   static int64_t bytes(int64_t columns) {
-    int64_t blocks = (columns + kBlock - 1) / kBlock;
-    int64_t size = 2 * padded(columns) * sizeof(T) + blocks * (sizeof(BlockFloats<T>) + sizeof(BlockSums<T>));
-    return (size + 63) / 64 * 64;
+    int64_t per_block = 2 * kBlock * sizeof(T) + sizeof(BlockFloats<T>) + sizeof(BlockSums<T>);
+    return (blocks(columns) * per_block + 63) / 64 * 64;
   }
   Scratch(void* workspace, int64_t columns, int region) {
     char* base = (char*)(((uintptr_t)workspace + 63) / 64 * 64) + region * bytes(columns);
     student_e = (T*)base;
-    teacher_e = student_e + padded(columns);
-    floats = (BlockFloats<T>*)(teacher_e + padded(columns));
-    sums = (BlockSums<T>*)(floats + (columns + kBlock - 1) / kBlock);
+    teacher_e = student_e + blocks(columns) * kBlock;
+    floats = (BlockFloats<T>*)(teacher_e + blocks(columns) * kBlock);
+    sums = (BlockSums<T>*)(floats + blocks(columns));
   }
 };
 
@@ -242,7 +260,7 @@ template <class T> struct Row {
   Row(const RowsCall& call, int64_t row)
       : call(call),
         row(row),
-        blocks((call.columns + kBlock - 1) / kBlock),
+        blocks(Scratch<T>::blocks(call.columns)),
         scale(per_row<T>(call.row_scale, row)),
         temperature(per_row<T>(call.temperature, row)),
         inverse_temperature(1 / temperature),
@@ -275,42 +293,27 @@ template <class T> struct Row {
     return *widen(row_start + column * bytes_of(x.dtype), x.dtype, 1, buffer);
   }
 
-  // Stretches of a block, each after a prefetch of the same columns of the next block from every stream: a hardware
-  // prefetcher stops at a page, and a block of 16-bit logits is one, so each block would begin with cache misses.
-  template <class Streams, class Body> void stretches(int64_t b, Streams prefetch, Body body) const {
-    for (int from = 0, n = width(b); from < n; from += kStretch) {
-      prefetch((b + 1) * kBlock + from);
-      body(from, from + kStretch < n ? kStretch : n - from);
-    }
-  }
-  void prefetch(const Logits& x, const char* row_start, int64_t column) const {
-    const char* first = row_start + column * bytes_of(x.dtype);
-    for (int byte = 0; byte < kStretch * bytes_of(x.dtype); byte += 64) __builtin_prefetch(first + byte, 0, 2);
-  }
-  static void prefetch(const T* kept) {
-    for (int i = 0; i < kStretch; i += 64 / sizeof(T)) __builtin_prefetch(kept + i, 1, 2);
-  }
-
   // Sweep 1.
   void block_floats(int64_t b, Scratch<T>& scratch) const {
-    BlockFloats<T>& out = scratch.floats[b];
-    out = {};
     alignas(64) T buffer[kBlock];
+    BlockFloats<T>& out = scratch.floats[b];
     const T* s = load(call.student, student, b, buffer);
-    block_floats(b, call.student, student, s, scratch.student_e + b * kBlock, &out.student_max, &out.student_sum);
-    if (call.unit_log_sum) {
-      T base = out.student_max == T(-INFINITY) ? T(0) : out.student_max;
-      out.unit_sum = temperature == 1 ? out.student_sum : sum_exp(s, width(b), base);
-    }
+    out.student_max = block_max(s, width(b));
+    out.student_sum = block_exponentials<true>(b, call.student, student, s, finite(out.student_max),
+                                               inverse_temperature, scratch.student_e + b * kBlock);
+    if (call.unit_log_sum)
+      out.unit_sum = temperature == 1 ? out.student_sum
+                                      : block_exponentials<false>(b, call.student, student, s,
+                                                                  finite(out.student_max), T(1), (T*)0);
     const T* t = load(call.teacher, teacher, b, buffer);
-    block_floats(b, call.teacher, teacher, t, scratch.teacher_e + b * kBlock, &out.teacher_max, &out.teacher_sum);
+    out.teacher_max = block_max(t, width(b));
+    out.teacher_sum = block_exponentials<true>(b, call.teacher, teacher, t, finite(out.teacher_max),
+                                               inverse_temperature, scratch.teacher_e + b * kBlock);
   }
-  void block_floats(int64_t b, const Logits& x, const char* row_start, const T* values, T* e, T* max, T* sum) const {
-    *max = block_max(values, width(b));
-    T base = *max == T(-INFINITY) ? T(0) : *max;
-    stretches(
-        b, [&](int64_t column) { prefetch(x, row_start, column); },
-        [&](int from, int n) { *sum += exponentials(values + from, n, base, inverse_temperature, e + from); });
+  static T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
+  template <bool keep>
+  T block_exponentials(int64_t b, const Logits& x, const char* row_start, const T* values, T max, T beta, T* e) const {
+    return exponentials<keep>(values, width(b), max, beta, e, at(x, row_start, b + 1), bytes_of(x.dtype));
   }
 
   // (max, sum exp) pairs merge: log sum_b sum_b exp(max_b - max). A row of -inf alone is 0/0: NaN, as log_softmax.
@@ -321,7 +324,7 @@ template <class T> struct Row {
       if (scratch.floats[b].*block_max > *max) *max = scratch.floats[b].*block_max;
     double sum = 0;
     for (int64_t b = 0; b < blocks; ++b)
-      sum += scratch.floats[b].*block_sum * ::exp((double)(scratch.floats[b].*block_max - *max) * beta);
+      sum += scratch.floats[b].*block_sum * exp_of_nonpositive((scratch.floats[b].*block_max - *max) * beta);
     return (T)::log(sum);
   }
   void merge_floats(const Scratch<T>& scratch) {
@@ -341,48 +344,32 @@ template <class T> struct Row {
     unit_log_sum = in[4 * call.rows];
   }
 
+  // `base` is what the exponentials are relative to.
   Normalizer<T> normalizer(T max, T log_sum, T base) const {
     T shift = (base - max) * inverse_temperature - log_sum;
-    return {base, shift, (T)::exp((double)shift), inverse_temperature};
+    return {base, shift, exp_of(shift), inverse_temperature};
   }
 
-  // Sweep 2. `student_e` and `teacher_e` hold the block's exponentials where sweep 1 left them (`kept`), else they are
-  // taken here. with_slope writes q and psi of each class.
+  // Sweep 2. student_e and teacher_e hold the block's exponentials where sweep 1 left them (`kept`), else they are taken
+  // here; with_slope leaves q and psi in their place.
   template <bool with_slope>
-  void block_sums(int64_t b, bool kept, Scratch<T>& scratch, T* student_e, T* teacher_e, T* q, T* psi_of_class,
-                  BlockSums<T>* out) const {
+  void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out) const {
     alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
+    int n = width(b);
     const T* s = load(call.student, student, b, student_buffer);
     const T* t = load(call.teacher, teacher, b, teacher_buffer);
     T student_base = student_max, teacher_base = teacher_max;
     if (kept) {
-      if (scratch.floats[b].student_max != T(-INFINITY)) student_base = scratch.floats[b].student_max;
-      if (scratch.floats[b].teacher_max != T(-INFINITY)) teacher_base = scratch.floats[b].teacher_max;
+      student_base = finite(kept->student_max), teacher_base = finite(kept->teacher_max);
+    } else {
+      block_exponentials<true>(b, call.student, student, s, student_max, inverse_temperature, student_e);
+      block_exponentials<true>(b, call.teacher, teacher, t, teacher_max, inverse_temperature, teacher_e);
     }
     Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
     Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
-    *out = {};
-    stretches(
-        b,
-        [&](int64_t column) {
-          prefetch(call.student, student, column);
-          prefetch(call.teacher, teacher, column);
-          if (kept) {
-            prefetch(student_e + kBlock + column % kBlock);
-            prefetch(teacher_e + kBlock + column % kBlock);
-          }
-        },
-        [&](int from, int n) {
-          if (!kept) {
-            exponentials(s + from, n, student_base, inverse_temperature, student_e + from);
-            exponentials(t + from, n, teacher_base, inverse_temperature, teacher_e + from);
-          }
-          if (call.statistics)
-            block_statistics(s + from, t + from, n, student_norm, teacher_norm, student_e + from, teacher_e + from, out);
-          divergence_sums<T, with_slope>(call.divergence, (const T*)call.parameters, s + from, t + from, n,
-                                         student_norm, teacher_norm, student_e + from, teacher_e + from, q + from,
-                                         psi_of_class + from, out);
-        });
+    if (call.statistics) block_statistics(s, t, n, student_norm, teacher_norm, student_e, teacher_e, out);
+    divergence_sums<T, with_slope>(call.divergence, (const T*)call.parameters, s, t, n, student_norm, teacher_norm,
+                                   student_e, teacher_e, out);
   }
   T total(T BlockSums<T>::*field, const Scratch<T>& scratch) const {
     double sum = 0;
@@ -487,43 +474,36 @@ template <class T> struct Row {
            (call.gradient_columns - from) * bytes);
   }
 
-  // `mine` is the calling thread's region, `shared` the row's; they are one when a thread works alone.
-  template <class Team> void sweep(Scratch<T>& shared, Scratch<T>& mine) {
-    if (call.sweeps & kFloats) {
-      Team::blocks(blocks, [&](int64_t b) { block_floats(b, shared); });
-      Team::once([&] { merge_floats(shared); });
+  template <class Team> void sweep(Scratch<T>& scratch) {
+    const bool find_floats = call.sweeps & kFloats, find_sums = call.sweeps & kSums;
+    if (find_floats) {
+      Team::blocks(blocks, [&](int64_t b) { block_floats(b, scratch); });
+      Team::once([&] { merge_floats(scratch); });
     } else {
       Team::once([&] { read_floats(); });
     }
-    bool kept = call.sweeps & kFloats;
-    bool fused = call.gradient && call.sweeps & kSums && slope_sum_is_zero(call.divergence);
-    if (call.sweeps & kSums) {
-      psi = 0;
+    if (find_sums) {
       Team::blocks(blocks, [&](int64_t b) {
-        T *student_e = shared.student_e + b * kBlock, *teacher_e = shared.teacher_e + b * kBlock;
-        if (fused) {
-          alignas(64) T q[kBlock], psi_of_class[kBlock];
-          block_sums<true>(b, kept, shared, student_e, teacher_e, q, psi_of_class, &shared.sums[b]);
-          block_gradient(b, q, psi_of_class);
-        } else if (call.gradient) {
-          block_sums<true>(b, kept, shared, student_e, teacher_e, student_e, teacher_e, &shared.sums[b]);
-        } else {
-          block_sums<false>(b, kept, shared, student_e, teacher_e, student_e, teacher_e, &shared.sums[b]);
-        }
+        const BlockFloats<T>* kept = find_floats ? &scratch.floats[b] : nullptr;
+        T *student_e = scratch.student_e + b * kBlock, *teacher_e = scratch.teacher_e + b * kBlock;
+        if (call.gradient)
+          block_sums<true>(b, kept, student_e, teacher_e, &scratch.sums[b]);
+        else
+          block_sums<false>(b, kept, student_e, teacher_e, &scratch.sums[b]);
       });
-      Team::once([&] { merge_sums(shared); });
-    } else if (call.gradient) {
-      Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });
+      Team::once([&] { merge_sums(scratch); });
     }
     if (!(call.sweeps & kGradient)) return;
-    if (!fused) {
+    if (find_sums) {
       Team::blocks(blocks, [&](int64_t b) {
-        T *q = shared.student_e + b * kBlock, *psi_of_class = shared.teacher_e + b * kBlock;
-        if (!(call.sweeps & kSums)) {
-          BlockSums<T> unused;
-          q = mine.student_e, psi_of_class = mine.teacher_e;
-          block_sums<true>(b, false, mine, q, psi_of_class, q, psi_of_class, &unused);
-        }
+        block_gradient(b, scratch.student_e + b * kBlock, scratch.teacher_e + b * kBlock);
+      });
+    } else {
+      Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });
+      Team::blocks(blocks, [&](int64_t b) {
+        alignas(64) T q[kBlock], psi_of_class[kBlock];
+        BlockSums<T> unused;
+        block_sums<true>(b, nullptr, q, psi_of_class, &unused);
         block_gradient(b, q, psi_of_class);
       });
     }
@@ -550,7 +530,7 @@ template <class T> bool all_rows(const RowsCall& call) {
         if (row.scale == 0)
           row.write_zeros();
         else
-          row.template sweep<Alone>(scratch, scratch);
+          row.template sweep<Alone>(scratch);
       }
     }
     return false;
@@ -563,8 +543,8 @@ template <class T> bool all_rows(const RowsCall& call) {
     }
 #pragma omp parallel num_threads(threads)
     {
-      Scratch<T> shared(call.workspace, call.columns, 0), mine(call.workspace, call.columns, omp_get_thread_num());
-      row.template sweep<Together>(shared, mine);
+      Scratch<T> scratch(call.workspace, call.columns, 0);
+      row.template sweep<Together>(scratch);
     }
   }
   return false;
