@@ -179,7 +179,9 @@ def test_close_distributions_keep_their_digits(divergence):
     teacher = student + 0.005 * torch.randn(1, 262_144)
     got = run(student, teacher, divergence, backend="cpu")
     want = truth(student, teacher, divergence)
-    assert got.loss.item() == pytest.approx(want.loss.item(), rel=2e-3, abs=1e-8)
+    # alpha's power is the exponential of a rounded log-probability, p and q are not: they differ by its rounding.
+    absolute = 5e-8 if divergence.name == "alpha" else 1e-8
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=2e-3, abs=absolute)
 
 
 def test_kl_is_closer_than_eager_near_equality():

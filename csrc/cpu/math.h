@@ -20,7 +20,8 @@ static inline float exp_core(float x) {
   y = y * r + 4.166838899e-2f;
   y = y * r + 1.666652113e-1f;
   y = y * r + 4.999999404e-1f;
-  y = y * (r * r) + r + 1.0f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
   uint32_t exponent = (float_to_bits(shifted) + 127u) << 23;
   return y * bits_to_float(exponent);
 }
@@ -30,6 +31,7 @@ static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
 #if defined(__AVX512F__)
+// The same polynomial with AVX-512's rounding and scalef, which no compiler finds.
 static inline __m512 exp_of_nonpositive(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // of a NaN and a number, this takes its second operand
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);

@@ -110,8 +110,8 @@ T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void
 }
 
 #if defined(__AVX512F__)
-// With scalef, which no compiler finds. The next block is fetched while this one computes: a hardware prefetcher stops
-// at a page, and a block is half of one.
+// With the exp made of AVX-512's own instructions. The next block is fetched while this one computes: a hardware
+// prefetcher stops at a page, and a block of 16-bit logits is half of one.
 template <bool keep>
 float exponentials(const float* x, int n, float max, float inverse_temperature, float* e, const void* next,
                    int64_t element) {
@@ -521,10 +521,13 @@ template <class T> bool all_rows(const RowsCall& call) {
   }
 
   if (threads == 1 || call.rows >= 4 * threads) {
+    // A few neighbouring rows a turn: threads that first write to the same huge page would both clear one.
+    int64_t turn = call.rows / (8 * threads);
+    turn = turn < 1 ? 1 : turn > 8 ? 8 : turn;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       Scratch<T> scratch(call.workspace, call.columns, omp_get_thread_num());
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, turn)
       for (int64_t r = 0; r < call.rows; ++r) {
         Row<T> row(call, r);
         if (row.scale == 0)
