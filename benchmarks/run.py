@@ -352,7 +352,7 @@ class Benchmark:
 def main() -> int:
     arguments = parse()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)  # a log is not 80 columns wide
     started = time.perf_counter()
     columns = (
         SpinnerColumn(),
