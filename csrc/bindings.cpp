@@ -21,7 +21,7 @@ template <class T> T exp_of(T x);
 template <class T> T log_of(T x);
 template <class T> T sqrt_of(T x);
 #include "divergences.h"
-}  // namespace names
+}  // namespace table
 
 namespace py = pybind11;
 using kdk::Dtype;

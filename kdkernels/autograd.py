@@ -8,6 +8,16 @@ from . import ops
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
+def _may_scale_in_place(grad_loss: torch.Tensor) -> bool:
+    """Whether no other backward will want the gradient as it is.
+
+    Batched gradients (is_grads_batched, vectorized Jacobians) want it once each: torch runs an operator without a
+    batching rule in a loop, if it returns its result.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
+    return not batched and _keeps_graph is not None and not _keeps_graph()
+
+
 class Rows(torch.autograd.Function):
     """Per-row losses [rows] of student logits [outer, inner, columns], with row_scale folded in.
 
@@ -23,7 +33,7 @@ class Rows(torch.autograd.Function):
             divergence, vocab_size, temperature_squared, mode == "forward", statistics, backend,
         )  # fmt: skip
         if mode == "forward":
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, row_scale)
         else:
             ctx.save_for_backward(
                 student, teacher, row_scale, labels, temperature, hard_weight, parameters, floats, sums
@@ -42,9 +52,11 @@ class Rows(torch.autograd.Function):
                 'backend="reference" is twice differentiable'
             )
         if mode == "forward":
-            (gradient,) = ctx.saved_tensors
-            factor = grad_loss.contiguous()
-            if compiling or _keeps_graph is None or _keeps_graph():
+            gradient, row_scale = ctx.saved_tensors
+            # A skipped row stays 0, whatever (NaN, say) comes back for its loss.
+            factor = torch.where(row_scale == 0, 1, grad_loss)
+            factor = factor.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
+            if compiling or not _may_scale_in_place(grad_loss):
                 gradient = ops.scale(gradient, factor, backend)
             else:
                 ops.scale_(gradient, factor, backend)
@@ -52,7 +64,6 @@ class Rows(torch.autograd.Function):
             (student, teacher, row_scale, labels, temperature, hard_weight, parameters, floats, sums) = (
                 ctx.saved_tensors
             )
-            # A skipped row stays skipped, whatever (NaN, say) comes back for its loss.
             factor = torch.where(row_scale == 0, 0, row_scale * grad_loss)
             gradient = ops.row_gradient(
                 student, teacher, factor, labels, temperature, hard_weight, parameters, floats, sums,

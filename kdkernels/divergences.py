@@ -9,11 +9,16 @@ import difflib
 from dataclasses import dataclass
 
 _INFINITY = float("inf")
+_MARGIN = 0.001
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One divergence of the catalogue. `low` and `high` bound its parameter; `closed` admits the bounds themselves."""
+    """One divergence of the catalogue.
+
+    `low` and `high` bound its parameter; `closed` admits the bounds themselves. What lies within 0.001 of an `excluded`
+    value is refused.
+    """
 
     formula: str
     source: str
@@ -73,7 +78,7 @@ CATALOGUE: dict[str, Entry] = {
         parameter="alpha",
         default=0.5,
         excluded=(0.0, 1.0),
-        hint='its limit at 1 is "kl", at 0 "reverse_kl"',
+        hint='its limit at 1 is "kl", at 0 "reverse_kl", and near them fp32 loses its digits',
     ),
 }
 
@@ -134,10 +139,10 @@ def _check_parameter(name: str, entry: Entry, value: float):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {entry.parameter} must be a float; got {type(value).__name__}")
     inside = entry.low <= value <= entry.high if entry.closed else entry.low < value < entry.high
-    if inside and value not in entry.excluded:
+    if inside and all(abs(value - x) >= _MARGIN for x in entry.excluded):
         return
     if entry.excluded:
-        expected = "finite and not " + " or ".join(f"{x:g}" for x in entry.excluded)
+        expected = f"finite and at least {_MARGIN} from " + " and ".join(f"{x:g}" for x in entry.excluded)
     else:
         expected = f"in {'[' if entry.closed else '('}{entry.low:g}, {entry.high:g}{']' if entry.closed else ')'}"
     hint = f" ({entry.hint})" if entry.hint else ""

@@ -70,7 +70,8 @@ def fused_divergence(
             shape, dtype and device. "mean" is otherwise local to this call and rank. Pass the number of tokens of the
             global batch for gradient accumulation and data parallelism (transformers' ``num_items_in_batch``; NeMo-RL's
             global valid tokens); use reduction="sum" where the trainer divides (Megatron); for a mean of sequence
-            means pass ``row_weight = 1 / length`` of the row's sequence and ``normalizer = sequences``.
+            means pass ``row_weight = 1 / length`` of the row's sequence and ``normalizer = sequences``. The value in
+            a tensor is not checked.
         vocab_size: classes that count; columns past it are padding in either tensor, and the widths may differ. Their
             gradient is 0. Widths that differ without it raise.
         statistics: names of row statistics wanted from the same sweep, detached, in the leading shape, 0 on dropped
@@ -81,12 +82,15 @@ def fused_divergence(
         gradient: "forward" finds the gradient in the sweep that finds the loss, and keeps one tensor of the student's
             shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
             for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
-            sees them), else "forward". Without grad nothing but the loss is computed.
+            sees them), else "forward". Without grad nothing but the loss is computed. "forward" rounds to the
+            student's dtype a second time where the loss is multiplied by something before backward.
         backend: "auto" or one of "cpu" (C++), "triton" (GPU), "reference" (plain PyTorch, twice differentiable).
 
     Returns:
         The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
-        student's dtype; between logits and gradient all arithmetic is fp32 (fp64).
+        student's dtype; between logits and gradient all arithmetic is fp32 (fp64). In fp32 the loss of a row is right
+        to 1e-6 of itself and 4 units in the last place of its log-sum-exp; alpha outside (0, 1) has exponentials of
+        the log-ratio as its terms, which magnify that, and overflow where fp64 does not.
 
     Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
     Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
@@ -97,9 +101,10 @@ def fused_divergence(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of
-            range and temperatures <= 0 in a tensor raise on a CPU; on a GPU they make their row NaN.
+            range, and temperatures <= 0 and hard weights outside [0, 1] in a tensor, raise on a CPU; on a GPU they
+            make their row NaN, unless `kdkernels.checks(True)` asks for the synchronisation.
         RuntimeError: when the backend that was asked for cannot serve the call, with the reason; in backward, for
-            second derivatives outside backend="reference".
+            second derivatives outside backend="reference"; under forward-mode AD or torch.func likewise.
 
     Sources of the divergences: `kdkernels.divergences.CATALOGUE`.
     """
@@ -107,6 +112,7 @@ def fused_divergence(
         divergence = Divergence(divergence)
     vocab_size = options.check_logits(student, teacher, vocab_size)
     options.check_choice("gradient", gradient, options.GRADIENTS)
+    options.check_type("temperature_squared", temperature_squared, bool)
     options.check_statistics(statistics, labels)
     row = options.resolve(
         student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=labels,
@@ -152,6 +158,8 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     With these, logits [..., T, V] are taken whole: no slice of the logits, and no copy in its backward.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor; got {type(labels).__name__}")
     if labels.dim() == 0 or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 of shape [..., T]; got {labels.dtype} of {list(labels.shape)}")
     last = torch.full_like(labels[..., :1], ignore_index)
@@ -164,12 +172,28 @@ def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             return reference.rows(*tensors, *static, statistics)
+    _refuse_transforms(student, backend)
     if not (torch.is_grad_enabled() and student.requires_grad):
         loss, _, _, _, row_statistics, top1 = ops.rows(*tensors, *static, False, statistics, backend)
         return loss, row_statistics, top1
     if gradient == "auto":
-        gradient = "backward" if reduction == "none" or student.dtype == torch.float16 else "forward"
+        # A teacher made in inference mode cannot be saved for backward.
+        per_row = reduction == "none" and (torch.compiler.is_compiling() or not tensors[1].is_inference())
+        gradient = "backward" if per_row or student.dtype == torch.float16 else "forward"
     return Rows.apply(*tensors, *static, statistics, gradient, backend)
+
+
+def _refuse_transforms(student: Tensor, backend: str):
+    """torch.func's transforms and forward-mode AD would find no derivative in an operator, and say nothing."""
+    if torch.compiler.is_compiling():
+        return
+    forward_ad = torch.autograd.forward_ad
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"forward-mode AD and torch.func transforms (vmap, jvp, grad): the {backend!r} backend has reverse-mode "
+            'derivatives only; backend="reference" has them, and leading dimensions take the place of vmap'
+        )
 
 
 def _statistic(name: str, row_statistics: Tensor, top1: Tensor, leading: torch.Size) -> Tensor:

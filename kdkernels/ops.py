@@ -48,7 +48,7 @@ def _gradient_like(student: Tensor) -> Tensor:
 def _rows(kernels, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
           *flags):  # fmt: skip
     if backends.values_are_checked():
-        backends.check_values(row_scale, labels, temperature, vocab_size)
+        backends.check_values(row_scale, labels, temperature, hard_weight, vocab_size)
     return kernels.rows(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
                         vocab_size, *flags)  # fmt: skip
 

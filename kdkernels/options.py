@@ -77,9 +77,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]):
         raise ValueError(f"{name}: expected {_one_of(choices)}; got {value!r}")
 
 
+def check_type(name: str, value, expected: type):
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
+
+
 def check_statistics(statistics: tuple[str, ...], labels: Tensor | None):
-    if isinstance(statistics, str):
-        raise TypeError(f"statistics: expected a tuple of names, as in ({statistics!r},); got a str")
+    if not isinstance(statistics, (tuple, list)):
+        hint = f", as in ({statistics!r},)" if isinstance(statistics, str) else ""
+        raise TypeError(f"statistics: expected a tuple of names{hint}; got {type(statistics).__name__}")
     for name in statistics:
         if name not in STATISTICS:
             raise ValueError(f"statistics: unknown name {name!r}; known: {', '.join(STATISTICS)}")
@@ -128,11 +134,16 @@ def resolve(
         _check_per_row("mask", mask, leading, device, torch.bool)
     if labels is not None:
         _check_per_row("labels", labels, leading, device, torch.int64)
+        check_type("ignore_index", ignore_index, int)
         labels = labels.reshape(-1).contiguous()
+        if not torch.compiler.is_compiling() and labels.is_inference():
+            labels = labels.clone()  # what is made in inference mode cannot be saved for backward
     if row_weight is not None:
         _check_per_row("row_weight", row_weight, leading, device)
 
     temperature = _number_or_per_row("temperature", temperature, leading, device, dtype)
+    if not isinstance(hard_weight, Tensor):
+        _check_number("hard_weight", hard_weight)
     if isinstance(hard_weight, Tensor) or hard_weight != 0:
         if labels is None:
             raise ValueError(f"hard_weight needs labels; got hard_weight={_shown(hard_weight)} and labels=None")
@@ -163,23 +174,29 @@ def _row_scale(rows, device, dtype, mask, labels, ignore_index, row_weight, redu
         keep = labelled if keep is None else keep & labelled
     weight = torch.ones(rows, dtype=dtype, device=device)
     if row_weight is not None:
-        weight = weight * row_weight.reshape(-1)
+        weight = weight * row_weight.reshape(-1).to(dtype)
 
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"normalizer goes with reduction='mean' only; got reduction={reduction!r}")
-        weight = weight / _normalizer(normalizer, device, dtype)
+        denominator = _normalizer(normalizer, device, dtype)
     elif reduction == "mean":
-        weight = weight / (rows if keep is None else keep.sum())
-    return weight if keep is None else torch.where(keep, weight, 0)
+        denominator = rows if keep is None else keep.sum()
+    else:
+        denominator = 1
+    scale = weight / denominator
+    if row_weight is not None:
+        scale = torch.where(weight == 0, 0, scale)  # skipped also where the denominator is 0
+    return scale if keep is None else torch.where(keep, scale, 0)
 
 
 def _normalizer(normalizer, device, dtype):
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer: expected one element; got shape {list(normalizer.shape)}")
+        _check_real("normalizer", normalizer)
         _refuse_gradient("normalizer", normalizer)
-        return normalizer.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+        return _moved(normalizer.detach().reshape(()), device, dtype)
     _check_number("normalizer", normalizer)
     if not 0 <= normalizer < float("inf"):
         raise ValueError(f"normalizer: expected finite and not negative; got {normalizer}")
@@ -190,10 +207,11 @@ def _normalizer(normalizer, device, dtype):
 def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
     if isinstance(value, Tensor):
         if value.dim() == 0:
+            _check_real(name, value)
             _refuse_gradient(name, value)
-            return value.detach().to(device=device, dtype=dtype, non_blocking=True).reshape(1)
+            return _moved(value.detach().reshape(1), device, dtype)
         _check_per_row(name, value, leading, device)
-        return value.detach().to(dtype).reshape(-1).contiguous()
+        return _moved(value.detach().reshape(-1).contiguous(), device, dtype)
     _check_number(name, value)
     if name == "temperature" and not 0 < value < float("inf"):
         raise ValueError(f"temperature: expected finite and > 0; got {value}")
@@ -207,13 +225,24 @@ def _check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = No
         raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {dtype}; got {x.dtype}")
-    if dtype is None and (x.is_complex() or x.dtype == torch.bool):
-        raise TypeError(f"{name}: expected a real number per row; got {x.dtype}")
+    if dtype is None:
+        _check_real(name, x)
     if x.shape != leading:
         raise ValueError(f"{name}: expected the logits' leading shape {list(leading)}; got {list(x.shape)}")
     if x.device != device:
         raise ValueError(f"{name}: expected on the logits' device {device}; got {x.device}")
     _refuse_gradient(name, x)
+
+
+def _check_real(name: str, x: Tensor):
+    if x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected real numbers; got {x.dtype}")
+
+
+def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """To the device and dtype, without waiting where the target is a GPU. Never an inference tensor."""
+    x = x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
 def _refuse_gradient(name: str, x: Tensor):

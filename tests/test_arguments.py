@@ -55,7 +55,7 @@ BAD = {
     "beta 1": (lambda: fused_js(logits(), logits(), beta=1.0), ValueError, ["(0, 1)", "reverse_kl", "gkd"]),
     "beta nan": (lambda: fused_js(logits(), logits(), beta=float("nan")), ValueError, ["(0, 1)", "nan"]),
     "beta tensor": (lambda: fused_js(logits(), logits(), beta=torch.tensor(0.5)), TypeError, ["beta", "Tensor"]),
-    "alpha 1": (lambda: Divergence("alpha", alpha=1.0), ValueError, ["not 0 or 1", "got 1.0", "kl"]),
+    "alpha 1": (lambda: Divergence("alpha", alpha=1.0), ValueError, ["0.001 from 0 and 1", "got 1.0", "kl"]),
     "alpha inf": (lambda: Divergence("alpha", alpha=float("inf")), ValueError, ["finite", "inf"]),
     "weight 1.5": (lambda: Divergence("mixed_kl", weight=1.5), ValueError, ["[0, 1]", "1.5"]),
     "parameter of another": (lambda: Divergence("js", alpha=0.5), ValueError, ["'beta'", "'alpha'"]),
@@ -73,6 +73,24 @@ BAD = {
         ValueError,
         ["hard_weight requires grad"],
     ),
+    "hard_weight bool": (lambda: fused_kl(logits(), logits(), hard_weight=False), TypeError, ["hard_weight", "bool"]),
+    "ignore_index": (
+        lambda: fused_kl(logits(), logits(), labels=LABELS, ignore_index=None),
+        TypeError,
+        ["ignore_index", "int", "NoneType"],
+    ),
+    "temperature_squared": (
+        lambda: fused_kl(logits(), logits(), temperature_squared=2.0),
+        TypeError,
+        ["temperature_squared", "bool", "float"],
+    ),
+    "temperature complex": (
+        lambda: fused_kl(logits(), logits(), temperature=torch.tensor(2j)),
+        TypeError,
+        ["complex64"],
+    ),
+    "normalizer bool": (lambda: fused_kl(logits(), logits(), normalizer=torch.tensor(True)), TypeError, ["bool"]),
+    "alpha near 1": (lambda: Divergence("alpha", alpha=1.0001), ValueError, ["0.001 from", "1.0001"]),
     "labels dtype": (lambda: fused_kl(logits(), logits(), labels=LABELS.int()), TypeError, ["int64", "int32"]),
     "labels shape": (lambda: fused_kl(logits(), logits(), labels=LABELS[:2]), ValueError, ["labels", "[4]", "[2]"]),
     "mask dtype": (lambda: fused_kl(logits(), logits(), mask=LABELS), TypeError, ["mask", "bool", "int64"]),
@@ -159,8 +177,15 @@ def test_label_out_of_range(backend, bad, hard_weight):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_temperature_in_a_tensor(bad, backend):
     for temperature, row in ((torch.tensor(bad), 0), (torch.tensor([1.0, 1.0, bad, 1.0]), 2)):
-        with pytest.raises(ValueError, match=rf"temperature: expected finite and > 0; got {bad} in row {row}"):
+        with pytest.raises(ValueError, match=rf"temperature: expected finite and > 0.*; got {bad} in row {row}"):
             fused_kl(logits(), logits(), temperature=temperature, backend=backend)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_hard_weight_in_a_tensor(bad, backend):
+    with pytest.raises(ValueError, match=rf"hard_weight: expected from 0 to 1; got {bad}.* in row 1"):
+        fused_kl(logits(), logits(), labels=LABELS, hard_weight=torch.tensor([0.5, bad, 0, 0]), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["triton"])
@@ -175,6 +200,9 @@ def test_where_values_are_not_checked_a_bad_one_makes_its_row_nan(backend):
     assert student.grad[1:].isnan().all() and student.grad[0].isfinite().all()
     loss = fused_kl(student, teacher, temperature=temperature, reduction="none", backend=backend)
     assert loss.isnan().tolist() == [True, False, False, False]
+    hard_weight = torch.tensor([0.5, 0.5, 1.5, 0.5], device=device)
+    loss = fused_kl(student, teacher, labels=labels % 5, hard_weight=hard_weight, reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, False, True, False]
 
 
 @pytest.mark.parametrize("backend", ["triton", "cpu"])

@@ -42,6 +42,19 @@ def test_class_that_is_minus_infinity_on_both_sides_contributes_nothing(divergen
 
 @each_divergence
 @each_backend
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_long_stretches_of_minus_infinity_at_a_low_maximum(divergence, backend, side):
+    """A masked half of the vocabulary, where all other logits are far below 0."""
+    vocab = 5000 if backend == "cpu" else 300
+    student, teacher = torch.randn(2, vocab) - 200, torch.randn(2, vocab) - 300
+    for name, x in (("student", student), ("teacher", teacher)):
+        if side in (name, "both"):
+            x[:, vocab // 2 :] = -INF
+    check(student, teacher, divergence, backend, temperature=0.5)
+
+
+@each_divergence
+@each_backend
 @each_gradient
 def test_teacher_without_mass_where_the_student_has_some(divergence, backend, gradient):
     """Finite and exact, or +inf with the whole row's gradient NaN, as the docstring says; other rows are untouched."""

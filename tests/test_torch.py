@@ -191,6 +191,70 @@ def test_saved_tensors_pass_through_hooks(backend):
 
 
 @kernel_backends
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_batched_gradients(backend, gradient):
+    device = device_of(backend)
+    student, teacher = torch.randn(3, 20, device=device), torch.randn(3, 20, device=device)
+
+    def rows(x):
+        return fused_js(x, teacher, reduction="none", gradient=gradient, backend=backend)
+
+    one_by_one = torch.autograd.functional.jacobian(rows, student)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(rows, student, vectorize=True), one_by_one)
+
+
+@kernel_backends
+def test_derivatives_that_are_not_there_raise(backend):
+    """Forward-mode AD and torch.func found no derivative in an operator: a tangent of 0, or None, and no error."""
+    device = device_of(backend)
+    student, teacher = torch.randn(3, 20, device=device), torch.randn(3, 20, device=device)
+
+    def loss(x, y=teacher):
+        return fused_kl(x, y, backend=backend)
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(student, teacher)
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            loss(dual)
+        assert loss(student).isfinite()
+    for transformed in (
+        lambda: torch.func.jvp(loss, (student,), (teacher,)),
+        lambda: torch.func.grad(loss)(student),
+        lambda: torch.vmap(loss)(student, teacher),
+    ):
+        with pytest.raises(RuntimeError, match='backend="reference"'):
+            transformed()
+
+
+def test_reference_has_them():
+    student, teacher = torch.randn(3, 4, 20).double(), torch.randn(3, 4, 20).double()
+    tangent = torch.randn(4, 20).double()
+
+    def loss(x, y=teacher[0]):
+        return fused_js(x, y, backend="reference")
+
+    leaf = student[0].clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(student[0]), want)
+    torch.testing.assert_close(torch.func.jvp(loss, (student[0],), (tangent,))[1], (want * tangent).sum())
+    torch.testing.assert_close(torch.vmap(loss)(student, teacher)[0], loss(student[0]))
+
+
+@kernel_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_inference_mode_made_can_be_the_teacher(backend, reduction):
+    device = device_of(backend)
+    with torch.inference_mode():
+        teacher, labels = torch.randn(4, 50, device=device), torch.randint(0, 50, (4,), device=device)
+        temperature = torch.tensor(2.0, device=device)
+    options = {"labels": labels, "temperature": temperature, "hard_weight": 0.5, "backend": backend}
+    student = torch.randn(4, 50, device=device)
+    got = run(student, teacher, "js", reduction=reduction, **options)
+    want = run(student, teacher.clone(), "js", reduction=reduction, **options)
+    torch.testing.assert_close(got.gradient, want.gradient)
+
+
+@kernel_backends
 def test_no_graph_and_no_gradient_without_grad(backend):
     device = device_of(backend)
     student, teacher = torch.randn(5, 64, device=device, requires_grad=True), torch.randn(5, 64, device=device)

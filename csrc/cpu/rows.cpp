@@ -28,7 +28,7 @@
 namespace kdk {
 namespace KDK_ISA {
 
-#include "math.h"
+#include "elementary.h"
 #include "../divergences.h"
 
 #if defined(__AVX512F__)
@@ -273,7 +273,8 @@ template <class T> struct Row {
   }
 
   bool has_bad_value() const {
-    if (!(temperature > 0 && temperature < INFINITY)) return true;
+    if (!(temperature > 0 && temperature < INFINITY && inverse_temperature < INFINITY)) return true;
+    if (!(hard_weight() >= 0 && hard_weight() <= 1)) return true;
     return call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns);
   }
 
@@ -360,7 +361,9 @@ template <class T> struct Row {
     const T* t = load(call.teacher, teacher, b, teacher_buffer);
     T student_base = student_max, teacher_base = teacher_max;
     if (kept) {
-      student_base = finite(kept->student_max), teacher_base = finite(kept->teacher_max);
+      // Where a block is -inf throughout, its exponentials are 0 relative to anything: the row's maximum will do.
+      if (kept->student_max != T(-INFINITY)) student_base = kept->student_max;
+      if (kept->teacher_max != T(-INFINITY)) teacher_base = kept->teacher_max;
     } else {
       block_exponentials<true>(b, call.student, student, s, student_max, inverse_temperature, student_e);
       block_exponentials<true>(b, call.teacher, teacher, t, teacher_max, inverse_temperature, teacher_e);
@@ -401,7 +404,7 @@ template <class T> struct Row {
     if (hard_weight() != 0) loss += hard_weight() * cross_entropy();
     return scale * loss;
   }
-  // The first column of the row's maximum. NaN has no place in an order: 0.
+  // The first column of the row's maximum (of what is not NaN; 0 where nothing is).
   int64_t argmax(const Logits& x, const char* row_start, T max) const {
     alignas(64) T buffer[kBlock];
     for (int64_t b = 0; b < blocks; ++b) {

@@ -4,7 +4,7 @@
 
 #define KDK_CPU_ROWS(isa)                                                                                \
   namespace isa {                                                                                        \
-  /* Whether a kept row had a label or a temperature that no loss has; nothing is written then. */ \
+  /* Whether a kept row had a label, temperature or hard weight that no loss has; nothing is written then. */ \
   bool rows(const RowsCall& call) noexcept;                                                              \
   /* x[r, :] *= factor[r], rows whose factor is 1 left alone */                                          \
   void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) noexcept; \

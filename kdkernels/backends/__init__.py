@@ -102,29 +102,38 @@ def values_are_checked() -> bool:
 
 
 def bad_rows(
-    row_scale: torch.Tensor, labels: torch.Tensor | None, temperature: torch.Tensor, vocab_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which kept rows have a label, and which a temperature, that no loss has: two bool tensors [rows]."""
+    row_scale: torch.Tensor,
+    labels: torch.Tensor | None,
+    temperature: torch.Tensor,
+    hard_weight: torch.Tensor | None,
+    vocab_size: int,
+) -> dict[str, torch.Tensor]:
+    """Which kept rows have a value that no loss has: a bool tensor [rows] for each argument that is there."""
     kept = row_scale != 0
-    temperature = temperature.expand_as(row_scale)
-    bad_temperature = kept & ~((temperature > 0) & (temperature < torch.inf))
-    if labels is None:
-        return torch.zeros_like(kept), bad_temperature
-    return kept & ((labels < 0) | (labels >= vocab_size)), bad_temperature
+    bad = {"temperature": kept & ~((temperature > 0) & (temperature < torch.inf) & (1 / temperature < torch.inf))}
+    if labels is not None:
+        bad["labels"] = kept & ((labels < 0) | (labels >= vocab_size))
+    if hard_weight is not None:
+        bad["hard_weight"] = kept & ~((hard_weight >= 0) & (hard_weight <= 1))
+    return bad
 
 
 def check_values(
-    row_scale: torch.Tensor, labels: torch.Tensor | None, temperature: torch.Tensor, vocab_size: int
+    row_scale: torch.Tensor,
+    labels: torch.Tensor | None,
+    temperature: torch.Tensor,
+    hard_weight: torch.Tensor | None,
+    vocab_size: int,
 ) -> None:
     """Raises ValueError for the first row of `bad_rows`. Reads values: a synchronisation on a GPU."""
-    bad_label, bad_temperature = bad_rows(row_scale, labels, temperature, vocab_size)
-    if bad_label.any():
-        row = int(bad_label.nonzero()[0])
-        raise ValueError(
-            f"labels: expected 0 <= label < {vocab_size} (the vocabulary) or ignore_index; "
-            f"got {labels[row].item()} in row {row}"
-        )
-    if bad_temperature.any():
-        row = int(bad_temperature.nonzero()[0])
-        got = temperature.expand_as(row_scale)[row].item()
-        raise ValueError(f"temperature: expected finite and > 0; got {got} in row {row}")
+    given = {"labels": labels, "temperature": temperature, "hard_weight": hard_weight}
+    expected = {
+        "labels": f"0 <= label < {vocab_size} (the vocabulary) or ignore_index",
+        "temperature": f"finite and > 0 in {temperature.dtype}",
+        "hard_weight": "from 0 to 1",
+    }
+    for name, bad in bad_rows(row_scale, labels, temperature, hard_weight, vocab_size).items():
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            got = given[name].expand_as(row_scale)[row].item()
+            raise ValueError(f"{name}: expected {expected[name]}; got {got} in row {row}")

@@ -103,6 +103,7 @@ def row_gradient(
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
+    assert factor.dtype == (torch.float64 if gradient.dtype == torch.float64 else torch.float32), factor.dtype
     columns = gradient.shape[-1]
     count = gradient.numel() // columns if columns else 0
     _native.scale_rows(gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], count, columns, _per_row(factor),
@@ -120,6 +121,8 @@ def _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight,
           temperature_squared, unit_log_sum, out):  # fmt: skip
     threads = torch.get_num_threads()
     fp64 = compute_dtype(student, teacher) == torch.float64
+    for numbers in (row_scale, temperature, hard_weight, parameters):
+        assert numbers is None or numbers.dtype == compute_dtype(student, teacher), numbers.dtype
     workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
     statistics = out.get("statistics")
     found_bad_value = _native.rows(
@@ -145,7 +148,8 @@ def _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight,
         threads,
     )
     if found_bad_value:
-        check_values(row_scale, labels, temperature, vocab_size)
+        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
+        raise RuntimeError("the kernel found a value in a row option that the check of values does not")
 
 
 def _logits(x: Tensor):

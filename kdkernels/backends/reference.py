@@ -88,14 +88,24 @@ class _WholeRowOrNaN(torch.autograd.Function):
     An infinite slope (reverse_kl where the teacher has no mass) leaves a row without a gradient.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, log_probs):
+    def forward(log_probs):
         return log_probs.view_as(log_probs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):
         finite = torch.isfinite(gradient.sum(-1, keepdim=True))
         return torch.where(finite, gradient, torch.nan)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.view_as(tangent)
 
 
 def rows(
@@ -114,9 +124,10 @@ def rows(
     """Per-row losses [rows], statistics and top-1 as `ops.rows` returns them."""
     dtype = compute_dtype(student, teacher)
     kept = row_scale != 0
-    if (row_scale.device.type == "cpu" or values_are_checked()) and not torch.compiler.is_compiling():
-        check_values(row_scale, labels, temperature, vocab_size)
-    bad_label, bad_temperature = bad_rows(row_scale, labels, temperature, vocab_size)
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if (row_scale.device.type == "cpu" or values_are_checked()) and not transformed:
+        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
+    bad = bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
     inner = (row_scale.shape[0], vocab_size)
     # A skipped row may hold anything: zeros take its place, so that nothing of it reaches a gradient.
     s = torch.where(kept[:, None], student[..., :vocab_size].reshape(inner).to(dtype), 0)
@@ -132,11 +143,12 @@ def rows(
         loss = loss * temperature**2
     cross_entropy = torch.zeros_like(loss)
     if labels is not None:
-        index = torch.where(kept & ~bad_label, labels, 0)[:, None]
+        index = torch.where(kept & ~bad["labels"], labels, 0)[:, None]
         cross_entropy = -torch.log_softmax(s, -1).gather(-1, index)[:, 0]
     if hard_weight is not None:
         loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
-    loss = loss * torch.where(bad_label | bad_temperature, torch.nan, 1)
+    for rows_of_it in bad.values():
+        loss = loss * torch.where(rows_of_it, torch.nan, 1)
     loss = torch.where(kept, row_scale * loss, 0)
     if not statistics:
         return loss, None, None

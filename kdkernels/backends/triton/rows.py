@@ -127,6 +127,12 @@ def rows_kernel(
     scale = tl.load(row_scale + row * row_scale_stride)
     row_temperature = tl.load(temperature + row * temperature_stride)
     bad = (row_temperature <= 0) | (row_temperature == float("inf")) | (row_temperature != row_temperature)
+    bad = bad | (1 / row_temperature == float("inf"))
+    if hard_weight is not None:
+        row_hard_weight = tl.load(hard_weight + row * hard_weight_stride)
+        bad = bad | (row_hard_weight < 0) | (row_hard_weight > 1) | (row_hard_weight != row_hard_weight)
+    else:
+        row_hard_weight = tl.full((), 0, tl.float32)
     label = -1
     if labels is not None:
         label = tl.load(labels + row)
@@ -212,9 +218,6 @@ def rows_kernel(
     # ---- what the other two need of the row
     if SUMS or gradient is not None:
         parameter = tl.load(parameters)
-        row_hard_weight = tl.full((), 0, tl.float32)
-        if hard_weight is not None:
-            row_hard_weight = tl.load(hard_weight + row * hard_weight_stride)
         gradient_factor = row_temperature if TEMPERATURE_SQUARED else inverse_temperature
         soft = scale * (1 - row_hard_weight) * gradient_factor
         hard = scale * row_hard_weight
@@ -293,7 +296,7 @@ def rows_kernel(
             tl.store(statistics + 8 * rows + row, teacher_label_log_prob)
             tl.store(statistics + 9 * rows + row, student_max * inverse_temperature + student_log_sum)
             tl.store(statistics + 10 * rows + row, teacher_max * inverse_temperature + teacher_log_sum)
-            # NaN has no place in an order: 0.
+            # Of what is not NaN; 0 where nothing is.
             tl.store(top1 + row, tl.where(student_first < columns, student_first, 0))
             tl.store(top1 + rows + row, tl.where(teacher_first < columns, teacher_first, 0))
 

@@ -57,7 +57,7 @@ static inline double exp_of(double x) { return ::exp(x); }
 static inline float log_of(float x) {
   int32_t bits = (int32_t)float_to_bits(x);
   int32_t e = (bits - 0x3f3504f3) >> 23;
-  float m = bits_to_float((uint32_t)(bits - (e << 23)));
+  float m = bits_to_float((uint32_t)bits - ((uint32_t)e << 23));
   float f = m - 1.0f;
   float y = -7.634506375e-2f;
   y = y * f + 1.276158839e-1f;
