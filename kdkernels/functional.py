@@ -104,7 +104,8 @@ def fused_divergence(
             range, and temperatures <= 0 and hard weights outside [0, 1] in a tensor, raise on a CPU; on a GPU they
             make their row NaN, unless `kdkernels.checks(True)` asks for the synchronisation.
         RuntimeError: when the backend that was asked for cannot serve the call, with the reason; in backward, for
-            second derivatives outside backend="reference"; under forward-mode AD or torch.func likewise.
+            second derivatives outside backend="reference"; under torch.func's transforms likewise, and under
+            forward-mode AD everywhere.
 
     Sources of the divergences: `kdkernels.divergences.CATALOGUE`.
     """
@@ -191,8 +192,8 @@ def _refuse_transforms(student: Tensor, backend: str):
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None
     if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            f"forward-mode AD and torch.func transforms (vmap, jvp, grad): the {backend!r} backend has reverse-mode "
-            'derivatives only; backend="reference" has them, and leading dimensions take the place of vmap'
+            f"forward-mode AD and torch.func transforms: the {backend!r} backend has reverse-mode derivatives only; "
+            'backend="reference" goes through torch.func.grad and vmap, and leading dimensions take the place of vmap'
         )
 
 

@@ -103,10 +103,6 @@ class _WholeRowOrNaN(torch.autograd.Function):
         finite = torch.isfinite(gradient.sum(-1, keepdim=True))
         return torch.where(finite, gradient, torch.nan)
 
-    @staticmethod
-    def jvp(ctx, tangent):
-        return tangent.view_as(tangent)
-
 
 def rows(
     student: Tensor,
