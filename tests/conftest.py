@@ -10,7 +10,14 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("kdkernels", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+# In CI the examples are the same from run to run; elsewhere each run draws new ones.
+settings.register_profile(
+    "kdkernels",
+    deadline=None,
+    print_blob=True,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("kdkernels")
 
 
@@ -20,6 +27,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
