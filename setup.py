@@ -27,12 +27,17 @@ if X86:
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 
 
+def escaped(path: Path) -> str:
+    """A path as ninja reads it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 def ninja_file(module: Path) -> str:
     """One compilation of cpu/rows.cpp per instruction set, the bindings, and the link."""
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
+    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_paths()['include']}'"
     define = "-DKDK_X86" if X86 else ""
     lines = [
         f"cxx = {compiler}",
@@ -41,16 +46,16 @@ def ninja_file(module: Path) -> str:
         "  depfile = $out.d",
         "rule link",
         "  command = $cxx -shared -fopenmp $in -o $out",
-        f"build bindings.o: compile {CSRC / 'bindings.cpp'}",
+        f"build bindings.o: compile {escaped(CSRC / 'bindings.cpp')}",
         f"  flags = {includes} {define}",
     ]
     for isa, flags in ISA_FLAGS.items():
         lines += [
-            f"build rows_{isa}.o: compile {CSRC / 'cpu' / 'rows.cpp'}",
+            f"build rows_{isa}.o: compile {escaped(CSRC / 'cpu' / 'rows.cpp')}",
             f"  flags = {flags} -DKDK_ISA={isa}",
         ]
     objects = " ".join(["bindings.o"] + [f"rows_{isa}.o" for isa in ISA_FLAGS])
-    lines += [f"build {module}: link {objects}", f"default {module}", ""]
+    lines += [f"build {escaped(module)}: link {objects}", f"default {escaped(module)}", ""]
     return "\n".join(lines)
 
 
@@ -91,7 +96,7 @@ class BuildNative(build_ext):
             return None
         print(done.stdout + done.stderr, file=sys.stderr)
         lines = [line for line in done.stdout.splitlines() if "error" in line or "not found" in line]
-        return f"the compiler failed: {(lines or done.stdout.splitlines() or ['no output'])[0].strip()}"
+        return f"the compiler failed: {(lines or done.stdout.splitlines()[-1:] or ['no output'])[0].strip()}"
 
 
 setup(ext_modules=[Extension("kdkernels._native", [])], cmdclass={"build_ext": BuildNative})

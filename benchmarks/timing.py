@@ -11,8 +11,6 @@ from pathlib import Path
 import psutil
 import torch
 
-MiB = 2**20
-
 
 def synchronize(device: str) -> None:
     if device != "cpu":

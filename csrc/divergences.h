@@ -5,8 +5,8 @@
 //
 // lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
-// its digits when the distributions are close. No loop, mask, softmax or device in this file: g++ and nvcc compile
-// these lines. The includer provides KDK_HD, exp_of(T), log_of(T) and sqrt_of(T), and includes this file inside its
+// its digits when the distributions are close. No loop, mask, softmax or device in this file, so that any C++ or CUDA
+// compiler can take these lines. The includer provides KDK_HD, exp_of(T), log_of(T) and sqrt_of(T), and includes this file inside its
 // own namespace (once per instruction set, so that no template is shared between them).
 //
 // To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,

@@ -1,5 +1,5 @@
-// One call of a row kernel: pointers, strides and sizes, nothing of torch. bindings.cpp fills it, every backend in
-// csrc/ takes it.
+// One call of a row kernel: pointers, strides and sizes, nothing of torch. bindings.cpp fills it, the kernels
+// take it.
 #pragma once
 #include <cstdint>
 

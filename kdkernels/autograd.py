@@ -21,7 +21,7 @@ def _may_scale_in_place(grad_loss: torch.Tensor) -> bool:
 class Rows(torch.autograd.Function):
     """Per-row losses [rows] of student logits [outer, inner, columns], with row_scale folded in.
 
-    `mode` is "forward" (the sweep that finds the loss writes the gradient; backward scales it) or "backward" (row
+    `mode` is "forward" (the call that finds the loss writes the gradient; backward scales it) or "backward" (row
     floats and sums are kept; backward sweeps the logits again).
     """
 

@@ -38,7 +38,7 @@ def fused_divergence(
     gradient: str = "auto",
     backend: str = "auto",
 ) -> Tensor | LossOutput:
-    """A divergence between softmax(teacher / T) and softmax(student / T), row by row, with its gradient in one sweep.
+    """A divergence between softmax(teacher / T) and softmax(student / T), row by row, with its gradient.
 
     With p the teacher's and q the student's distribution of a row, D(p, q) the divergence, y the label, T the
     temperature, lambda the hard weight and w the row weight::
@@ -74,15 +74,15 @@ def fused_divergence(
             a tensor is not checked.
         vocab_size: classes that count; columns past it are padding in either tensor, and the widths may differ. Their
             gradient is 0. Widths that differ without it raise.
-        statistics: names of row statistics wanted from the same sweep, detached, in the leading shape, 0 on dropped
+        statistics: names of row statistics wanted from the same sweeps, detached, in the leading shape, 0 on dropped
             rows: divergence (D alone), cross_entropy (of the label, at temperature 1), tv, student_entropy,
             teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
             teacher_label_log_prob, student_lse, teacher_lse (of logits / T) in the loss's dtype (but the
             cross-entropy all at temperature T), and student_top1, teacher_top1 (int64, the first of equals).
-        gradient: "forward" finds the gradient in the sweep that finds the loss, and keeps one tensor of the student's
+        gradient: "forward" finds the gradient in the call that finds the loss, and keeps one tensor of the student's
             shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
             for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
-            sees them), else "forward". Without grad nothing but the loss is computed. "forward" rounds to the
+            sees them), else "forward". Without grad no gradient is found. "forward" rounds to the
             student's dtype a second time where the loss is multiplied by something before backward.
         backend: "auto" or one of "cpu" (C++), "triton" (GPU), "reference" (plain PyTorch, twice differentiable).
 

@@ -91,8 +91,9 @@ rows = _define(
     _rows_fake,
 )
 
-# The sweeps one by one; a reduction between them makes them serve a vocabulary that is split over devices. row_floats
-# gives the floats, row_sums the sums, statistics and top-1 (or empty).
+# The sweeps one by one, for callers that need what lies between them. phi and psi are a divergence's value and slope of
+# one class (csrc/divergences.h); row floats are what a row's softmaxes need: maxima and log sums. row_floats gives the
+# floats, row_sums the sums, statistics and top-1 (or empty).
 row_floats = _define(
     f"row_floats({_LOGITS}, Tensor temperature, SymInt vocab_size, str backend) -> Tensor",
     lambda kernels, *args: kernels.row_floats(*args),

@@ -105,9 +105,8 @@ def test_rows_of_minus_infinity_but_one(divergence, backend):
     teacher[0, 7], teacher[1, 9] = -2.0, 3.0
     got = check(student, teacher, divergence, backend)
     assert got.loss[0].abs() < 1e-7 and got.gradient[0].abs().max() < 1e-7
-    limits = {"tv": 1.0, "hellinger": 1.0, "js": None}
-    if limits.get(divergence.name):
-        assert got.loss[1].item() == pytest.approx(limits[divergence.name])
+    if divergence.name in ("tv", "hellinger"):
+        assert got.loss[1].item() == pytest.approx(1.0)
 
 
 @each_backend
@@ -117,7 +116,7 @@ def test_rows_of_minus_infinity_but_one(divergence, backend):
 @pytest.mark.parametrize("divergence", list(CATALOGUE))
 def test_nan_stays_in_its_row(backend, gradient, where, bad, divergence):
     if backend == "triton" and (divergence not in ("kl", "js", "tv") or bad in ("7fffffff", "7f800001")):
-        return  # the interpreter is slow; what is left covers every path
+        pytest.skip("the interpreter is slow; what is left covers every path")
     student, teacher = torch.randn(3, 70), torch.randn(3, 70)
     row = {"student": student, "teacher": teacher}[where][1]
     if bad == "inf":
@@ -162,7 +161,7 @@ def test_identical_distributions_give_zero(divergence, backend, dtype):
 @each_backend
 def test_saturated_logits(divergence, backend):
     if divergence.name == "alpha" and not 0 < divergence.parameter < 1:
-        return  # e^160 is beyond fp32, as the docstring's +inf says
+        pytest.skip("e^160 is beyond fp32, as the docstring says")
     sign = torch.where(torch.rand(4, 500) < 0.5, -80.0, 80.0)
     check(sign, sign.roll(1, -1), divergence, backend)
     one_hot = torch.full((2, 500), -80.0)
@@ -213,7 +212,6 @@ def test_kl_is_closer_than_eager_near_equality():
 def test_offsets_past_two_to_the_31(divergence):
     """Rows further apart than int32 counts: strided views of a memory that is only touched at the rows."""
     stride = 2**31 + 64
-    storage = torch.empty(0, dtype=torch.uint8)
     torch.use_deterministic_algorithms(False)  # do not fill
     try:
         storage = torch.empty(stride + 4096, dtype=torch.bfloat16)

@@ -218,7 +218,7 @@ def test_rows_of_weight_zero_are_skipped_whatever_the_normalizer(backend):
 @pytest.mark.parametrize("normalizer", [None, 0, 5])
 def test_no_kept_rows_is_zero(backend, reduction, normalizer):
     if reduction == "sum" and normalizer is not None:
-        return
+        pytest.skip("a normalizer goes with mean")
     device = device_of(backend)
     for shape in ((3, 50), (0, 50), (2, 0, 50)):
         student, teacher = torch.randn(shape, device=device), torch.randn(shape, device=device)

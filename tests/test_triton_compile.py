@@ -122,7 +122,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
             for gradient in (False, True):
                 name = "rows" + options + ", gradient" * gradient + ", statistics" * statistics
                 calls[name] = lambda row=row, gradient=gradient, statistics=statistics: launchers.rows(
-                    *logits, *row, divergence, VOCABULARY, statistics, gradient, statistics
+                    *logits, *row, divergence, VOCABULARY, False, gradient, statistics
                 )
 
     recorded = []

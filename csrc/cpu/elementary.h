@@ -26,12 +26,13 @@ static inline float exp_core(float x) {
   return y * bits_to_float(exponent);
 }
 
-// For x <= 0, as every exponential relative to a maximum is. Below the smallest normal number it is 0.
+// For x <= 0, as every exponential relative to a maximum is. It is 0 from -87 down, just above the smallest
+// normal number.
 static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_core(x); }
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
 #if defined(__AVX512F__)
-// The same polynomial with AVX-512's rounding and scalef, which no compiler finds.
+// The same polynomial with AVX-512's rounding and scalef, which no compiler finds, down through the subnormal numbers.
 static inline __m512 exp_of_nonpositive(__m512 x) {
   x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // of a NaN and a number, this takes its second operand
   __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
@@ -48,6 +49,7 @@ static inline __m512 exp_of_nonpositive(__m512 x) {
 }
 #endif
 
+// Infinite from 88 on, where 2^n would need n = 128.
 static inline float exp_of(float x) { return x > 88.0f ? INFINITY : exp_of_nonpositive(x); }
 static inline double exp_of(double x) { return ::exp(x); }
 

@@ -7,10 +7,11 @@
 //     sums        p, q from those exponentials, the divergence's value and slope (psi kept)      -> sum phi, sum psi
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
 //
-// so each logit's exponential is taken once. Log-probabilities are (x - m) / temperature + ((m - max) / temperature -
-// log sum): differences first, so that a large common offset of the logits costs no digits. Also where sum psi is known
-// to be 0 the gradient has a sweep of its own: the page faults of a fresh gradient clear pages through the caches, and
-// in the sweep before they would throw out the row that is being read.
+// so that loss and gradient take each logit's exponential once (the label term at another temperature, and a gradient
+// that is found in a call of its own, take it again). Log-probabilities are (x - m) / temperature + ((m - max) / temperature -
+// log sum): differences first, so that a large common offset of the logits costs no digits. kl, whose sum psi is 0, could
+// write its gradient in the second sweep, but that was slower: the page faults of a fresh gradient clear pages through
+// the caches, and would throw out the row that is being read.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -38,7 +39,7 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kBlock = 64 * kLanes;     // a lane sums 64 terms before a merge; five buffers fit the first-level cache
+constexpr int kBlock = 64 * kLanes;     // a lane sums 64 terms before a merge; a few buffers fit the first-level cache
 constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
 
 // ---- loads and stores: any storage type as the compute type T, a block at a time

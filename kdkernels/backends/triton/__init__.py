@@ -15,7 +15,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def refuse(student: Tensor, teacher: Tensor) -> str | None:
     if not _INSTALLED:
-        return "triton is not installed (pip install triton)"
+        return "triton is not installed (pip install kdkernels[triton])"
     if torch.float64 in (student.dtype, teacher.dtype):
         return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
     for name, x in (("student", student), ("teacher", teacher)):
