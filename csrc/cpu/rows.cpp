@@ -8,10 +8,11 @@
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
 //
 // so that loss and gradient take each logit's exponential once (the label term at another temperature, and a gradient
-// that is found in a call of its own, take it again). Log-probabilities are (x - m) / temperature + ((m - max) / temperature -
-// log sum): differences first, so that a large common offset of the logits costs no digits. kl, whose sum psi is 0, could
-// write its gradient in the second sweep, but that was slower: the page faults of a fresh gradient clear pages through
-// the caches, and would throw out the row that is being read.
+// that is found in a call of its own, take it again). Log-probabilities are
+// (x - m) / temperature + ((m - max) / temperature - log sum), m the block's maximum: differences first, so that a large
+// common offset of the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep, but
+// that was slower: the page faults of a fresh gradient clear pages through the caches, and would throw out the row that
+// is being read.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)

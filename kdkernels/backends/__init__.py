@@ -82,12 +82,12 @@ def kernels(name: str):
     raise ValueError(f"backend {name!r} implements no operators")
 
 
-# Whether values (labels, temperatures) are checked also where that costs a synchronisation.
+# Whether values (labels, temperatures, hard weights) are checked also where that costs a synchronisation.
 _checked = os.environ.get("KDKERNELS_CHECK") == "1"
 
 
 def checks(enabled: bool) -> bool:
-    """Whether a bad value in a tensor (a label out of range, a temperature <= 0) raises on a GPU too.
+    """Whether a bad value in a tensor (a label out of range, a temperature <= 0, a hard weight) raises on a GPU too.
 
     On a CPU it always does. On a GPU it costs a synchronisation, so without this the row becomes NaN.
     KDKERNELS_CHECK=1 sets it from outside. Returns what was set before.
