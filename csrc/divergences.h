@@ -6,20 +6,20 @@
 // lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. No loop, mask, softmax or device in this file, so that any C++ or CUDA
-// compiler can take these lines. The includer provides KDK_HD, exp_of(T), log_of(T) and sqrt_of(T), and includes this file inside its
-// own namespace (once per instruction set, so that no template is shared between them).
+// compiler can take these lines. The includer provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x),
+// root_of(x, log x), the square root from either, and ratio(x, m) = x / m, which is 0 where m has underflowed together
+// with x. It includes this file inside its own namespace (once per instruction set, so that no template is shared).
 //
 // To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,
 // kdkernels/backends/reference.py and kdkernels/backends/triton/table.py.
 
 // 0 * log 0 = 0: a term of probability exactly 0 is dropped before the product. (NaN == 0 is false, so NaN stays.)
 template <class T> KDK_HD T weighted(T weight, T x) { return weight == T(0) ? T(0) : weight * x; }
-// x / m, where m may have underflowed together with x.
-template <class T> KDK_HD T ratio(T x, T m) { return m == T(0) ? T(0) : x / m; }
 
 // weight * p + (1 - weight) * q, from the side of larger weight: exactly p where p = q, whatever weight rounds to.
 template <class T> KDK_HD T mixture(T weight, T p, T q) {
-  return weight < T(0.5) ? q + weight * (p - q) : p + (1 - weight) * (q - p);
+  T difference = p - q;
+  return weight < T(0.5) ? q + weight * difference : p - (1 - weight) * difference;
 }
 
 // KL(p || q) = sum p log(p / q)
@@ -34,6 +34,7 @@ template <class T> struct ReverseKl {
   KDK_HD explicit ReverseKl(const T*) {}
   KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(q, lq - lp) - q + p; }
   KDK_HD T slope(T lp, T lq, T, T q) const { return weighted(q, lq - lp); }
+  KDK_HD T slope_sum(T mean_log_ratio) const { return mean_log_ratio; }
 };
 
 // weight * KL(p || q) + (1 - weight) * KL(q || p)
@@ -44,6 +45,7 @@ template <class T> struct MixedKl {
     return weighted(weight * p, lp - lq) + weighted((1 - weight) * q, lq - lp) + (2 * weight - 1) * (q - p);
   }
   KDK_HD T slope(T lp, T lq, T p, T q) const { return weight * (q - p) + weighted((1 - weight) * q, lq - lp); }
+  KDK_HD T slope_sum(T mean_log_ratio) const { return weighted(1 - weight, mean_log_ratio); }
 };
 
 // beta * KL(p || m) + (1 - beta) * KL(q || m),  m = beta * p + (1 - beta) * q
@@ -95,28 +97,41 @@ template <class T> struct Tv {
 // sum (sqrt p - sqrt q)^2 / 2
 template <class T> struct Hellinger {
   KDK_HD explicit Hellinger(const T*) {}
-  KDK_HD T value(T, T, T p, T q) const {
-    T difference = sqrt_of(p) - sqrt_of(q);
+  KDK_HD T value(T lp, T lq, T p, T q) const {
+    T difference = root_of(p, lp) - root_of(q, lq);
     return T(0.5) * difference * difference;
   }
-  KDK_HD T slope(T, T, T p, T q) const { return T(0.5) * sqrt_of(q) * (sqrt_of(q) - sqrt_of(p)); }
+  KDK_HD T slope(T lp, T lq, T p, T q) const {
+    T root = root_of(q, lq);
+    return T(0.5) * root * (root - root_of(p, lp));
+  }
 };
 
 // (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both have
 // underflowed where it has not.
 template <class T> struct Alpha {
-  T alpha;
-  KDK_HD explicit Alpha(const T* parameters) : alpha(parameters[0]) {}
+  T alpha, value_scale, slope_scale;
+  KDK_HD explicit Alpha(const T* parameters)
+      : alpha(parameters[0]), value_scale(1 / (alpha * (alpha - 1))), slope_scale(1 / alpha) {}
   KDK_HD T power(T lp, T lq, T p) const {
     T d = lp - lq;
     T exponent = d == T(INFINITY) ? (alpha - 1) * d : lq + alpha * d;  // d is +inf where lq alone is -inf
-    return lp == lq ? p : exp_of(exponent);
+    T power = exp_of(exponent);
+    return lp == lq ? p : power;
   }
   KDK_HD T value(T lp, T lq, T p, T q) const {
-    return (power(lp, lq, p) - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1));
+    return (power(lp, lq, p) - alpha * p - (1 - alpha) * q) * value_scale;
   }
-  KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) / alpha; }
+  KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) * slope_scale; }
 };
+
+// Where sum psi follows without a sweep of its own: it is 0, or a function slope_sum of E_q[lq - lp], which the sweep
+// for the normalisers can carry along. Optional: a divergence that is not named here has its slopes summed.
+enum class SlopeSum { swept, zero, from_log_ratio };
+template <class D> constexpr SlopeSum slope_sum_of = SlopeSum::swept;
+template <class T> constexpr SlopeSum slope_sum_of<Kl<T>> = SlopeSum::zero;
+template <class T> constexpr SlopeSum slope_sum_of<ReverseKl<T>> = SlopeSum::from_log_ratio;
+template <class T> constexpr SlopeSum slope_sum_of<MixedKl<T>> = SlopeSum::from_log_ratio;
 
 // name in kdkernels/divergences.py, struct
 #define KDK_DIVERGENCES(X) \

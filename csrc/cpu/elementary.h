@@ -1,5 +1,5 @@
-// exp, log and sqrt as straight-line code that a compiler turns into packed instructions, and the conversions of
-// 16-bit floats. Included inside a namespace per instruction set: nothing here may be shared between them.
+// exp, log, square root and ratio as straight-line code that a compiler turns into packed instructions, and the
+// conversions of 16-bit floats. Included inside a namespace per instruction set: nothing here may be shared between them.
 //
 // fp64 calls the C library: it is there for exactness, not for speed.
 
@@ -76,8 +76,11 @@ static inline float log_of(float x) {
 }
 static inline double log_of(double x) { return ::log(x); }
 
-static inline float sqrt_of(float x) { return __builtin_sqrtf(x); }
-static inline double sqrt_of(double x) { return __builtin_sqrt(x); }
+static inline float root_of(float x, float) { return __builtin_sqrtf(x); }
+static inline double root_of(double x, double) { return __builtin_sqrt(x); }
+
+static inline float ratio(float x, float m) { return m == 0 ? 0 : x / m; }
+static inline double ratio(double x, double m) { return m == 0 ? 0 : x / m; }
 
 static inline float bf16_to_float(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
 
