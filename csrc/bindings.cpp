@@ -1,27 +1,17 @@
 // The Python module kdkernels._native: pointers, strides and sizes in; nothing of torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
+#include "arguments.h"
 #include "cpu/rows.h"
-
-namespace table {  // for the names in it
-#define KDK_HD inline
-template <class T> T exp_of(T x);
-template <class T> T log_of(T x);
-template <class T> T sqrt_of(T x);
-#include "divergences.h"
-}  // namespace table
+#if defined(KDK_CUDA)
+#include "cuda/bindings.h"
+#endif
 
 namespace py = pybind11;
 using kdk::Dtype;
@@ -71,15 +61,7 @@ Cpu choose_cpu() {
 
 Cpu cpu;
 
-// ---- arguments
-
-using LogitsArgument = std::tuple<uintptr_t, int, int64_t, int64_t>;  // pointer, dtype, outer and inner stride
-using PerRowArgument = std::tuple<uintptr_t, int64_t>;                // pointer, stride
-
-kdk::Logits logits(const LogitsArgument& x) {
-  return {(const void*)std::get<0>(x), (Dtype)std::get<1>(x), std::get<2>(x), std::get<3>(x)};
-}
-kdk::PerRow per_row(const PerRowArgument& x) { return {(const void*)std::get<0>(x), std::get<1>(x)}; }
+// ---- the calls
 
 // The page faults of a large fresh gradient cost as much as the kernel; huge pages take most of that away.
 void advise_huge_pages(void* data, int64_t bytes) {
@@ -92,36 +74,10 @@ void advise_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
-bool rows(int sweeps, int divergence, std::tuple<int64_t, int64_t, int64_t, int64_t> sizes,
-          const LogitsArgument& student, const LogitsArgument& teacher,
-          const PerRowArgument& row_scale, const PerRowArgument& temperature,
-          const PerRowArgument& hard_weight, uintptr_t labels, uintptr_t parameters,
-          bool temperature_squared, bool unit_log_sum, uintptr_t floats, uintptr_t sums,
-          uintptr_t loss, uintptr_t statistics, uintptr_t top1, uintptr_t gradient,
-          uintptr_t workspace, int threads) {
-  RowsCall call{};
-  call.sweeps = sweeps;
-  call.divergence = divergence;
-  std::tie(call.rows, call.inner, call.columns, call.gradient_columns) = sizes;
-  call.student = logits(student);
-  call.teacher = logits(teacher);
-  call.row_scale = per_row(row_scale);
-  call.temperature = per_row(temperature);
-  call.hard_weight = per_row(hard_weight);
-  call.labels = (const int64_t*)labels;
-  call.parameters = (const void*)parameters;
-  call.temperature_squared = temperature_squared;
-  call.unit_log_sum = unit_log_sum;
-  call.floats = (void*)floats;
-  call.sums = (void*)sums;
-  call.loss = (void*)loss;
-  call.statistics = (void*)statistics;
-  call.top1 = (int64_t*)top1;
-  call.gradient = (void*)gradient;
+bool rows(const RowsCall& arguments, uintptr_t workspace, int threads) {
+  RowsCall call = arguments;
   call.workspace = (void*)workspace;
   call.threads = threads;
-
-  py::gil_scoped_release release;
   if (call.gradient) {
     int64_t element = call.student.dtype == Dtype::f64 ? 8 : call.student.dtype == Dtype::f32 ? 4 : 2;
     advise_huge_pages(call.gradient, call.rows * call.gradient_columns * element);
@@ -129,9 +85,10 @@ bool rows(int sweeps, int divergence, std::tuple<int64_t, int64_t, int64_t, int6
   return cpu.rows(call);
 }
 
-void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const PerRowArgument& factor, int threads) {
+void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const kdk::PerRowArgument& factor,
+                int threads) {
   py::gil_scoped_release release;
-  cpu.scale_rows((void*)x, (Dtype)dtype, rows, columns, per_row(factor), threads);
+  cpu.scale_rows((void*)x, (Dtype)dtype, rows, columns, kdk::per_row(factor), threads);
 }
 
 }  // namespace
@@ -139,13 +96,13 @@ void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const Per
 PYBIND11_MODULE(_native, m) {
   cpu = choose_cpu();
   m.attr("cpu_isa") = cpu.isa;
-  std::vector<std::string> names;
-#define KDK_NAME(key, Struct) names.push_back(#key);
-  KDK_DIVERGENCES(KDK_NAME)
-  m.attr("divergences") = py::tuple(py::cast(names));
-  m.def("rows", &rows);
+  m.attr("divergences") = kdk::divergence_names();
+  m.def("rows", kdk::taking_rows_call(&rows));
   m.def("scale_rows", &scale_rows);
   m.def("workspace_bytes", [](int64_t columns, bool fp64, int threads) {
     return cpu.workspace_bytes(columns, fp64, threads);
   });
+#if defined(KDK_CUDA)
+  kdk::bind_cuda(m);
+#endif
 }

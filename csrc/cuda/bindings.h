@@ -1,0 +1,24 @@
+// The CUDA row kernels as functions of a Python module: of kdkernels._native, and of the one that the tests compile
+// with a host compiler. Every argument is a number: pointers to the device's memory, sizes, the device's index, the stream.
+#pragma once
+#include "../arguments.h"
+#include "rows.h"
+
+namespace kdk {
+
+inline void bind_cuda(pybind11::module_& m) {
+  m.attr("divergences") = divergence_names();
+  m.def("cuda_rows", taking_rows_call(+[](const RowsCall& call, int device, uintptr_t stream) {
+          cuda::rows(call, device, (void*)stream);
+        }));
+  m.def("cuda_scale_rows", [](uintptr_t x, int dtype, int64_t rows, int64_t columns, const PerRowArgument& factor,
+                              int device, uintptr_t stream) {
+    pybind11::gil_scoped_release release;
+    cuda::scale_rows((void*)x, (Dtype)dtype, rows, columns, per_row(factor), device, (void*)stream);
+  });
+  m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("cuda_plan",
+        taking_rows_call(+[](const RowsCall& call, int device) { return cuda::plan_of(call, device); }));
+}
+
+}  // namespace kdk

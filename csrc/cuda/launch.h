@@ -1,0 +1,105 @@
+// Launches from the host: errors, what the chip is, how many teams it holds at once.
+#pragma once
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+namespace kdk {
+namespace cuda {
+
+inline void check(cudaError_t error, const char* call) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // an error that a launch left behind is not met again by the next call
+  std::string advice = "another backend (triton, reference) does not use these kernels";
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
+    advice = "KDKERNELS_CUDA_ARCHS, set before the installation, names the architectures to build; " + advice;
+  if (error == cudaErrorInsufficientDriver)
+    advice = "there is no driver, or it is older than the CUDA that these kernels were built with: update it, or build "
+             "with an older nvcc (KDKERNELS_NVCC); " + advice;
+  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
+                           "); " + advice);
+}
+#define KDK_CHECK(call, ...) check(call(__VA_ARGS__), #call)
+
+// Makes a device current, and then again the one that was.
+struct OnDevice {
+  int before;
+  explicit OnDevice(int device) {
+    KDK_CHECK(cudaGetDevice, &before);
+    KDK_CHECK(cudaSetDevice, device);
+  }
+  ~OnDevice() { cudaSetDevice(before); }
+};
+
+struct Chip {
+  int major, multiprocessors, shared, l2;
+
+  explicit Chip(int device) {
+    auto ask = [&](cudaDeviceAttr attribute, int* value) {
+      KDK_CHECK(cudaDeviceGetAttribute, value, attribute, device);
+    };
+    ask(cudaDevAttrComputeCapabilityMajor, &major);
+    ask(cudaDevAttrMultiProcessorCount, &multiprocessors);
+    ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
+    ask(cudaDevAttrL2CacheSize, &l2);
+  }
+};
+
+struct Launch {
+  int blocks;   // of a cluster
+  int threads;  // of a block
+  int shared;   // bytes of a block
+  int grid;     // blocks in all
+};
+
+inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribute* cluster, cudaStream_t stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(launch.grid);
+  config.blockDim = dim3(launch.threads);
+  config.dynamicSmemBytes = launch.shared;
+  config.stream = stream;
+  if (launch.blocks > 1) {
+    cluster->id = cudaLaunchAttributeClusterDimension;
+    cluster->val.clusterDim.x = launch.blocks, cluster->val.clusterDim.y = 1, cluster->val.clusterDim.z = 1;
+    config.attrs = cluster;
+    config.numAttrs = 1;
+  }
+  return config;
+}
+
+// How many teams of a launch the device holds at once; 0 where it cannot hold one. It is asked once for each.
+template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, const Chip& chip, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<Kernel, int, int, int, int>, int> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto key = std::make_tuple(kernel, device, launch.blocks, launch.threads, launch.shared);
+  auto found = known.find(key);
+  if (found != known.end()) return found->second;
+
+  KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, chip.shared);
+  int teams = 0;
+  if (launch.blocks == 1) {
+    KDK_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &teams, kernel, launch.threads, (size_t)launch.shared);
+    teams *= chip.multiprocessors;
+  } else {
+    if (launch.blocks > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    Launch one = launch;
+    one.grid = launch.blocks;
+    cudaLaunchAttribute cluster;
+    cudaLaunchConfig_t config = launch_config(one, &cluster, nullptr);
+    if (cudaOccupancyMaxActiveClusters(&teams, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // the device does not allow that size
+      teams = 0;
+    }
+  }
+  known[key] = teams;
+  return teams;
+}
+
+}  // namespace cuda
+}  // namespace kdk

@@ -1,0 +1,100 @@
+// The threads that work on one row: those of a thread-block cluster, which is one block where the row is short or the
+// chip knows no clusters. They merge partial results always in the same order, so that no result depends on timing.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "device.h"
+
+namespace kdk {
+namespace cuda {
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 512;  // of a block
+constexpr int kMaxBlocks = 16;    // of a cluster; 8 where the device does not allow more
+
+// A struct of floats and ints as the words that shuffles and slots move.
+template <class X> struct Words {
+  static constexpr int count = sizeof(X) / 4;
+  uint32_t words[count];
+
+  Words() = default;
+  __device__ explicit Words(const X& x) { memcpy(words, &x, sizeof(X)); }
+  __device__ X value() const {
+    X x;
+    memcpy(&x, words, sizeof(X));
+    return x;
+  }
+};
+
+template <class X> inline __device__ X from_lane_below(const X& x, int by) {
+  Words<X> moved(x);
+  for (int i = 0; i < moved.count; ++i) moved.words[i] = __shfl_down_sync(0xffffffffu, moved.words[i], by);
+  return moved.value();
+}
+inline __device__ float warp_max(float x) {
+  for (int by = kWarp / 2; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
+  return x;
+}
+
+
+struct alignas(16) Slot {
+  uint32_t words[8];
+
+  template <class X> __device__ void put(const X& x) {
+    static_assert(sizeof(X) <= sizeof(Slot), "a partial result fits its slot");
+    const Words<X> from(x);
+    for (int i = 0; i < from.count; ++i) words[i] = from.words[i];
+  }
+  template <class X> __device__ X get() const {
+    Words<X> to;
+    for (int i = 0; i < to.count; ++i) to.words[i] = words[i];
+    return to.value();
+  }
+};
+
+// What a block's shared memory begins with; what a family of kernels keeps there follows.
+struct alignas(128) Board {
+  Slot of_warp[kMaxThreads / kWarp];
+  Slot of_block[2];     // read by the other blocks; by turns, so that a fast block overwrites nothing
+  Slot of_team;
+  uint64_t arrived[2];  // barriers for bulk copies
+};
+
+struct Team {
+  Board& board;
+  const int blocks, rank;
+  int turn;
+
+  __device__ Team(int blocks) : board(*(Board*)shared_memory()), blocks(blocks), rank(blockIdx.x % blocks), turn(0) {}
+
+  __device__ bool first_thread() const { return rank == 0 && threadIdx.x == 0; }
+
+  // The merge of every thread's x, in every thread. An X is a struct of floats and ints with none(), which changes no
+  // merge, and across_warp(options), the merge across a warp, in lane 0.
+  template <class X, class... Options> __device__ X merged(const X& mine, const Options&... options) {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    X x = mine.across_warp(options...);
+    if (lane == 0) board.of_warp[warp].put(x);
+    __syncthreads();
+    Slot& whole = blocks == 1 ? board.of_team : board.of_block[turn];
+    if (warp == 0) {
+      x = (lane < warps ? board.of_warp[lane].get<X>() : X::none()).across_warp(options...);
+      if (lane == 0) whole.put(x);
+    }
+    if (blocks > 1) {
+      cluster_sync(blocks);
+      if (warp == 0) {
+        x = (lane < blocks ? map_shared_rank(&whole, lane)->get<X>() : X::none()).across_warp(options...);
+        if (lane == 0) board.of_team.put(x);
+      }
+      turn ^= 1;
+    }
+    __syncthreads();
+    return board.of_team.get<X>();
+  }
+};
+
+}  // namespace cuda
+}  // namespace kdk
