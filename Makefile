@@ -7,7 +7,7 @@
 PYTHON ?= python3
 KDKERNELS_TORCH ?= torch==2.13.0
 BIN = .venv/bin
-SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp)
+SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: bench test lint clean
 

@@ -1,21 +1,34 @@
-"""Builds kdkernels._native (csrc/) through ninja, without torch; installs without it where there is no compiler.
+"""Builds kdkernels._native (csrc/) through ninja, without torch: the CPU kernels, and the CUDA kernels where there is
+an nvcc. Without nvcc the module has no CUDA kernels; without a compiler the package installs without the module.
 
 What was built, or why not, is written to kdkernels/_build.json, which `python -m kdkernels.info` prints.
+
+    KDKERNELS_CUDA_ARCHS   the architectures, as "80 90a 100+PTX" (the default); +PTX serves later ones
+    KDKERNELS_NVCC         the nvcc to use; else $CUDA_HOME/bin/nvcc, the one on PATH, or /usr/local/cuda/bin/nvcc
+    KDKERNELS_NO_CUDA=1    no CUDA kernels        KDKERNELS_NO_NATIVE=1    no module at all
+    CXX                    the C++ compiler (g++)
 """
 
 import json
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+# Of each Python one folder, whatever the command: an editable installation builds in a temporary folder otherwise, and
+# compiles everything again.
+FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-trapping-math lets g++ vectorise selects. Never -ffast-math: it flushes denormals for the whole process, drops
@@ -26,26 +39,146 @@ if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 
+# -prec-div=false: a division within 2 ulp, in a fraction of the instructions. -Xptxas -v: registers and spills of each
+# kernel, which tests/test_cuda_compile.py reads from the log beside the object.
+CUDA_FLAGS = "-std=c++17 -O3 --threads 0 -prec-div=false -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
+CUDA_ARCHS = ("80", "90a", "100+PTX")
+# Where nvcc does not know the last of those: the PTX that later chips then start from.
+OLDER_PTX = "90+PTX"
+# The runtime inside the module, and none of its names outside: torch may have another one loaded.
+CUDA_LIBRARIES = "-lcudart_static -lrt -lpthread -ldl -Wl,--exclude-libs,libcudart_static.a"
+
+
+class Unavailable(Exception):
+    """Why the CUDA kernels cannot be built here."""
+
+
+class Cuda(NamedTuple):
+    nvcc: str
+    version: str
+    libraries: list[str]  # folders
+    archs: list[str]
+    left_out: list[str]  # of the default architectures
+
+
+# ---- nvcc and its architectures
+
+
+def find_nvcc() -> str:
+    named = os.environ.get("KDKERNELS_NVCC")
+    if named:
+        if shutil.which(named) is None:
+            raise Unavailable(f"KDKERNELS_NVCC={named} is not a program")
+        return named
+    home = os.environ.get("CUDA_HOME")
+    for nvcc in ([f"{home}/bin/nvcc"] if home else []) + ["nvcc", "/usr/local/cuda/bin/nvcc"]:
+        if shutil.which(nvcc):
+            return nvcc
+    raise Unavailable("nvcc was not found in $CUDA_HOME/bin, on PATH or in /usr/local/cuda/bin")
+
+
+def gencode(arch: str) -> str:
+    """90a: code for that chip; 100+PTX: code for it, and PTX that a driver compiles for later ones."""
+    number = arch.removesuffix("+PTX")
+    code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
+    return f"-gencode=arch=compute_{number},code={code}"
+
+
+def dry_run(nvcc: str, arch: str) -> str | None:
+    """What nvcc would do to compile for an architecture, or None where it does not know it. (Its --list-gpu-code leaves
+    out the likes of 90a.)"""
+    command = [nvcc, "--dryrun", gencode(arch), "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr if done.returncode == 0 else None
+
+
+def known_archs(nvcc: str) -> str:
+    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    return " ".join(line.removeprefix("sm_") for line in done.stdout.split())
+
+
+def find_archs(nvcc: str, asked: list[str]) -> tuple[list[str], list[str]]:
+    """The architectures to build, and those of the default that this nvcc does not know."""
+    if not asked:
+        archs = [arch for arch in CUDA_ARCHS if dry_run(nvcc, arch)]
+        left_out = [arch for arch in CUDA_ARCHS if arch not in archs]
+        if CUDA_ARCHS[-1] in left_out and dry_run(nvcc, OLDER_PTX):
+            archs.append(OLDER_PTX)
+        if not archs:
+            raise Unavailable(f"{nvcc} knows none of {' '.join(CUDA_ARCHS)}; it knows {known_archs(nvcc)}")
+        return archs, left_out
+    for arch in asked:
+        if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch) or not dry_run(nvcc, arch):
+            raise ValueError(
+                f"KDKERNELS_CUDA_ARCHS: expected architectures that nvcc knows, as {' '.join(CUDA_ARCHS)!r}; got "
+                f"{arch!r}; {nvcc} knows {known_archs(nvcc)} (and of those from 90 on the variant a, as 90a)"
+            )
+    return list(dict.fromkeys(asked)), []
+
+
+def find_cuda(archs: str) -> Cuda:
+    """What to build with, for architectures as KDKERNELS_CUDA_ARCHS names them; "" for the default."""
+    if os.environ.get("KDKERNELS_NO_CUDA") == "1":
+        raise Unavailable("KDKERNELS_NO_CUDA=1 was set when it was installed")
+    nvcc = find_nvcc()
+    try:
+        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unavailable(f"{nvcc} could not be started ({error})") from error
+    found, left_out = find_archs(nvcc, re.findall(r"[^;,\s]+", archs))
+    folders = re.search(r"^#\$ LIBRARIES=(.*)$", dry_run(nvcc, found[0]), re.MULTILINE)
+    libraries = [part.removeprefix("-L") for part in shlex.split(folders[1])] if folders else []
+    number = re.search(r"V([\d.]+)", version)
+    return Cuda(nvcc, number[1] if number else version.strip(), libraries, found, left_out)
+
+
+# ---- what ninja is told
+
 
 def escaped(path: Path) -> str:
     """A path as ninja reads it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def ninja_file(module: Path) -> str:
+def in_command(word: str | Path) -> str:
+    """A word of a command as ninja and the shell read it."""
+    return shlex.quote(str(word)).replace("$", "$$")
+
+
+def cuda_object(cuda: Cuda) -> str:
+    return f"rows_cuda_{'_'.join(cuda.archs)}.o"
+
+
+def cuda_lines(cuda: Cuda) -> list[str]:
+    """One compilation of cuda/rows.cu for all architectures; the compiler's output is kept beside the object."""
+    compiler = os.environ.get("CXX", "")
+    host = f"-ccbin {in_command(compiler)}" if compiler and not compiler.split()[1:] else ""  # nvcc takes no more
+    codes = " ".join(in_command(gencode(arch)) for arch in cuda.archs)
+    return [
+        f"nvcc = {in_command(cuda.nvcc)}",
+        "rule compile_cuda",
+        f"  command = $nvcc {CUDA_FLAGS} {host} {codes} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
+        "(cat $out.log; exit 1)",
+        "  depfile = $out.d",
+        f"build {cuda_object(cuda)} | {cuda_object(cuda)}.log: compile_cuda {escaped(CSRC / 'cuda' / 'rows.cu')}",
+    ]
+
+
+def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
     """One compilation of cpu/rows.cpp per instruction set, the bindings, and the link."""
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
     includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_paths()['include']}'"
-    define = "-DKDK_X86" if X86 else ""
+    define = "-DKDK_X86 " * X86 + "-DKDK_CUDA" * (cuda is not None)
+    libraries = [f"-L{in_command(folder)}" for folder in cuda.libraries] + [CUDA_LIBRARIES] if cuda else []
     lines = [
         f"cxx = {compiler}",
         "rule compile",
         f"  command = $cxx {CPU_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        "  command = $cxx -shared -fopenmp $in -o $out",
+        f"  command = $cxx -shared -fopenmp $in {' '.join(libraries)} -o $out",
         f"build bindings.o: compile {escaped(CSRC / 'bindings.cpp')}",
         f"  flags = {includes} {define}",
     ]
@@ -54,9 +187,8 @@ def ninja_file(module: Path) -> str:
             f"build rows_{isa}.o: compile {escaped(CSRC / 'cpu' / 'rows.cpp')}",
             f"  flags = {flags} -DKDK_ISA={isa}",
         ]
-    objects = " ".join(["bindings.o"] + [f"rows_{isa}.o" for isa in ISA_FLAGS])
-    lines += [f"build {escaped(module)}: link {objects}", f"default {escaped(module)}", ""]
-    return "\n".join(lines)
+    objects = ["bindings.o"] + [f"rows_{isa}.o" for isa in ISA_FLAGS] + ([cuda_object(cuda)] if cuda else [])
+    return [*lines, f"build {escaped(module)}: link {' '.join(objects)}", f"default {escaped(module)}"]
 
 
 def ninja_command() -> list[str]:
@@ -68,35 +200,55 @@ def ninja_command() -> list[str]:
         return ["ninja"]
 
 
+def run_ninja(lines: list[str], *targets: str) -> str | None:
+    """Returns why it failed, or None."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "build.ninja").write_text("\n".join([*lines, ""]))
+    try:
+        done = subprocess.run([*ninja_command(), "-C", str(FOLDER), *targets], capture_output=True, text=True)
+    except OSError as error:
+        return f"ninja could not be started ({error})"
+    if done.returncode == 0:
+        return None
+    print(done.stdout + done.stderr, file=sys.stderr)
+    lines = [line for line in done.stdout.splitlines() if re.search(r"\b(error|fatal)\b|not found|cannot find", line)]
+    return f"the compiler failed: {(lines or done.stdout.splitlines()[-1:] or ['no output'])[0].strip()}"
+
+
+# ---- the command
+
+
 class BuildNative(build_ext):
     def run(self):
         module = Path(self.get_ext_fullpath("kdkernels._native")).resolve()
         module.parent.mkdir(parents=True, exist_ok=True)
         build = {"python": sys.version.split()[0], "machine": platform.machine(), "cpu_isas": list(ISA_FLAGS)}
-        reason = self.compile_native(module)
+        cuda, cuda_reason = None, None
+        try:
+            cuda = find_cuda(os.environ.get("KDKERNELS_CUDA_ARCHS", ""))
+        except Unavailable as missing:
+            cuda_reason = str(missing)
+
+        if os.environ.get("KDKERNELS_NO_NATIVE") == "1":
+            reason = "KDKERNELS_NO_NATIVE=1 was set when it was installed"
+        else:
+            reason = run_ninja(module_lines(module, cuda) + (cuda_lines(cuda) if cuda else []))
+            if reason and cuda:
+                cuda, cuda_reason = None, reason
+                reason = run_ninja(module_lines(module, None))
         if reason:
             print(f"kdkernels: installing without native kernels: {reason}", file=sys.stderr)
             module.unlink(missing_ok=True)
             build["cpu_isas"] = []
+            cuda, cuda_reason = None, reason
+        elif cuda is None:
+            print(f"kdkernels: installing without CUDA kernels: {cuda_reason}", file=sys.stderr)
         build["native_missing_because"] = reason
+        build["cuda_missing_because"] = cuda_reason
+        if cuda:
+            build |= {"nvcc": cuda.version, "cuda_archs": cuda.archs, "cuda_archs_left_out": cuda.left_out}
         (module.parent / "_build.json").write_text(json.dumps(build, indent=2) + "\n")
 
-    def compile_native(self, module: Path) -> str | None:
-        """Returns why there is no module, or None."""
-        if os.environ.get("KDKERNELS_NO_NATIVE") == "1":
-            return "KDKERNELS_NO_NATIVE=1 was set when it was installed"
-        folder = Path(self.build_temp).resolve() / "native"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(module))
-        try:
-            done = subprocess.run([*ninja_command(), "-C", str(folder)], capture_output=True, text=True)
-        except OSError as error:
-            return f"ninja could not be started ({error})"
-        if done.returncode == 0:
-            return None
-        print(done.stdout + done.stderr, file=sys.stderr)
-        lines = [line for line in done.stdout.splitlines() if "error" in line or "not found" in line]
-        return f"the compiler failed: {(lines or done.stdout.splitlines()[-1:] or ['no output'])[0].strip()}"
 
-
-setup(ext_modules=[Extension("kdkernels._native", [])], cmdclass={"build_ext": BuildNative})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("kdkernels._native", [])], cmdclass={"build_ext": BuildNative})

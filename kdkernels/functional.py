@@ -84,7 +84,8 @@ def fused_divergence(
             for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
             sees them), else "forward". Without grad no gradient is found. "forward" rounds to the
             student's dtype a second time where the loss is multiplied by something before backward.
-        backend: "auto" or one of "cpu" (C++), "triton" (GPU), "reference" (plain PyTorch, twice differentiable).
+        backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
+            PyTorch, twice differentiable).
 
     Returns:
         The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the

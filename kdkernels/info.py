@@ -1,10 +1,8 @@
 """`python -m kdkernels.info`: which backends are here and, for one that is not, why."""
 
-import json
 import platform
 import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -16,12 +14,6 @@ def version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-def build() -> dict:
-    """What setup.py wrote when the package was built."""
-    path = Path(__file__).with_name("_build.json")
-    return json.loads(path.read_text()) if path.exists() else {"native_missing_because": "no build has run here"}
 
 
 def backend_lines() -> list[tuple[str, str]]:
@@ -36,10 +28,26 @@ def backend_lines() -> list[tuple[str, str]]:
     return lines
 
 
-def report() -> str:
+def native_lines() -> list[tuple[str, str]]:
+    """What the compiled module was built with, or why it is not there."""
     from .backends import native
 
-    built = build()
+    built = native.build_record()
+    if native.missing_because is not None:
+        reason = built.get("native_missing_because")
+        return [("native build", reason)] if reason else []
+    isas = ", ".join(built.get("cpu_isas", []))
+    lines = [("cpu kernels", f"{native._native.cpu_isa} (built: {isas}; KDKERNELS_CPU_ISA forces one)")]
+    if native.cuda_missing_because is not None:
+        return [*lines, ("cuda kernels", f"not built: {native.cuda_missing_because}")]
+    archs, left_out = ", ".join(built.get("cuda_archs", [])), built.get("cuda_archs_left_out", [])
+    made = f"built for {archs} by nvcc {built.get('nvcc')} (KDKERNELS_CUDA_ARCHS, set for the build, chooses)"
+    if left_out:
+        made += f"; not for {', '.join(left_out)}, which that nvcc does not know"
+    return [*lines, ("cuda kernels", made)]
+
+
+def report() -> str:
     lines = [
         ("kdkernels", __version__),
         ("torch", torch.__version__),
@@ -47,12 +55,7 @@ def report() -> str:
         ("python", f"{sys.version.split()[0]} on {platform.machine()}"),
     ]
     lines += [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    lines += backend_lines()
-    if native.missing_because is None:
-        isas = ", ".join(built.get("cpu_isas", []))
-        lines.append(("cpu kernels", f"{native._native.cpu_isa} (built: {isas}; KDKERNELS_CPU_ISA forces one)"))
-    elif built.get("native_missing_because"):
-        lines.append(("native build", built["native_missing_because"]))
+    lines += backend_lines() + native_lines()
     x = torch.empty(1, 1)
     lines.append(("auto on cpu", backends.select("auto", x, x)))
     if torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Which backend serves a call, and why another does not.
 
-A backend is a module with `refuse(student, teacher) -> str | None` (why it cannot serve these tensors) and one function
-per operator of its families (see ops.py). Nothing here imports a backend before it is needed.
+A backend says why it cannot serve a call's tensors (`refuse`), and has one function per operator (`kernels`; see
+ops.py). Nothing here imports a backend before it is needed.
 """
 
 import os
@@ -28,8 +28,11 @@ ROW_FLOATS = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum"
 ROW_SUMS = ("phi", "psi")
 
 # Tried in this order by backend="auto".
-ORDER = ("cpu", "triton", "reference")
-NAMES = (*ORDER, "cuda")
+ORDER = ("cpu", "cuda", "triton", "reference")
+NAMES = ORDER
+# Those that run GPU kernels: what runs them on a CPU (an interpreter, a model in the tests) is slower than the
+# reference there, and serves only a call that names them.
+_GPU = ("cuda", "triton")
 
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,16 +46,14 @@ def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str | Non
     """Why backend `name` cannot serve these tensors, or None."""
     if name == "reference":
         return None
-    if name == "cpu":
+    if name in ("cpu", "cuda"):
         from . import native
 
-        return native.refuse(student, teacher)
+        return native.refuse(name, student, teacher)
     if name == "triton":
         from . import triton
 
         return triton.refuse(student, teacher)
-    if name == "cuda":
-        return "this version has no CUDA C++ kernels; on a GPU, triton serves"
     raise ValueError(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(map(repr, NAMES))}")
 
 
@@ -60,8 +61,8 @@ def select(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str:
     """The backend that serves this call: `name` itself, or for "auto" the first that does not refuse."""
     if name == "auto":
         for candidate in ORDER:
-            interpreted = candidate == "triton" and student.device.type == "cpu"  # slower than the reference
-            if not interpreted and refuse(candidate, student, teacher) is None:
+            modelled = candidate in _GPU and student.device.type == "cpu"
+            if not modelled and refuse(candidate, student, teacher) is None:
                 return candidate
     reason = refuse(name, student, teacher)
     if reason is not None:
@@ -70,11 +71,11 @@ def select(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str:
 
 
 def kernels(name: str):
-    """The module whose functions implement the operators for a backend."""
-    if name == "cpu":
+    """What has the functions that implement the operators for a backend."""
+    if name in ("cpu", "cuda"):
         from . import native
 
-        return native
+        return native.KERNELS[name]
     if name == "triton":
         from .triton import rows
 

@@ -1,4 +1,12 @@
-"""The CPU kernels of csrc/: loads the compiled module and turns tensors into pointers."""
+"""The kernels of csrc/, CPU and CUDA: loads the compiled module and turns tensors into pointers.
+
+`cpu` and `cuda` have one function per operator (see ops.py). They differ in how a call is launched, and in whom they
+refuse.
+"""
+
+import functools
+import json
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,143 +21,254 @@ except Exception as error:  # a missing module, a missing OpenMP runtime, an ins
     _native = None
     missing_because = f"{type(error).__name__}: {error}"
 
+
+def build_record() -> dict:
+    """What setup.py wrote when the package was built."""
+    path = Path(__file__).parent.with_name("_build.json")
+    return json.loads(path.read_text()) if path.exists() else {"native_missing_because": "no build has run here"}
+
+
+# Why the module has no CUDA kernels, or None. Read here: a compiler that traces `refuse` cannot read files.
+cuda_missing_because = None
+if not hasattr(_native, "cuda_rows"):
+    cuda_missing_because = build_record().get("cuda_missing_because") or "the build gave no reason"
+
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _FLOATS, _SUMS, _GRADIENT = 1, 2, 4
 _NO_ROW = (0, 0)
 
 
-def refuse(student: Tensor, teacher: Tensor) -> str | None:
-    if _native is None:
-        return f"the native module is not there ({missing_because}); `python -m kdkernels.info` says more"
-    if student.device.type != "cpu" or teacher.device.type != "cpu":
-        return f"it takes CPU tensors; got student on {student.device} and teacher on {teacher.device}"
-    return None
+def refuse(name: str, student: Tensor, teacher: Tensor) -> str | None:
+    """Why "cpu" or "cuda" cannot serve these tensors, or None."""
+    return KERNELS[name].refuse(student, teacher)
 
 
-def rows(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    parameters: Tensor,
-    divergence: str,
-    vocab_size: int,
-    temperature_squared: bool,
-    gradient: bool,
-    statistics: bool,
-):
-    dtype, count = compute_dtype(student, teacher), row_scale.numel()
-    out = {
-        "loss": torch.empty(count, dtype=dtype),
-        "gradient": torch.empty(student.shape if gradient else 0, dtype=student.dtype),
-        "floats": torch.empty(len(ROW_FLOATS), count, dtype=dtype),
-        "sums": torch.empty(len(ROW_SUMS), count, dtype=dtype),
-        **_statistics(dtype, count, statistics),
-    }
-    sweeps = _FLOATS | _SUMS | (_GRADIENT if gradient else 0)
-    unit_log_sum = hard_weight is not None or (labels is not None and statistics)
-    _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-          temperature_squared, unit_log_sum, out)  # fmt: skip
-    return tuple(out.values())
+class Kernels:
+    """One function per operator; a subclass launches on its device."""
+
+    def compiled(self):
+        """The module whose functions are launched."""
+        return _native
+
+    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
+        raise NotImplementedError
+
+    def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
+        """Calls the compiled function with `arguments` (csrc/arguments.h). Whether it found a value that no loss has,
+        where that can be known without waiting for a device."""
+        raise NotImplementedError
+
+    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor,
+        hard_weight: Tensor | None,
+        parameters: Tensor,
+        divergence: str,
+        vocab_size: int,
+        temperature_squared: bool,
+        gradient: bool,
+        statistics: bool,
+    ):
+        dtype, device, count = compute_dtype(student, teacher), student.device, row_scale.numel()
+        out = {
+            "loss": torch.empty(count, dtype=dtype, device=device),
+            "gradient": torch.empty(student.shape if gradient else 0, dtype=student.dtype, device=device),
+            "floats": torch.empty(len(ROW_FLOATS), count, dtype=dtype, device=device),
+            "sums": torch.empty(len(ROW_SUMS), count, dtype=dtype, device=device),
+            **_statistics(row_scale, dtype, statistics),
+        }
+        sweeps = _FLOATS | _SUMS | (_GRADIENT if gradient else 0)
+        unit_log_sum = hard_weight is not None or (labels is not None and statistics)
+        self._call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
+                   vocab_size, temperature_squared, unit_log_sum, out)  # fmt: skip
+        return tuple(out.values())
+
+    def row_floats(self, student: Tensor, teacher: Tensor, row_scale: Tensor, temperature: Tensor, vocab_size: int):
+        floats = torch.empty(
+            len(ROW_FLOATS), row_scale.numel(), dtype=compute_dtype(student, teacher), device=student.device
+        )
+        self._call(_FLOATS, student, teacher, row_scale, None, temperature, None, None, None, vocab_size, False, True,
+                   {"floats": floats})  # fmt: skip
+        return floats
+
+    def row_sums(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor,
+        parameters: Tensor,
+        floats: Tensor,
+        divergence: str,
+        vocab_size: int,
+        statistics: bool,
+    ):
+        dtype = compute_dtype(student, teacher)
+        sums = torch.empty(len(ROW_SUMS), row_scale.numel(), dtype=dtype, device=student.device)
+        out = _statistics(row_scale, dtype, statistics)
+        self._call(_SUMS, student, teacher, row_scale, labels, temperature, None, parameters, divergence, vocab_size,
+                   False, False, {"floats": floats, "sums": sums, **out})  # fmt: skip
+        return sums, *out.values()
+
+    def row_gradient(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor,
+        hard_weight: Tensor | None,
+        parameters: Tensor,
+        floats: Tensor,
+        sums: Tensor,
+        divergence: str,
+        vocab_size: int,
+        temperature_squared: bool,
+    ):
+        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        self._call(_GRADIENT, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
+                   vocab_size, temperature_squared, False,
+                   {"floats": floats, "sums": sums, "gradient": gradient})  # fmt: skip
+        return gradient
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        assert factor.dtype == (torch.float64 if gradient.dtype == torch.float64 else torch.float32), factor.dtype
+        if not gradient.numel():
+            return
+        columns = gradient.shape[-1]
+        arguments = (gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], gradient.numel() // columns, columns)
+        self._launch_scale((*arguments, _per_row(factor)), gradient)
+
+    def _call(self, sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
+              vocab_size, temperature_squared, unit_log_sum, out):  # fmt: skip
+        dtype, statistics = compute_dtype(student, teacher), out.get("statistics")
+        for numbers in (row_scale, temperature, hard_weight, parameters):
+            assert numbers is None or numbers.dtype == dtype, numbers.dtype
+        if not row_scale.numel():
+            return
+        arguments = (
+            sweeps,
+            -1 if divergence is None else self.compiled().divergences.index(divergence),
+            (row_scale.numel(), student.shape[1], vocab_size, student.shape[2]),
+            _logits(student),
+            _logits(teacher),
+            _per_row(row_scale),
+            _per_row(temperature),
+            _NO_ROW if hard_weight is None else _per_row(hard_weight),
+            0 if labels is None else labels.data_ptr(),
+            0 if parameters is None else parameters.data_ptr(),
+            temperature_squared,
+            unit_log_sum,
+            out["floats"].data_ptr(),
+            out["sums"].data_ptr() if "sums" in out else 0,
+            out["loss"].data_ptr() if "loss" in out else 0,
+            statistics.data_ptr() if statistics is not None and statistics.shape[0] else 0,
+            out["top1"].data_ptr() if "top1" in out else 0,
+            out["gradient"].data_ptr() if sweeps & _GRADIENT else 0,
+        )
+        if self._launch_rows(arguments, student, dtype == torch.float64, vocab_size):
+            check_values(row_scale, labels, temperature, hard_weight, vocab_size)
+            raise RuntimeError("the kernel found a value in a row option that the check of values does not")
 
 
-def row_floats(student: Tensor, teacher: Tensor, row_scale: Tensor, temperature: Tensor, vocab_size: int):
-    floats = torch.empty(len(ROW_FLOATS), row_scale.numel(), dtype=compute_dtype(student, teacher))
-    _call(_FLOATS, student, teacher, row_scale, None, temperature, None, None, None, vocab_size, False, True,
-          {"floats": floats})  # fmt: skip
-    return floats
+class Cpu(Kernels):
+    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
+        if _native is None:
+            return _missing()
+        if student.device.type != "cpu" or teacher.device.type != "cpu":
+            return f"it takes CPU tensors; got student on {student.device} and teacher on {teacher.device}"
+        return None
+
+    def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
+        threads = torch.get_num_threads()
+        workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
+        return _native.rows(*arguments, workspace.data_ptr(), threads)
+
+    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
+        _native.scale_rows(*arguments, torch.get_num_threads())
 
 
-def row_sums(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    parameters: Tensor,
-    floats: Tensor,
-    divergence: str,
-    vocab_size: int,
-    statistics: bool,
-):
-    dtype, count = compute_dtype(student, teacher), row_scale.numel()
-    sums = torch.empty(len(ROW_SUMS), count, dtype=dtype)
-    out = _statistics(dtype, count, statistics)
-    _call(_SUMS, student, teacher, row_scale, labels, temperature, None, parameters, divergence, vocab_size, False,
-          False, {"floats": floats, "sums": sums, **out})  # fmt: skip
-    return sums, *out.values()
+class Cuda(Kernels):
+    """On the current stream of the tensors' device; nothing waits for it.
+
+    The tests run the kernels on a CPU, through a module that a host compiler made of the same files: they set `module`
+    to it and `device_type` to "cpu". "auto" never chooses that.
+    """
+
+    module = None  # None: the compiled module
+    device_type = "cuda"
+
+    def compiled(self):
+        return _native if self.module is None else self.module
+
+    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
+        if self.module is None:
+            if _native is None:
+                return _missing()
+            if cuda_missing_because is not None:
+                return f"the native module was built without CUDA kernels ({cuda_missing_because})"
+            if torch.version.hip is not None:
+                return "it takes tensors of an NVIDIA GPU, and this torch is a ROCm build; triton serves there"
+        if student.device != teacher.device or student.device.type != self.device_type:
+            return (
+                f"it takes tensors on one {self.device_type} device; "
+                f"got student on {student.device} and teacher on {teacher.device}"
+            )
+        if torch.float64 in (student.dtype, teacher.dtype):
+            return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
+        return _cuda_device_refusal(student.device.index or 0) or None
+
+    def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
+        self._launch(self.compiled().cuda_rows, arguments, student.device)
+        return False
+
+    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
+        self._launch(self.compiled().cuda_scale_rows, arguments, gradient.device)
+
+    def _launch(self, function, arguments: tuple, device: torch.device) -> None:
+        if self.device_type == "cpu":
+            function(*arguments, 0, 0)
+            return
+        with torch.cuda.device(device):
+            function(*arguments, device.index, torch.cuda.current_stream(device).cuda_stream)
 
 
-def row_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    parameters: Tensor,
-    floats: Tensor,
-    sums: Tensor,
-    divergence: str,
-    vocab_size: int,
-    temperature_squared: bool,
-):
-    gradient = torch.empty(student.shape, dtype=student.dtype)
-    _call(_GRADIENT, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
-          vocab_size, temperature_squared, False, {"floats": floats, "sums": sums, "gradient": gradient})  # fmt: skip
-    return gradient
+cpu, cuda = Cpu(), Cuda()
+KERNELS = {"cpu": cpu, "cuda": cuda}
 
 
-def scale_(gradient: Tensor, factor: Tensor) -> None:
-    assert factor.dtype == (torch.float64 if gradient.dtype == torch.float64 else torch.float32), factor.dtype
-    columns = gradient.shape[-1]
-    count = gradient.numel() // columns if columns else 0
-    _native.scale_rows(gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], count, columns, _per_row(factor),
-                       torch.get_num_threads())  # fmt: skip
+@functools.cache
+def _asked_once(module, device: int) -> str:
+    return module.cuda_refusal(device)
 
 
-def _statistics(dtype: torch.dtype, count: int, wanted: bool) -> dict[str, Tensor]:
+def _cuda_device_refusal(device: int) -> str:
+    return _asked_once(cuda.compiled(), device)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler (1.2 s, and Triton) to do it: while a
+# call is traced this is called, and its answer taken for a constant.
+_cuda_device_refusal._dynamo_marked_constant = True
+
+
+def _missing() -> str:
+    return f"the native module is not there ({missing_because}); `python -m kdkernels.info` says more"
+
+
+def _statistics(row_scale: Tensor, dtype: torch.dtype, wanted: bool) -> dict[str, Tensor]:
+    count, device = row_scale.numel(), row_scale.device
     return {
-        "statistics": torch.empty(len(ROW_STATISTICS) if wanted else 0, count, dtype=dtype),
-        "top1": torch.empty(len(ROW_TOP1) if wanted else 0, count, dtype=torch.int64),
+        "statistics": torch.empty(len(ROW_STATISTICS) if wanted else 0, count, dtype=dtype, device=device),
+        "top1": torch.empty(len(ROW_TOP1) if wanted else 0, count, dtype=torch.int64, device=device),
     }
-
-
-def _call(sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-          temperature_squared, unit_log_sum, out):  # fmt: skip
-    threads = torch.get_num_threads()
-    fp64 = compute_dtype(student, teacher) == torch.float64
-    for numbers in (row_scale, temperature, hard_weight, parameters):
-        assert numbers is None or numbers.dtype == compute_dtype(student, teacher), numbers.dtype
-    workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
-    statistics = out.get("statistics")
-    found_bad_value = _native.rows(
-        sweeps,
-        -1 if divergence is None else _native.divergences.index(divergence),
-        (row_scale.numel(), student.shape[1], vocab_size, student.shape[2]),
-        _logits(student),
-        _logits(teacher),
-        _per_row(row_scale),
-        _per_row(temperature),
-        _NO_ROW if hard_weight is None else _per_row(hard_weight),
-        0 if labels is None else labels.data_ptr(),
-        0 if parameters is None else parameters.data_ptr(),
-        temperature_squared,
-        unit_log_sum,
-        out["floats"].data_ptr(),
-        out["sums"].data_ptr() if "sums" in out else 0,
-        out["loss"].data_ptr() if "loss" in out else 0,
-        statistics.data_ptr() if statistics is not None and statistics.shape[0] else 0,
-        out["top1"].data_ptr() if "top1" in out else 0,
-        out["gradient"].data_ptr() if sweeps & _GRADIENT else 0,
-        workspace.data_ptr(),
-        threads,
-    )
-    if found_bad_value:
-        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
-        raise RuntimeError("the kernel found a value in a row option that the check of values does not")
 
 
 def _logits(x: Tensor):
