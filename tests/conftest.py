@@ -1,4 +1,4 @@
-"""What every test runs under: a CPU executes Triton kernels, and fresh memory is NaN."""
+"""What every test runs under: a CPU executes Triton and CUDA kernels, and fresh memory is NaN."""
 
 import os
 
@@ -7,6 +7,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
+import chips
+import emulated
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -40,3 +42,16 @@ def uninitialised_memory_is_nan():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_on_a_cpu(request):
+    """Where there is no GPU, the tests of the backend "cuda" run its kernels in the execution model."""
+    callspec = getattr(request.node, "callspec", None)
+    if torch.cuda.is_available() or callspec is None or callspec.params.get("backend") != "cuda":
+        yield
+        return
+    if emulated.missing_because:
+        pytest.skip(emulated.missing_because)
+    with chips.on("small"):
+        yield

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,10 +108,26 @@ def test_info_without_the_native_module(monkeypatch):
 
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(native, "missing_because", "ModuleNotFoundError: No module named 'kdkernels._native'")
-    monkeypatch.setattr(info, "build", lambda: {"native_missing_because": "the compiler failed: g++ not found"})
+    record = {"native_missing_because": "the compiler failed: g++ not found"}
+    monkeypatch.setattr(native, "build_record", lambda: record)
     report = info.report()
     assert "No module named" in report and "g++ not found" in report and "auto on cpu" in report
     assert report.splitlines()[-1 if not torch.cuda.is_available() else -2].endswith("reference")
+
+
+def test_info_says_what_the_cuda_kernels_are(monkeypatch):
+    from kdkernels import info
+
+    record = {"nvcc": "12.4.131", "cuda_archs": ["80", "90a", "90+PTX"], "cuda_archs_left_out": ["100+PTX"]}
+    monkeypatch.setattr(native, "build_record", lambda: record)
+    monkeypatch.setattr(native, "missing_because", None)
+    monkeypatch.setattr(native, "_native", SimpleNamespace(cpu_isa="baseline"))
+    monkeypatch.setattr(native, "cuda_missing_because", None)
+    line = dict(info.native_lines())["cuda kernels"]
+    for part in ("80, 90a, 90+PTX", "nvcc 12.4.131", "not for 100+PTX"):
+        assert part in line
+    monkeypatch.setattr(native, "cuda_missing_because", "nvcc was not found on PATH")
+    assert dict(info.native_lines())["cuda kernels"] == "not built: nvcc was not found on PATH"
 
 
 def test_selftest_passes_and_can_fail(monkeypatch, capsys):
@@ -129,7 +146,7 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
 
 def test_build_record_is_there():
     build = json.loads((PACKAGE / "_build.json").read_text())
-    assert "native_missing_because" in build
+    assert {"native_missing_because", "cuda_missing_because"} <= set(build)
 
 
 def test_exports():

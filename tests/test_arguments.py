@@ -188,7 +188,7 @@ def test_hard_weight_in_a_tensor(bad, backend):
         fused_kl(logits(), logits(), labels=LABELS, hard_weight=torch.tensor([0.5, bad, 0, 0]), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_where_values_are_not_checked_a_bad_one_makes_its_row_nan(backend):
     device = device_of(backend)
     student, teacher = logits().to(device).requires_grad_(), logits().to(device)
@@ -205,7 +205,7 @@ def test_where_values_are_not_checked_a_bad_one_makes_its_row_nan(backend):
     assert loss.isnan().tolist() == [False, False, True, False]
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpu"])
+@pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
 def test_checks_make_a_bad_value_raise_everywhere(backend):
     """kdkernels.checks(True) adds the synchronous check where it would otherwise cost a synchronisation."""
     device = device_of(backend)
@@ -227,6 +227,7 @@ def test_backend_that_cannot_serve_says_why(backend, monkeypatch):
 
     monkeypatch.setattr(native, "_native", None)
     monkeypatch.setattr(native, "missing_because", "ModuleNotFoundError: gone")
+    monkeypatch.setattr(native.cuda, "module", None)
     monkeypatch.setattr(triton, "_INTERPRETED", False)
     if backend == "reference" or (backend == "triton" and DEVICE == "cuda"):
         assert fused_kl(logits(), logits(), backend="reference").isfinite()

@@ -197,7 +197,7 @@ def test_all_ignored_has_a_graph(backend, reduction):
     assert not student.grad.any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 @each_gradient
 def test_second_derivative_raises(backend, gradient):
     """Was silently not differentiable: a gradient penalty came out 89 % wrong."""

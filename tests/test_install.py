@@ -1,4 +1,5 @@
-"""`pip install .` without a compiler: the package is there, and says what is missing and why."""
+"""`pip install .` without a compiler, or without a CUDA compiler that works: the package is there, and says what is
+missing and why."""
 
 import os
 import shutil
@@ -7,23 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cuda_compile import fake_nvcc
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [("CXX", "/nowhere/g++", "/nowhere/g++"), ("KDKERNELS_NO_NATIVE", "1", "KDKERNELS_NO_NATIVE=1 was set")],
-)
-def test_installs_without_a_compiler(tmp_path, variable, value, reason):
-    source = tmp_path / "source"
+def report_of_installation(folder: Path, **environment: str) -> str:
+    """`python -m kdkernels.info` of a fresh installation, after a loss and its gradient."""
+    source, target = folder / "source", folder / "target"
     shutil.copytree(
         ROOT, source, ignore=shutil.ignore_patterns(".venv*", ".git", "build", "*.so", "_build.json", "results")
     )
-    target = tmp_path / "target"
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--target", target, source],
-        env={**os.environ, variable: value}, check=True, capture_output=True,
+        env={**os.environ, **environment}, check=True, capture_output=True,
     )  # fmt: skip
     code = (
         # An editable installation of this repository would lend its compiled module.
@@ -32,8 +30,24 @@ def test_installs_without_a_compiler(tmp_path, variable, value, reason):
         "s = torch.randn(2, 5, requires_grad=True); kdkernels.fused_js(s, s.detach() + 1).backward(); print(s.grad)"
     )
     out = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(target)}, cwd=tmp_path,
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(target)}, cwd=folder,
         check=True, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert str(target) in out
+    return out
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [("CXX", "/nowhere/g++", "/nowhere/g++"), ("KDKERNELS_NO_NATIVE", "1", "KDKERNELS_NO_NATIVE=1 was set")],
+)
+def test_installs_without_a_compiler(tmp_path, variable, value, reason):
+    out = report_of_installation(tmp_path, **{variable: value})
     assert reason in out and "auto on cpu       reference" in out
+
+
+def test_installs_where_the_cuda_kernels_do_not_compile(tmp_path):
+    nvcc = fake_nvcc(tmp_path / "nvcc", "80 90a 100")
+    out = report_of_installation(tmp_path, KDKERNELS_NVCC=nvcc, KDKERNELS_NO_CUDA="", KDKERNELS_CUDA_ARCHS="")
+    assert "cuda kernels      not built: the compiler failed: nvcc fatal   : this one only pretends" in out
+    assert "auto on cpu       cpu" in out

@@ -1,4 +1,4 @@
-"""The compiled module: every instruction set is right, and is made of packed instructions."""
+"""The compiled module: every instruction set is right, and is made of packed instructions; how it is called."""
 
 import os
 import re
@@ -6,13 +6,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from truth import rounding
+from truth import rounding, run
 
+import kdkernels
+from kdkernels import backends
 from kdkernels.backends import native
 
+x = torch.zeros(1, 2)
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
 
@@ -39,8 +43,9 @@ assert "baseline" in ISAS, "the module runs on no instruction set"
 def test_suite_passes_on_every_instruction_set(isa):
     """The best one runs in this process; the others run the CPU's property and edge tests in one of their own."""
     tests = [str(ROOT / "tests" / name) for name in ("test_rows.py", "test_edges.py")]
+    others = "not cuda and not triton and not reference"
     out = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", "not triton and not reference", *tests],
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", others, *tests],
         env={**os.environ, "KDKERNELS_CPU_ISA": isa}, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert out.returncode == 0, out.stdout[-3000:]
@@ -106,3 +111,143 @@ def test_exp_and_log_are_near_the_last_digit(scale):
         ("student_max_log_prob", log_probs.max(-1).values),
     ):
         assert ((got[name].double() - want).abs() <= ulps).all(), name
+
+
+# ---- the CUDA side of native.py, without CUDA: how it calls, and when it does not
+
+
+class StandIn:
+    """Takes the calls of the CUDA functions and has the CPU kernels do the work."""
+
+    divergences = native._native and native._native.divergences
+
+    def __init__(self):
+        self.placed, self.asked, self.answer = [], [], ""
+
+    def cuda_rows(self, *arguments):
+        *arguments, device, stream = arguments
+        self.placed.append((device, stream))
+        workspace = torch.empty(native._native.workspace_bytes(arguments[2][2], False, 1), dtype=torch.uint8)
+        native._native.rows(*arguments, workspace.data_ptr(), 1)
+
+    def cuda_scale_rows(self, *arguments):
+        *arguments, device, stream = arguments
+        self.placed.append((device, stream))
+        native._native.scale_rows(*arguments, 1)
+
+    def cuda_refusal(self, device):
+        native._native.workspace_bytes(1, False, 1)  # compiled code, as the real one is: no compiler can trace it
+        self.asked.append(device)
+        return self.answer
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    module = StandIn()
+    monkeypatch.setattr(native.cuda, "module", module)
+    monkeypatch.setattr(native.cuda, "device_type", "cpu")
+    return module
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_cuda_calls_as_the_cpu_does(stand_in, gradient):
+    student, teacher = torch.randn(3, 4, 700).bfloat16(), torch.randn(3, 4, 700)
+    options = {"temperature": 2.0, "labels": torch.randint(0, 700, (3, 4)), "hard_weight": 0.3, "gradient": gradient,
+               "statistics": ("tv", "student_top1"), "grad_output": torch.rand(3, 4)}  # fmt: skip
+    want = run(student, teacher, "js", backend="cpu", **options)
+    assert not stand_in.placed
+    got = run(student, teacher, "js", backend="cuda", **options)
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
+    assert torch.equal(got.statistics["tv"], want.statistics["tv"])
+    assert stand_in.placed == [(0, 0)] * 2, "rows, and then scale or row_gradient"
+    logits = (student, teacher, torch.ones(12))
+    floats = [k.row_floats(*logits, torch.ones(1), 700) for k in (native.cpu, native.cuda)]
+    assert torch.equal(*floats)
+    sums = [k.row_sums(*logits, None, torch.ones(1), torch.ones(1), floats[0], "js", 700, True)
+            for k in (native.cpu, native.cuda)]  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def test_cuda_launches_nothing_without_rows(stand_in):
+    student = torch.randn(0, 7, requires_grad=True)
+    kdkernels.fused_kl(student, torch.randn(0, 7), backend="cuda", gradient="backward").backward()
+    assert student.grad.shape == (0, 7)
+    native.cuda.scale_(torch.randn(0, 7), torch.ones(1))
+    native.cuda.scale_(torch.randn(1, 3, 0), torch.ones(1))
+    assert not stand_in.placed
+
+
+def test_cuda_launches_on_the_current_stream_of_the_device(monkeypatch):
+    current, placed = [], []
+
+    class On:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            current.append(self.device)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", On)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=100 + d.index))
+    device = torch.device("cuda", 3)
+    native.cuda._launch(lambda *a: placed.append((a, list(current))), (1, 2), device)
+    assert placed == [((1, 2, 3, 103), [device])] and not current
+
+
+def test_cuda_is_asked_once_a_device_and_while_compiling(stand_in):
+    """torch.compile(fullgraph=True) goes through the choice of a backend, and cannot trace compiled code."""
+
+    def loss(student, teacher):
+        return kdkernels.fused_js(student, teacher, backend="cuda")
+
+    student, teacher = torch.randn(4, 50), torch.randn(4, 50)
+    torch.compiler.reset()
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(student, teacher)
+    assert torch.equal(got, loss(student, teacher))
+    assert stand_in.asked == [0] and len(stand_in.placed) == 2
+    torch.compiler.reset()
+
+
+def test_cuda_refuses_in_words(stand_in, monkeypatch):
+    def refusal(student=x, teacher=x):
+        return backends.refuse("cuda", student, teacher)
+
+    assert refusal() is None
+    stand_in.answer = "no such device"
+    assert refusal() is None, "the answer is kept"
+    other = StandIn()
+    other.answer = "no image for this chip"
+    monkeypatch.setattr(native.cuda, "module", other)
+    assert refusal() == "no image for this chip"
+    assert refusal(x.double()).startswith("its arithmetic is fp32")
+    assert "one cpu device" in refusal(x, x.to("meta")) and "teacher on meta" in refusal(x, x.to("meta"))
+    assert "one cpu device" in refusal(x.to("meta").double(), x), "the device before the dtype"
+
+    monkeypatch.setattr(native.cuda, "module", None)
+    monkeypatch.setattr(native.cuda, "device_type", "cuda")
+    monkeypatch.setattr(native, "cuda_missing_because", None)
+    assert "one cuda device; got student on cpu and teacher on cpu" in refusal(x.double())
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert "ROCm" in refusal()
+    monkeypatch.setattr(native, "cuda_missing_because", "no nvcc was found")
+    assert "built without CUDA kernels (no nvcc was found)" in refusal()
+    monkeypatch.setattr(native, "_native", None)
+    assert "the native module is not there" in refusal()
+
+
+def test_auto_chooses_no_cuda_for_a_cpu(stand_in, monkeypatch):
+    assert backends.refuse("cuda", x, x) is None
+    assert backends.select("auto", x, x) == "cpu"
+    monkeypatch.setattr(native, "_native", None)
+    assert backends.refuse("cuda", x, x) is None
+    assert backends.select("auto", x, x) == "reference"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(native.cuda_missing_because is not None, reason=f"no CUDA kernels: {native.cuda_missing_because}")
+def test_auto_chooses_cuda_on_a_gpu():
+    reason = backends.refuse("cuda", x.cuda(), x.cuda())
+    assert backends.select("auto", x.cuda(), x.cuda()) == ("cuda" if reason is None else "triton"), reason

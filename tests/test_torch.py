@@ -11,7 +11,7 @@ from kdkernels import Divergence, fused_divergence, fused_js, fused_kl, ops
 from kdkernels.backends import native
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
-kernel_backends = pytest.mark.parametrize("backend", ["cpu", "triton"])
+kernel_backends = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 
 
 @pytest.fixture(autouse=True)

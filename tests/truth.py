@@ -25,7 +25,7 @@ DIVERGENCES = [
 assert {d.name for d in DIVERGENCES} == set(CATALOGUE), "a new divergence needs a line in DIVERGENCES"
 
 # The compiled backends, and "reference" in low precision.
-BACKENDS = ["cpu", "triton", "reference"]
+BACKENDS = ["cpu", "cuda", "triton", "reference"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -1,0 +1,240 @@
+"""The CUDA kernels on a CPU: compiles csrc/cuda with a host compiler under the model in cuda_model/, and stands in for
+the compiled module's CUDA functions.
+
+    with emulated.serving(seed=3):
+        kdkernels.fused_kl(student, teacher, backend="cuda")  # CPU tensors
+
+What is compiled is kept under build/cuda_model, by a hash of everything that goes into it.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+from filelock import FileLock
+
+from kdkernels.backends import native
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+MODEL = Path(__file__).parent / "cuda_model"
+KEPT = ROOT / "build" / "cuda_model"
+
+COMPILER = os.environ.get("CXX", "g++")
+# Without -fvisibility=hidden two modules in one process would share a machine.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
+
+
+def _missing() -> str | None:
+    if sys.platform != "linux":
+        return "the model is written for Linux"
+    if shutil.which(COMPILER) is None:
+        return f"there is no {COMPILER}"
+    return None if importlib.util.find_spec("pybind11") else "there is no pybind11"
+
+
+missing_because = _missing()
+
+
+@functools.cache
+def cuda_model() -> ModuleType:
+    """The kernels of csrc/cuda and what controls the model: cuda_model/module.cpp, cuda_model/control.h."""
+    return _module("cuda_model", *_kernels(), *_bindings())
+
+
+@functools.cache
+def faults() -> ModuleType:
+    """Kernels that can be made wrong: cuda_model/faults.cu."""
+    return _module("faults", MODEL / "faults.cu")
+
+
+def mutated(old: str, new: str) -> ModuleType:
+    """`cuda_model` with `new` in place of `old`, which stands once in the files of csrc/cuda."""
+    found = {path: path.read_text() for path in sorted((CSRC / "cuda").iterdir()) if old in path.read_text()}
+    times = sum(text.count(old) for text in found.values())
+    assert times == 1, f"expected {old!r} once in csrc/cuda, found it {times} times"
+    ((original, text),) = found.items()
+    folder = KEPT / _hash(str(original), old, new, *(path.read_text() for path in sorted(CSRC.rglob("*.*"))))
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / "csrc"
+    with FileLock(folder / "lock"):
+        if not copy.exists():
+            unfinished = folder / "unfinished"
+            shutil.copytree(CSRC, unfinished, dirs_exist_ok=True)
+            (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
+            unfinished.rename(copy)
+    return _module("cuda_model", *(copy / path.relative_to(CSRC) for path in _kernels()), *_bindings())
+
+
+def _kernels() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def _bindings() -> list[Path]:
+    return [MODEL / "module.cpp"]
+
+
+def _module(name: str, *sources: Path) -> ModuleType:
+    with ThreadPoolExecutor() as pool:
+        objects = list(pool.map(_object, sources))
+    key = _hash(name, *(object.name for object in objects))
+    path = KEPT / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _make(path, [COMPILER, "-shared", *map(str, objects)])
+    # pybind11 makes one module of each full name, and the last part of it names the function that makes it.
+    spec = importlib.util.spec_from_file_location(f"{key}.{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _object(source: Path) -> Path:
+    import pybind11
+
+    includes = [f"-I{folder}" for folder in (MODEL, pybind11.get_include(), sysconfig.get_paths()["include"])]
+    command = [COMPILER, *FLAGS, *includes, "-c", str(source)]
+    headers = [path for folder in (CSRC, MODEL) for path in sorted(folder.rglob("*.h"))]
+    texts = [path.read_text() for path in [source, *headers]]
+    key = _hash(_compiler_version(), pybind11.__version__, *command, *texts)
+    path = KEPT / key / f"{source.stem}-{key}.o"
+    _make(path, command)
+    return path
+
+
+@functools.cache
+def _compiler_version() -> str:
+    return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _make(path: Path, command: list[str]) -> None:
+    """Makes a file that is not there yet; several processes may want the same one."""
+
+    def compile(unfinished: Path):
+        done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[:8000]}"
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.parent / "lock"):
+        if not path.exists():
+            _replace(path, compile)
+
+
+def _replace(path: Path, write) -> None:
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    write(unfinished)
+    unfinished.replace(path)
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+# ---- in place of the compiled module
+
+_ELEMENT_BYTES = (4, 2, 2, 8)  # by dtype code
+_FLOATS, _SUMS, _GRADIENT = 1, 2, 4
+_ROW_FLOATS, _ROW_SUMS, _ROW_STATISTICS, _ROW_TOP1 = 5, 2, 11, 2
+
+
+class Emulated:
+    """The CUDA functions of the compiled module, on a device of the model, and whatever else the module has.
+
+    Around each call exactly the memory that the call may touch is allowed: of a row that is skipped, no logits.
+    """
+
+    def __init__(self, module: ModuleType | None = None, device: int = 0):
+        self.module = cuda_model() if module is None else module
+        self.device = device
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def cuda_rows(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_rows(*call)):
+            self.module.cuda_rows(*call, self.device, stream)
+
+    def cuda_scale_rows(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_scale_rows(*call)):
+            self.module.cuda_scale_rows(*call, self.device, stream)
+
+    def cuda_refusal(self, _device: int) -> str:
+        return self.module.cuda_refusal(self.device)
+
+    def cuda_plan(self, *arguments) -> str:
+        return self.module.cuda_plan(*arguments[:-1], self.device)
+
+    @contextlib.contextmanager
+    def _allowing(self, memory: Iterator[tuple[int, int, bool]]):
+        self.module.clear_memory()
+        for address, size, writable in memory:
+            self.module.allow(address, size, writable)
+        try:
+            yield
+        finally:
+            self.module.clear_memory()
+
+
+@contextlib.contextmanager
+def serving(module: ModuleType | None = None, device: int = 0, seed: int = 0):
+    """Lets the backend "cuda" serve CPU tensors, through the model."""
+    emulation = Emulated(module, device)
+    emulation.set_seed(seed)
+    before = native.cuda.module, native.cuda.device_type
+    native.cuda.module, native.cuda.device_type = emulation, "cpu"
+    try:
+        yield emulation
+    finally:
+        native.cuda.module, native.cuda.device_type = before
+
+
+def memory_of_rows(sweeps, divergence, sizes, student, teacher, row_scale, temperature, hard_weight, labels, parameters,
+                   temperature_squared, unit_log_sum, floats, sums, loss, statistics, top1, gradient):  # fmt: skip
+    """(address, bytes, writable) of all that a call of cuda_rows may touch."""
+    rows, inner, columns, gradient_columns = sizes
+    element = _ELEMENT_BYTES[student[1]]
+    number = 8 if 8 in (element, _ELEMENT_BYTES[teacher[1]]) else 4
+    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
+    for data, dtype, outer_stride, inner_stride in (student, teacher):
+        for row in kept:
+            offset = row // inner * outer_stride + row % inner * inner_stride
+            yield data + offset * _ELEMENT_BYTES[dtype], columns * _ELEMENT_BYTES[dtype], False
+    for data, stride in (row_scale, temperature, hard_weight):
+        for row in range(rows if stride else 1):
+            yield data + row * stride * number, number, False
+    yield labels, rows * 8, False
+    yield parameters, number, False
+    yield floats, _ROW_FLOATS * rows * number, bool(sweeps & _FLOATS)
+    yield sums, _ROW_SUMS * rows * number, bool(sweeps & _SUMS)
+    yield loss, rows * number, True
+    yield statistics, _ROW_STATISTICS * rows * number, True
+    yield top1, _ROW_TOP1 * rows * 8, True
+    yield gradient, rows * gradient_columns * element, True
+
+
+def memory_of_scale_rows(x, dtype, rows, columns, factor):
+    """As above, of cuda_scale_rows, which leaves rows of factor 1 alone."""
+    element = _ELEMENT_BYTES[dtype]
+    number = 8 if element == 8 else 4
+    for row, by in enumerate(_numbers(factor, rows, number)):
+        if by != 1:
+            yield x + row * columns * element, columns * element, True
+    data, stride = factor
+    yield data, ((rows - 1) * stride + 1) * number, False
+
+
+def _numbers(per_row: tuple[int, int], rows: int, size: int) -> list[float]:
+    data, stride = per_row
+    kind = ctypes.c_double if size == 8 else ctypes.c_float
+    return [kind.from_address(data + row * stride * size).value for row in range(rows)]

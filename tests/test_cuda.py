@@ -1,0 +1,291 @@
+"""The CUDA kernels beyond what every backend is tested on: how calls are launched, races, wide rows, errors.
+
+Without a GPU all of it runs in the execution model of CUDA (cuda_model/), on chips of chips.py.
+"""
+
+import chips
+import emulated
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import DTYPES, Logits, logits, row_options
+from truth import DIVERGENCES, assert_gradient_close, assert_loss_close, rounding, run, truth
+
+from kdkernels import fused_js, fused_kl
+from kdkernels.backends import native
+from kdkernels.options import STATISTICS
+
+needs_model = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
+pytestmark = needs_model
+
+
+def launches_of(call, chip: str, seed: int = 0) -> list[dict]:
+    with chips.on(chip, seed) as model:
+        model.clear_launches()
+        call()
+        return model.launches()
+
+
+# ---- wide rows
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+@pytest.mark.parametrize(
+    ("vocab", "dtypes"),
+    [(128_256, ("bfloat16", "bfloat16")), (200_003, ("bfloat16", "float32"))],
+    ids=["aligned", "odd, mixed"],
+)
+def test_wide_rows_on_an_h100(divergence, vocab, dtypes):
+    student_dtype, teacher_dtype = (getattr(torch, name) for name in dtypes)
+    recipe = Logits((2,), vocab, (0, 0), student_dtype, teacher_dtype, 2.0, 0.0, 0.0, False, 7)
+    student, teacher = recipe.make()
+    options = {"temperature": 1.5, "labels": torch.tensor([vocab - 1, 3]), "hard_weight": 0.3}
+    options["statistics"] = STATISTICS
+    with chips.on("h100"):
+        got = run(student, teacher, divergence, backend="cuda", **options)
+    want = truth(student, teacher, divergence, **options)
+    ulps = rounding(student, teacher, 1.5)
+    assert_loss_close(got.loss, want.loss, 1e-6 * want.loss.abs() + ulps * (1 + want.loss.abs()), divergence)
+    assert_gradient_close(got.gradient, want.gradient, ulps * (1 + want.loss.abs()), divergence)
+    for name in STATISTICS:
+        value = want.statistics[name].double()
+        assert_loss_close(got.statistics[name], value, 1e-6 * value.abs() + ulps * (1 + value.abs()), name)
+
+
+# ---- how a call is launched: what the design says of an H100 with 227 KiB a block
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "cluster", "rows_held"),
+    [
+        (1000, torch.bfloat16, 1, 2),
+        (32_000, torch.bfloat16, 2, 2),
+        (128_256, torch.bfloat16, 8, 2),
+        (151_936, torch.bfloat16, 8, 2),
+        (128_256, torch.float32, 16, 2),
+        (151_936, torch.float32, 16, 2),
+        (262_144, torch.bfloat16, 16, 2),
+        (262_144, torch.float32, 16, 1),
+    ],
+)
+def test_rows_are_held_by_the_smallest_cluster_that_holds_two(vocab, dtype, cluster, rows_held):
+    student, teacher = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, vocab, dtype=dtype)
+    (launch,) = launches_of(lambda: fused_kl(student, teacher, backend="cuda"), "h100")
+    assert launch["cluster"] == cluster
+    per_block = -(-vocab // cluster // 8) * 8 * 2 * student.element_size()
+    assert rows_held * per_block <= launch["shared"] < (rows_held + 1) * per_block
+
+
+def test_without_clusters_rows_are_streamed():
+    """Before sm_90, where a row is too long for any cluster, and where there is one sweep only."""
+    student, teacher = torch.randn(4, 3000, requires_grad=True), torch.randn(4, 3000)
+    for chip in ("a100", "streaming"):
+        (launch,) = launches_of(lambda: fused_js(student, teacher.detach(), backend="cuda").detach(), chip)
+        assert launch["shared"] < 1000, chip
+        assert (launch["cluster"] == 1) == (chip == "a100")
+    sweep_alone = launches_of(
+        lambda: fused_kl(student, teacher, gradient="backward", backend="cuda").backward(), "h100"
+    )
+    assert [launch["shared"] < 1000 for launch in sweep_alone] == [False, True]
+
+
+def test_rows_in_flight_fit_the_cache_that_is_swept_again():
+    """A chip with room for many rows takes few at a time, where they are to be read again."""
+    student, teacher = torch.randn(64, 400), torch.randn(64, 400)
+    model = emulated.cuda_model()
+    rows = {}
+    for l2_bytes in (40_000, 10_000_000):
+        device = model.configure_device(major=8, multiprocessors=20, l2_bytes=l2_bytes)
+        with emulated.serving(device=device) as serving:
+            serving.clear_launches()
+            fused_kl(student, teacher, backend="cuda")
+            rows[l2_bytes] = serving.launches()[0]["grid"][0]
+    assert rows == {40_000: 10, 10_000_000: 64}
+
+
+# ---- races: whatever order the threads run in, the result is the same to the last bit
+
+
+@pytest.mark.parametrize("chip", [name for name in chips.CHIPS if name != "h100"])
+def test_no_result_depends_on_the_order_of_threads(chip):
+    @settings(max_examples=12)
+    @given(
+        recipe=logits(st.integers(1, 1500)), recipe_of_options=row_options, divergence=st.sampled_from(DIVERGENCES),
+        seed=st.integers(0, 2**32 - 1), gradient=st.sampled_from(["forward", "backward"]),
+    )  # fmt: skip
+    def property_holds(recipe, recipe_of_options, divergence, seed, gradient):
+        student, teacher = recipe.make()
+        options = {**recipe_of_options.make(recipe.leading, recipe.vocab), "vocab_size": recipe.vocab_size}
+        if "labels" in options:
+            options["statistics"] = STATISTICS
+        results = []
+        for order in (seed, seed + 1):
+            with chips.on(chip, order):
+                results.append(run(student, teacher, divergence, backend="cuda", gradient=gradient, **options))
+        first, second = results
+        torch.testing.assert_close(first.loss, second.loss, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(first.gradient, second.gradient, rtol=0, atol=0, equal_nan=True)
+        for name, value in first.statistics.items():
+            torch.testing.assert_close(value, second.statistics[name], rtol=0, atol=0, equal_nan=True)
+
+    property_holds()
+
+
+# ---- the tests of these tests: kernels with one thing wrong are caught
+
+# (what is wrong, text in csrc/cuda, what stands there instead)
+FAULTS = [
+    ("partial results are read before the warps have written them",
+     "if (lane == 0) board.of_warp[warp].put(x);\n    __syncthreads();", "if (lane == 0) board.of_warp[warp].put(x);"),
+    ("the team's result is read before it is written",
+     "    __syncthreads();\n    return board.of_team", "    return board.of_team"),
+    ("blocks read each other's partial results without a cluster barrier",
+     "      cluster_sync(blocks);\n      if (warp == 0) {", "      __syncthreads();\n      if (warp == 0) {"),
+    ("a fast block overwrites what a slow one still reads", "      turn ^= 1;\n", ""),
+    ("a block leaves while another reads its shared memory",
+     "if (team.blocks > 1) cluster_sync(team.blocks);", ""),
+    ("a stage is copied over while it is read", "        __syncthreads();  // all have read the stage\n", ""),
+    ("a stage is read before its columns are all there", "    }\n    __syncthreads();\n  }\n};", "    }\n  }\n};"),
+    ("a bulk copy is not waited for", "      bulk_barrier_wait(&board.arrived[stage], parities >> stage & 1);\n", ""),
+    ("a bulk copy is waited for in the phase before", "parities >> stage & 1", "~parities >> stage & 1"),
+    ("the phase of a bulk copy is not counted", "      parities ^= 1 << stage;\n", ""),
+    ("a barrier for bulk copies is used before it is there",
+     "bulk_barrier_init(&board.arrived[stage]);\n    __syncthreads();", "bulk_barrier_init(&board.arrived[stage]);"),
+    ("the column after the last is read",
+     "column + i < x.columns ? load_logit", "column + i <= x.columns ? load_logit"),
+    ("the column after the last is staged", "? load((const float*)from + c)", "? load((const float*)from + c + 1)"),
+    ("a group past the end is stored whole",
+     "if (aligned && column + kGroup <= columns) {\n      for", "if (aligned) {\n      for"),
+    ("the row after the last is worked on", "int stage = 0; row < call.rows;",
+     "int stage = 0; row <= call.rows;"),
+    ("a row that is dropped is read", "if (!numbers.swept(call)) return;", "if (row >= call.rows) return;"),
+    ("a block begins where another does",
+     "(int64_t)team.rank * plan.slice", "(int64_t)(team.rank / 2) * plan.slice"),
+    ("the label is looked for in the wrong block", "(int)numbers.label - first_column", "(int)numbers.label"),
+]  # fmt: skip
+
+
+def wrong_results(module, seeds: int) -> int:
+    """Of so many orders of threads, how many end in an error of the model or in a wrong loss or gradient."""
+    wrong = 0
+    torch.manual_seed(0)
+    for seed in range(seeds):
+        vocab = (301, 297, 64, 1000)[seed % 4]
+        student, teacher = torch.randn(9, vocab), torch.randn(9, vocab)
+        if seed % 2:
+            student, teacher = student.half(), teacher.half()
+        mask = torch.rand(9) < 0.8
+        options = {"mask": mask, "labels": torch.randint(0, vocab, (9,)), "hard_weight": 0.5}
+        student[~mask], teacher[~mask] = torch.nan, torch.nan
+        want = truth(student, teacher, "js", **options)
+        for chip in ("small", "single", "streaming"):
+            device = module.configure_device(**chips.CHIPS[chip])
+            with emulated.serving(module, device, seed):
+                try:
+                    got = run(student, teacher, "js", backend="cuda", gradient="forward", **options)
+                except RuntimeError as error:
+                    assert "CUDA model" in str(error), error
+                    wrong += 1
+                    continue
+            close = torch.allclose(got.loss.double(), want.loss, rtol=1e-4, atol=1e-5)
+            scale = want.gradient.abs().max()
+            wrong += not (close and torch.allclose(got.gradient.double(), want.gradient, rtol=1e-2, atol=1e-4 * scale))
+    return wrong
+
+
+def test_kernels_with_nothing_wrong_pass():
+    assert wrong_results(emulated.cuda_model(), seeds=16) == 0
+
+
+@pytest.mark.parametrize(("what", "text", "instead"), FAULTS, ids=[what for what, _, _ in FAULTS])
+def test_a_fault_is_caught(what, text, instead):
+    module = emulated.mutated(text, instead)
+    caught = wrong_results(module, seeds=8)
+    print(f"{what}: {caught} of 24 calls")
+    assert caught, what
+
+
+# ---- addresses
+
+
+@pytest.mark.parametrize("chip", ["small", "a100"])
+def test_offsets_past_two_to_the_31(chip):
+    """Rows further apart than int32 counts."""
+    stride = 2**31 + 64
+    torch.use_deterministic_algorithms(False)  # do not fill
+    try:
+        storage = torch.empty(stride + 4096, dtype=torch.bfloat16)
+    except RuntimeError:
+        pytest.skip("4 GiB of address space are not to be had")
+    rows = storage.as_strided((2, 1000), (stride, 1))
+    values, teacher = torch.randn(2, 1000).bfloat16(), torch.randn(2, 1000)
+    rows.copy_(values)
+    with chips.on(chip):
+        got = run(rows, teacher, "js", backend="cuda")
+        want = run(values, teacher, "js", backend="cuda")
+    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 3])
+def test_rows_that_are_not_aligned(dtype, offset):
+    """Views that begin between the 16-byte lines, and rows of odd width, give what their aligned copies give."""
+    student, teacher = torch.randn(5, 331).to(dtype), torch.randn(5, 340).to(dtype)
+    for chip in ("small", "streaming", "a100"):
+        with chips.on(chip):
+            got = run(student[:, offset:325], teacher[:, offset:325], "js", backend="cuda")
+            aligned = [torch.zeros(5, 344).to(dtype) for _ in range(2)]
+            for whole, x in zip(aligned, (student, teacher), strict=True):
+                whole[:, : 325 - offset] = x[:, offset:325]
+            want = run(*aligned, "js", vocab_size=325 - offset, backend="cuda")
+        assert torch.equal(got.loss, want.loss), chip
+        assert torch.equal(got.gradient, want.gradient[:, : 325 - offset]), chip
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "advice"),
+    [
+        ("cudaLaunchKernelEx", "cudaErrorLaunchOutOfResources", "another backend"),
+        ("cudaLaunchKernelEx", "cudaErrorNoKernelImageForDevice", "KDKERNELS_CUDA_ARCHS"),
+        ("cudaDeviceGetAttribute", "cudaErrorInvalidDevice", "another backend"),
+        ("cudaSetDevice", "cudaErrorInvalidDevice", "another backend"),
+        ("cudaGetDevice", "cudaErrorInsufficientDriver", "older than the CUDA"),
+    ],
+)
+def test_an_error_of_cuda_names_the_call_and_what_to_do(call, error, advice):
+    student, teacher = torch.randn(3, 100), torch.randn(3, 100)
+    with chips.on("small") as model:
+        want = fused_kl(student, teacher, backend="cuda")
+        model.fail_call(call, error)
+        try:
+            with pytest.raises(RuntimeError, match=rf"{call}: .*{error}.*{advice}"):
+                fused_kl(student, teacher, backend="cuda")
+        finally:
+            model.fail_call(call, "cudaSuccess")
+        assert torch.equal(fused_kl(student, teacher, backend="cuda"), want), "the process goes on"
+        assert model.current_device() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "reason"),
+    [
+        ("cudaGetDeviceCount", "cudaErrorNoDevice", "cudaErrorNoDevice"),
+        ("cudaGetDeviceCount", "cudaErrorInsufficientDriver", "it is older"),
+        ("cudaFuncGetAttributes", "cudaErrorNoKernelImageForDevice", "KDKERNELS_CUDA_ARCHS"),
+    ],
+)
+def test_a_chip_that_is_not_served_is_refused_with_a_reason(call, error, reason):
+    x = torch.randn(2, 10)
+    with chips.on("small") as model:
+        model.fail_call(call, error)
+        native._asked_once.cache_clear()
+        try:
+            with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot serve this call: .*{reason}"):
+                fused_kl(x, x, backend="cuda")
+        finally:
+            model.fail_call(call, "cudaSuccess")
+            native._asked_once.cache_clear()

@@ -1,0 +1,301 @@
+"""Compiles the CUDA kernels for every architecture of the default build, without a GPU, and checks what ptxas says: no
+spilled register, no stack, no shared memory but the dynamic, and a kernel for every divergence.
+
+`python tests/test_cuda_compile.py` prints the table of registers, and exits with 1 where a kernel is wrong, or where
+there is an nvcc and the installed module has no CUDA kernels.
+
+The flags are those of setup.py, and so is the compilation: ninja, which does nothing where the build's object is newer
+than what it was made of, and leaves ptxas's words beside it.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+specification = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
+build = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(build)
+
+
+class Kernel(NamedTuple):
+    arch: str  # sm_90a
+    name: str  # mangled
+    registers: int
+    shared: int  # bytes, of a size known to the compiler
+
+
+ENTRY = re.compile(
+    r"Compiling entry function '(\w+)' for '(\w+)'\n"
+    r"(?:(?!.*Compiling entry function).*\n)*?"
+    r"ptxas info +: Used (\d+) registers(.*)\n"
+)
+# Of an entry, or of a function that was not inlined.
+STACK = re.compile(
+    r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+)
+
+
+def compiled() -> str:
+    """What ptxas said. Raises build.Unavailable where there is no nvcc, RuntimeError where it fails."""
+    cuda = build.find_cuda("")
+    reason = build.run_ninja(build.cuda_lines(cuda), build.cuda_object(cuda))
+    if reason:
+        raise RuntimeError(reason)
+    return (build.FOLDER / f"{build.cuda_object(cuda)}.log").read_text()
+
+
+def kernels_of(log: str) -> list[Kernel]:
+    found = []
+    for name, arch, registers, rest in ENTRY.findall(log):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        found.append(Kernel(arch, name, int(registers), int(shared[1]) if shared else 0))
+    assert len(found) == log.count("Compiling entry function"), f"ptxas said what this test cannot read:\n{log}"
+    return found
+
+
+def on_stack(log: str) -> list[tuple[str, ...]]:
+    """(function, bytes of stack, of spill stores, of spill loads) where one of them is not 0."""
+    found = STACK.findall(log)
+    assert len(found) >= log.count("Compiling entry function"), f"ptxas said what this test cannot read:\n{log}"
+    return [use for use in found if any(int(n) for n in use[1:])]
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None:
+        return dict(zip(names, names, strict=True))
+    lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    # rows_kernel<Js<float>, true>, of "void kdk::cuda::rows_kernel<...>(...)".
+    short = [re.sub(r"^void |kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()]
+    return dict(zip(names, short, strict=True))
+
+
+def faults(log: str) -> list[str]:
+    from kdkernels import CATALOGUE
+
+    kernels, stacks = kernels_of(log), on_stack(log)
+    readable = demangled([k.name for k in kernels] + [name for name, *_ in stacks])
+    wrong = [
+        f"{readable[name]}: {stack} bytes of stack, {stores} of spill stores, {loads} of spill loads"
+        for name, stack, stores, loads in stacks
+    ]
+    wrong += [
+        f"{readable[k.name]} on {k.arch}: {k.shared} bytes of shared memory that is not dynamic"
+        for k in kernels
+        if k.shared
+    ]
+    for arch in dict.fromkeys(k.arch for k in kernels):
+        for divergence in CATALOGUE:
+            struct = "".join(part.capitalize() for part in divergence.split("_"))
+            mangled = re.compile(rf"(?<!\d){len(struct)}{struct}I")
+            if not any(k.arch == arch and mangled.search(k.name) for k in kernels):
+                wrong.append(f"no kernel of {divergence} for {arch}")
+    return wrong
+
+
+def print_table(kernels: list[Kernel]):
+    archs = list(dict.fromkeys(k.arch for k in kernels))
+    registers = {(k.name, k.arch): k.registers for k in kernels}
+    names = demangled(list(dict.fromkeys(k.name for k in kernels)))
+    width = max(map(len, names.values()))
+    print(f"{'registers a thread':{width}}" + "".join(f"{arch:>9}" for arch in archs))
+    for mangled, name in sorted(names.items(), key=lambda item: item[1]):
+        print(f"{name:{width}}" + "".join(f"{registers.get((mangled, arch), '-'):>9}" for arch in archs))
+
+
+def check() -> list[str]:
+    """Prints the table and returns what is wrong."""
+    log = compiled()
+    kernels = kernels_of(log)
+    print_table(kernels)
+    wrong = faults(log)
+    print(*wrong, f"{len(kernels)} kernels, {len(wrong)} faults", sep="\n")
+    return wrong
+
+
+# ---- the kernels
+
+
+def test_kernels_compile_without_a_stack():
+    try:
+        assert check() == []
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+LOG = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z4rows2KlI' for 'sm_80'
+ptxas info    : Function properties for _Z4rows2KlI
+    {stack} bytes stack frame, 4 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for logarithm
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers, {stack} bytes cumulative stack size, 16 bytes smem
+ptxas info    : Compile time = 297.184 ms
+"""
+
+
+def test_the_words_of_ptxas_are_understood():
+    log = LOG.format(stack=8) + LOG.format(stack=0).replace("sm_80", "sm_90a").replace("Used 80", "Used 90")
+    assert kernels_of(log) == [Kernel("sm_80", "_Z4rows2KlI", 80, 16), Kernel("sm_90a", "_Z4rows2KlI", 90, 16)]
+    assert on_stack(log) == [("_Z4rows2KlI", "8", "4", "0"), ("_Z4rows2KlI", "0", "4", "0")]
+    wrong = "\n".join(faults(log))
+    assert "8 bytes of stack" in wrong and "not dynamic" in wrong
+    assert "no kernel of js for sm_90a" in wrong and "no kernel of kl" not in wrong
+    with pytest.raises(AssertionError, match="cannot read"):  # two runs of ptxas that write at once
+        kernels_of(log.replace("ptxas info    : Used 80 registers", ""))
+
+
+# ---- the module
+
+
+def module_without() -> str | None:
+    """Why the module of this installation has no CUDA kernels, or None."""
+    from kdkernels.backends import native
+
+    return native.missing_because or native.cuda_missing_because
+
+
+@pytest.fixture
+def module() -> str:
+    reason = module_without()
+    if reason:
+        pytest.skip(f"no CUDA kernels in the module: {reason}")
+    from kdkernels import _native
+
+    return _native.__file__
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what ldd says")
+def test_module_needs_no_cuda_library(module):
+    """It loads where there is no driver; and another CUDA runtime, such as torch's, can neither take the place of the
+    one inside nor be served by it."""
+    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    assert "libc.so" in needed
+    assert not re.search("cuda|cudart|nvidia", needed), needed
+    if shutil.which("nm"):
+        symbols = subprocess.run(["nm", "--dynamic", module], capture_output=True, text=True, check=True).stdout
+        assert "PyInit__native" in symbols
+        assert not re.search(r" _*cu(da)?[A-Z]\w+", symbols)
+
+
+def test_device_without_a_driver_is_refused_in_words(module):
+    import torch
+
+    from kdkernels import _native
+
+    if torch.cuda.is_available():
+        assert _native.cuda_refusal(0) == ""
+        return
+    assert "cudaGetDevice" in _native.cuda_refusal(0)
+    with pytest.raises(RuntimeError, match="cudaGetDevice"):
+        _native.cuda_scale_rows(0, 0, 1, 1, (0, 0), 0, 0)
+
+
+def test_cpu_tensors_are_refused(module):
+    import torch
+
+    import kdkernels
+
+    x = torch.randn(2, 5)
+    with pytest.raises(
+        RuntimeError, match="backend 'cuda' cannot serve this call: it takes tensors on one cuda device"
+    ):
+        kdkernels.fused_kl(x, x, backend="cuda")
+
+
+# ---- setup.py: which nvcc, which architectures
+
+
+def fake_nvcc(path: Path, knows: str) -> str:
+    """A program that answers as an nvcc does that knows so much, and fails to compile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '  *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131"; exit 0;;\n'
+        f'  *--list-gpu-code*) for a in {knows}; do echo "sm_$a"; done; exit 0;;\n'
+        f"  *--dryrun*) for a in {knows}; do\n"
+        '    case "$*" in *compute_$a,*) echo \'#$ LIBRARIES=  "-L/opt/a b/lib"\'; exit 0;; esac; done;;\n'
+        "esac\n"
+        'echo "nvcc fatal   : this one only pretends" >&2; exit 1\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in ("KDKERNELS_NVCC", "KDKERNELS_NO_CUDA", "KDKERNELS_CUDA_ARCHS", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_which_nvcc(environment, tmp_path):
+    on_path, at_home, named = (fake_nvcc(tmp_path / folder / "nvcc", "80") for folder in ("a", "home/bin", "b"))
+    environment.setenv("PATH", str(Path(on_path).parent))
+    assert shutil.which(build.find_nvcc()) == on_path
+    environment.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert build.find_nvcc() == at_home
+    environment.setenv("KDKERNELS_NVCC", named)
+    assert build.find_nvcc() == named
+    environment.setenv("KDKERNELS_NVCC", "/nowhere/nvcc")
+    with pytest.raises(build.Unavailable, match="KDKERNELS_NVCC=/nowhere/nvcc"):
+        build.find_cuda("")
+    environment.setenv("KDKERNELS_NO_CUDA", "1")
+    with pytest.raises(build.Unavailable, match="KDKERNELS_NO_CUDA=1"):
+        build.find_cuda("")
+
+
+@pytest.mark.parametrize(
+    ("knows", "built", "left_out"),
+    [
+        ("80 90 90a 100", ["80", "90a", "100+PTX"], []),
+        ("80 90 90a", ["80", "90a", "90+PTX"], ["100+PTX"]),
+        ("75 80", ["80"], ["90a", "100+PTX"]),
+    ],
+)
+def test_an_older_nvcc_builds_what_it_knows(environment, tmp_path, knows, built, left_out):
+    environment.setenv("KDKERNELS_NVCC", fake_nvcc(tmp_path / "nvcc", knows))
+    cuda = build.find_cuda("")
+    assert (cuda.archs, cuda.left_out, cuda.version) == (built, left_out, "12.4.131")
+    assert cuda.libraries == ["/opt/a b/lib"]
+
+
+def test_architectures_are_taken_as_named(environment, tmp_path):
+    environment.setenv("KDKERNELS_NVCC", fake_nvcc(tmp_path / "nvcc", "80 90 90a"))
+    assert build.find_cuda("80;90a+PTX, 90 80").archs == ["80", "90a+PTX", "90"]
+    for unknown in ("100", "sm_80", "8.0"):
+        with pytest.raises(ValueError, match=f"KDKERNELS_CUDA_ARCHS.*got '{unknown}'.* knows 80 90 90a"):
+            build.find_cuda(f"80 {unknown}")
+    environment.setenv("KDKERNELS_NVCC", fake_nvcc(tmp_path / "nvcc", "50"))
+    with pytest.raises(build.Unavailable, match="it knows 50"):
+        build.find_cuda("")
+
+
+def main() -> int:
+    sys.path.insert(0, str(ROOT))
+    try:
+        build.find_nvcc()
+    except build.Unavailable as reason:
+        print(f"nothing compiled: {reason}")
+        return 0
+    try:
+        wrong = check()
+    except (build.Unavailable, RuntimeError) as reason:
+        wrong = [str(reason)]
+        print(reason)
+    if module_without():
+        wrong.append(f"the installed module has no CUDA kernels: {module_without()}")
+        print(wrong[-1])
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
