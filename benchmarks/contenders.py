@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import kdkernels.backends
+import kdkernels.ops
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import eager
@@ -21,16 +22,24 @@ CATALOGUE: dict[str, dict[str, float]] = {
 }
 TRL_DIVERGENCES = ("kl", "reverse_kl", "js")
 LIGER_DIVERGENCES = ("kl", "js")
+SPECULATORS_LOSSES = {
+    "kl": "fused_kl_div_loss",
+    "reverse_kl": "fused_reverse_kl_div_loss",
+    "js": "fused_js_div_loss",
+    "tv": "fused_tv_loss",
+}
+# Packages of fused losses whose work is another: there is no fair comparison.
+NOT_COMPARED = {
+    "cut-cross-entropy": "it computes a cross-entropy with labels, from hidden states: no teacher's distribution",
+    "fla-core": "its fused_kl_div_loss starts from hidden states of both sides and multiplies by both heads itself",
+}
 
 
 def available_backends(device: str) -> list[str]:
-    """The backends that serve tensors there. On a CPU not Triton: it would be its interpreter."""
+    """The backends that serve tensors there. On a CPU not those for a GPU: it would be an interpreter or a model."""
     probe = torch.zeros(1, 1, device=device)
-    return [
-        name
-        for name in kdkernels.backends.NAMES
-        if kdkernels.backends.refuse(name, probe, probe) is None and (name != "triton" or device != "cpu")
-    ]
+    names = kdkernels.backends.NAMES if device != "cpu" else ("cpu", "reference")
+    return [name for name in names if kdkernels.backends.refuse(name, probe, probe) is None]
 
 
 def label(divergence: str) -> str:
@@ -74,6 +83,33 @@ def liger_loss(divergence: str) -> Loss:
     return lambda student, teacher: criterion(student.float().log_softmax(-1), teacher.float().log_softmax(-1))
 
 
+def speculators_loss(divergence: str) -> Loss:
+    """One loss for every row of [batch, sequence, vocabulary] logits; its js has the weight 0.5."""
+    from speculators.losses import fused
+
+    loss = getattr(fused, SPECULATORS_LOSSES[divergence])
+    return lambda student, teacher: loss(student[None], teacher[None]).mean()
+
+
+def operator(divergence: str, backend: str, student: torch.Tensor, teacher: torch.Tensor) -> Callable[[], object]:
+    """The kernels of a loss with gradient alone: the operator behind a call, without what surrounds it."""
+    count, vocabulary = student.shape
+    ones = torch.ones(1, device=student.device)
+    row_scale = torch.full((count,), 1 / count, device=student.device)
+    parameter = ones * next(iter(CATALOGUE[divergence].values()), 1.0)
+    logits = student.detach()[:, None], teacher[:, None]
+    flags = False, True, False  # temperature_squared, gradient, statistics
+    return lambda: kdkernels.ops.rows(
+        *logits, row_scale, None, ones, None, parameter, divergence, vocabulary, *flags, backend
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of what was raised."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:200]}"
+
+
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -85,13 +121,17 @@ def peers(divergence: str, device: str) -> tuple[dict[str, Loss], dict[str, str]
     for name, module, factory, divergences in (
         ("TRL", "trl", trl_loss, TRL_DIVERGENCES),
         ("Liger", "liger_kernel", liger_loss, LIGER_DIVERGENCES),
+        ("speculators", "speculators", speculators_loss, SPECULATORS_LOSSES),
     ):
         if divergence not in divergences:
             skipped[name] = f"has no {divergence}"
         elif not installed(module):
             skipped[name] = f"{module} is not installed"
-        elif name == "Liger" and device == "cpu":
+        elif name != "TRL" and device == "cpu":
             skipped[name] = "its kernels are Triton and need a GPU"
         else:
-            losses[name] = factory(divergence)
+            try:
+                losses[name] = factory(divergence)
+            except Exception as error:  # of another package's import
+                skipped[name] = reason(error)
     return losses, skipped

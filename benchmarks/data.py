@@ -31,9 +31,8 @@ def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str
     """Normal logits of scale 2 for the teacher; the student is the teacher plus unit noise."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (rows, vocabulary)
-    teacher = torch.randn(shape, generator=generator, device=device).mul_(2)
-    student = torch.randn(shape, generator=generator, device=device).add_(teacher)
-    return student.to(dtype), teacher.to(dtype)
+    teacher = torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(2)
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype).add_(teacher), teacher
 
 
 def real_or_synthetic(rows: int) -> tuple[torch.Tensor, torch.Tensor, str]:

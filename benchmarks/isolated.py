@@ -1,4 +1,4 @@
-"""One measurement in a process of its own, printed as JSON: run.py calls it.
+"""One measurement on the CPU in a process of its own, printed as JSON: cpu.py calls it.
 
 A peak of memory belongs to a process, and so does an allocator that reads its settings when it starts.
 """
@@ -37,22 +37,21 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=0)
     arguments = parser.parse_args()
 
     names = arguments.contenders.split(",")
     losses = {"kdkernels": kdkernels_loss(arguments.divergence)}
     if set(names) - set(losses):
-        losses |= peers(arguments.divergence, arguments.device)[0]
+        losses |= peers(arguments.divergence, "cpu")[0]
     losses = {name: losses[name] for name in names}
     dtype = getattr(torch, arguments.dtype)
-    student, teacher = synthetic_logits(arguments.rows, arguments.vocabulary, dtype, arguments.device)
+    student, teacher = synthetic_logits(arguments.rows, arguments.vocabulary, dtype)
     if arguments.measurement == "memory":
         result = timing.peak_extra_bytes(losses[names[0]], student, teacher)
     else:
         steps, drop_gradient = timing.training_steps(losses, student, teacher)
-        result = timing.interleaved(steps, arguments.rounds, arguments.device, before=drop_gradient)
+        result = timing.interleaved(steps, arguments.rounds, "cpu", before=drop_gradient)
     print(json.dumps(result))
 
 

@@ -1,28 +1,42 @@
-"""What was measured, on screen, as CSV and as a figure. Every number in it was measured in this run."""
+"""What was measured, on screen and as CSV. Every number in it was measured in this run."""
 
+import csv
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import pandas as pd
 from answers import Answer
-from matplotlib.ticker import StrMethodFormatter
-from rich.console import Console
-from rich.table import Table
 
 MiB = 2**20
+
+# The columns of a table of timings, with the form of their numbers. What a case has no value of is not shown.
+COLUMNS = {
+    "divergence": "{}",
+    "dtype": "{}",
+    "N": "{:,}",
+    "V": "{:,}",
+    "contender": "{}",
+    "work": "{}",
+    "median_ms": "{:.3g}",
+    "spread_percent": "{:.1f}",
+    "ratio_to_kdkernels": "{:.2f}",
+    "over_kl": "{:.2f}",
+    "over_floor": "{:.2f}",
+    "GB_per_s": "{:.0f}",
+    "copy_GB_per_s": "{:.0f}",
+    "percent_of_floor": "{:.1f}",
+    "host_bound_percent": "{:.0f}",
+    "peak_extra_MiB": "{:.0f}",
+}
 
 
 @dataclass(frozen=True)
 class Target:
     """A number with a target, or without a limit one that belongs beside them.
 
-    Missing it is reported; only a wrong answer fails the run.
+    Missing it is reported; only a wrong answer fails the run. A limit for another machine is shown without a verdict.
     """
 
     what: str
@@ -30,17 +44,18 @@ class Target:
     limit: float | None = None
     at_least: bool = False
     unit: str = "x"
+    judged: bool = True
 
     @property
     def met(self) -> bool:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
-    def cells(self) -> tuple[str, str, str, str]:
+    def cells(self) -> list[str]:
+        measured = f"{self.value:.3g} {self.unit}"
         if self.limit is None:
-            return self.what, f"{self.value:.3g} {self.unit}", "", ""
-        limit = f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}"
-        verdict = "[green]PASS[/]" if self.met else "[bold red]MISS[/]"
-        return self.what, f"{self.value:.3g} {self.unit}", limit, verdict
+            return [self.what, measured, "", ""]
+        verdict = ("PASS" if self.met else "MISS") if self.judged else ""
+        return [self.what, measured, f"{'≥' if self.at_least else '≤'} {self.limit:g} {self.unit}", verdict]
 
 
 @dataclass
@@ -52,140 +67,64 @@ class Results:
     answers: list[Answer] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)  # of kdkernels: they fail the run
 
     def add(self, case: str, contender: str, **values) -> None:
         timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.rows.append({"timestamp": timestamp, **self.machine, "case": case, "contender": contender, **values})
 
-    def frame(self) -> pd.DataFrame:
-        return pd.DataFrame(self.rows).astype({"N": "Int64", "V": "Int64"})
+    def remark(self, text: str) -> None:
+        if text not in self.remarks:
+            self.remarks.append(text)
 
-    def select(self, case: str, **equal) -> pd.DataFrame:
-        frame = self.frame()
-        for column, value in {"case": case, **equal}.items():
-            frame = frame[frame[column] == value]
-        return frame
+    def select(self, case: str, **equal) -> list[dict[str, object]]:
+        wanted = {"case": case, **equal}
+        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+
+    def write(self, path: Path) -> None:
+        if not self.rows:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, distinct(key for row in self.rows for key in row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def distinct(values: Iterable) -> list:
+    """In the order of their first appearance."""
+    return list(dict.fromkeys(values))
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def number(value, form: str = "{:.3g}") -> str:
-    return "" if pd.isna(value) else form.format(value)
+def print_answers(screen, answers: list[Answer]) -> None:
+    names = distinct(answer.contender for answer in answers)
+    rows = []
+    for case in distinct((answer.divergence, answer.dtype, answer.vocabulary) for answer in answers):
+        of_row = {a.contender: a for a in answers if (a.divergence, a.dtype, a.vocabulary) == case}
+        cells = [of_row[name].cell() if name in of_row else "" for name in names]
+        rows.append([case[0], case[1], f"{case[2]:,}", *cells])
+    title = "Errors against fp64: loss / gradient, largest over rows / elements, relative to the largest"
+    screen.table(title, ["divergence", "dtype", "V", *names], rows, right=("V",))
 
 
-def print_answers(console: Console, answers: list[Answer]) -> None:
-    names = list(dict.fromkeys(answer.contender for answer in answers))
-    table = Table(title="Errors against fp64: loss / gradient, largest over rows / elements, relative to the largest")
-    for heading in ("divergence", "dtype", *names):
-        table.add_column(heading)
-    for divergence, dtype in dict.fromkeys((answer.divergence, answer.dtype) for answer in answers):
-        of_row = {a.contender: a for a in answers if (a.divergence, a.dtype) == (divergence, dtype)}
-        cells = []
-        for name in names:
-            if name not in of_row:
-                cells.append("")
-                continue
-            answer = of_row[name]
-            text = f"{answer.loss_error:.1e} / {answer.gradient_error:.1e}"
-            cells.append(f"[bold red]{text} WRONG[/]" if answer.wrong else text)
-        table.add_row(divergence, dtype, *cells)
-    console.print(table)
-
-
-def print_timings(console: Console, results: Results) -> None:
-    columns = {
-        "divergence": "{}",
-        "dtype": "{}",
-        "N": "{:,}",
-        "V": "{:,}",
-        "contender": "{}",
-        "median_ms": "{:.3g}",
-        "ratio_to_kdkernels": "{:.2f}",
-        "over_kl": "{:.2f}",
-        "over_floor": "{:.2f}",
-        "peak_extra_MiB": "{:.0f}",
-    }
-    frame = results.frame()
-    frame = frame[frame["case"] != "answers"]  # which have a table of their own
-    for case, rows in frame.groupby("case", sort=False):
-        table = Table(title=case)
-        shown = [column for column in columns if column in rows and rows[column].notna().any()]
-        for column in shown:
-            table.add_column(column.replace("_", " "), justify="left" if columns[column] == "{}" else "right")
-        for _, row in rows.iterrows():
-            style = "bold" if row["contender"].startswith("kdkernels") else None
-            table.add_row(*(number(row[column], columns[column]) for column in shown), style=style)
-        console.print(table)
-
-
-def print_targets(console: Console, targets: list[Target], quick: bool) -> None:
-    title = "Targets" + (" (they are meant for the full run, on more rows)" if quick else "")
-    table = Table("what", "measured", "target", "", title=title)
-    for target in targets:
-        table.add_row(*target.cells())
-    console.print(table)
-
-
-def bars(axis, rows: pd.DataFrame, floor_ms: float | None, title: str) -> None:
-    rows = rows.sort_values("median_ms", ascending=False)
-    colors = ["tab:blue" if name.startswith("kdkernels") else "tab:gray" for name in rows["contender"]]
-    bar = axis.barh(rows["contender"], rows["median_ms"], color=colors)
-    axis.bar_label(bar, fmt="%.3g", padding=3)
-    if floor_ms is not None:
-        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"copying the same bytes: {floor_ms:.3g}")
-        axis.legend(loc="upper right", fontsize="small")
-    axis.set(xscale="log", xlabel="loss and gradient, ms", title=title)
-    axis.margins(x=0.15)
-
-
-def lines(axis, rows: pd.DataFrame, against: str, title: str) -> None:
-    for name, group in rows.groupby("contender", sort=False):
-        group = group.sort_values(against)
-        axis.plot(group[against], group["median_ms"], marker="o", label=name)
-    axis.set(xscale="log", yscale="log", xlabel=against, ylabel="loss and gradient, ms", title=title)
-    axis.set_xticks(sorted(rows[against].unique()), minor=False)
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axis.xaxis.set_minor_formatter("")
-    axis.legend()
-
-
-def draw(results: Results, path: Path, main_case: str) -> None:
-    figure, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
-    machine = results.machine
-    figure.suptitle(
-        f"kdkernels {machine['kdkernels']} ({machine['backend']}) · torch {machine['torch']} · "
-        f"{machine['device']}, {machine['threads']} threads"
-    )
-    for axis, dtype in zip(axes[0], ("float32", "bfloat16"), strict=False):
-        rows = results.select(main_case, dtype=dtype, divergence="kl")
-        timed = rows[rows["median_ms"].notna()]
-        ours = timed[timed["contender"] == "kdkernels"].iloc[0]
-        bars(
-            axis,
-            timed,
-            ours["median_ms"] / ours["over_floor"],
-            f"kl, {dtype}, N = {ours['N']}, V = {ours['V']:,}",
+def print_timings(screen, rows: list[dict[str, object]]) -> None:
+    """A table for each case; the answers have one of their own."""
+    for case in distinct(row["case"] for row in rows if row["case"] != "answers"):
+        of_case = [row for row in rows if row["case"] == case]
+        shown = [column for column in COLUMNS if any(row.get(column) is not None for row in of_case)]
+        cells = [["" if row.get(c) is None else COLUMNS[c].format(row[c]) for c in shown] for row in of_case]
+        screen.table(
+            case,
+            [column.replace("_", " ") for column in shown],
+            cells,
+            right=[column.replace("_", " ") for column in shown if COLUMNS[column] != "{}"],
+            bold=[i for i, row in enumerate(of_case) if row["contender"].startswith("kdkernels")],
         )
 
-    rows = results.select("divergences", dtype="bfloat16", contender="kdkernels")
-    bar = axes[0, 2].barh(rows["divergence"], rows["over_kl"], color="tab:blue")
-    axes[0, 2].bar_label(bar, fmt="%.2f", padding=3)
-    axes[0, 2].invert_yaxis()
-    axes[0, 2].set(xlabel="time over that of kl, bfloat16", title="the other divergences")
-    axes[0, 2].margins(x=0.15)
 
-    lines(axes[1, 0], results.select("sweep V"), "V", "kl, bfloat16, over the vocabulary")
-    lines(axes[1, 1], results.select("sweep N"), "N", "kl, bfloat16, over the rows")
-
-    rows = results.select("memory")
-    table = rows.pivot(index="contender", columns="dtype", values="peak_extra_MiB")
-    table.loc[rows["contender"].unique()].plot.barh(ax=axes[1, 2])
-    for container in axes[1, 2].containers:
-        axes[1, 2].bar_label(container, fmt="%.0f", padding=3)
-    axes[1, 2].invert_yaxis()
-    axes[1, 2].margins(x=0.15)
-    axes[1, 2].set(xlabel="peak memory beyond the inputs, MiB (the gradient is in it)", ylabel="", title="memory")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def print_targets(screen, targets: list[Target], note: str = "") -> None:
+    screen.table("Targets" + note, ["what", "measured", "target", ""], [target.cells() for target in targets])

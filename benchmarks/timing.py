@@ -1,20 +1,29 @@
-"""Time and memory: interleaved rounds, the copy floor, and the peak of a process."""
+"""Time and memory: rounds in turn, the copy floor, and the peak of a process.
+
+On a CPU a step is timed by the clock (`interleaved`), on a GPU by events in the queue (`queued`).
+"""
 
 import gc
+import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 
 def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
+
+
+def rotated(names: list, by: int) -> list:
+    return names[by % len(names) :] + names[: by % len(names)]
 
 
 def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: str, before=lambda: None, after_round=None):
@@ -29,7 +38,7 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: str, 
         steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rotated(names, i):
             before()
             synchronize(device)
             start = time.perf_counter()
@@ -39,6 +48,82 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: str, 
         if after_round is not None:
             after_round()
     return seconds
+
+
+class HostEvent:
+    """What a CUDA event is on a GPU, for steps that are done when they return."""
+
+    def record(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: "HostEvent") -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one step: the seconds of each repetition and of the copy before it."""
+
+    seconds: list[float]
+    copy_seconds: list[float]
+    host_bound: float  # part of the repetitions in which the device may have waited for the host
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Between the quartiles, as a part of the median."""
+        first, _, third = statistics.quantiles(self.seconds, n=4)
+        return (third - first) / self.median
+
+    @property
+    def copy_median(self) -> float:
+        return statistics.median(self.copy_seconds)
+
+    def over_copy(self, moved: int, copied: int) -> float:
+        """Bytes a second of a step that moves so many, over those of a copy, which reads and writes its bytes."""
+        pairs = zip(self.seconds, self.copy_seconds, strict=True)
+        return statistics.median(moved / step * copy / (2 * copied) for step, copy in pairs)
+
+
+Steps = dict[Hashable, Callable[[], object]]
+
+
+def queued(steps: Steps, copy, rounds: int, device: str, before=lambda: None) -> dict[Hashable, Timing]:
+    """Time every step in rounds as `interleaved` does, but between events in the device's queue.
+
+    Nothing waits for the device until the end. The `copy` before each step is what the step is held against; it gives
+    the host time to queue the step, and takes the step's inputs out of the cache. Where the copy had ended before all
+    of the step was queued, the device may have waited, and the repetition counts as bound by the host.
+    """
+    event = HostEvent if device == "cpu" else partial(torch.cuda.Event, enable_timing=True)
+    events = {name: [] for name in steps}
+    late = dict.fromkeys(steps, 0)
+    for i in range(rounds):
+        for name in rotated(list(steps), i):
+            before()
+            first, copied, done = event(), event(), event()
+            first.record()
+            copy()
+            copied.record()
+            steps[name]()
+            done.record()
+            late[name] += copied.query()
+            events[name].append((first, copied, done))
+    synchronize(device)
+    return {
+        name: Timing(
+            [copied.elapsed_time(done) / 1e3 for _, copied, done in events[name]],
+            [first.elapsed_time(copied) / 1e3 for first, copied, _ in events[name]],
+            late[name] / rounds,
+        )
+        for name in steps
+    }
 
 
 def training_steps(losses: dict[str, Callable], student: torch.Tensor, teacher: torch.Tensor):
@@ -76,7 +161,7 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
 
 
 def peak_extra_bytes(loss, student: torch.Tensor, teacher: torch.Tensor) -> int:
-    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own."""
+    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own, with psutil."""
     steps, drop_gradient = training_steps({"measured": loss}, student, teacher)
     del steps["copy"]
     steps["measured"]()  # what a first call sets up (thread pools, compiled code) is not the step's memory
@@ -89,6 +174,8 @@ def peak_extra_bytes(loss, student: torch.Tensor, teacher: torch.Tensor) -> int:
         steps["measured"]()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - resident
+    import psutil
+
     reset_peak()
     resident = psutil.Process().memory_info().rss
     steps["measured"]()
@@ -110,3 +197,10 @@ def peak_resident_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: str) -> int:
+    if device == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]

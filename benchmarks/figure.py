@@ -1,0 +1,112 @@
+"""The figure of a run: `draw_cpu` and `draw_gpu`, from the rows of its CSV. Needs matplotlib."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import StrMethodFormatter
+from report import Results, distinct
+
+Rows = list[dict[str, object]]
+
+
+def bars(axis, rows: Rows, title: str, floor_ms: float | None = None) -> None:
+    """The time of each contender, the shortest on top."""
+    rows = sorted(rows, key=lambda row: -row["median_ms"])
+    colors = ["tab:blue" if row["contender"].startswith("kdkernels") else "tab:gray" for row in rows]
+    bar = axis.barh([row["contender"] for row in rows], [row["median_ms"] for row in rows], color=colors)
+    axis.bar_label(bar, fmt="%.3g", padding=3)
+    if floor_ms is not None:
+        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"copying the same bytes: {floor_ms:.3g}")
+        axis.legend(loc="upper right", fontsize="small")
+    axis.set(xscale="log", xlabel="loss and gradient, ms", title=title)
+    axis.margins(x=0.15)
+
+
+def grouped_bars(axis, rows: Rows, label: str, series: str, value: str, form: str, **texts) -> None:
+    """Bars of `value`: a group for each `label`, the first on top, and in it one for each `series`."""
+    labels, names = distinct(row[label] for row in rows), distinct(row[series] for row in rows)
+    height = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        of_series = [row for row in rows if row[series] == name]
+        places = [labels.index(row[label]) + (i - (len(names) - 1) / 2) * height for row in of_series]
+        bar = axis.barh(places, [row[value] for row in of_series], height, label=name)
+        axis.bar_label(bar, fmt=form, padding=3, fontsize="small")
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set(**texts)
+    if len(names) > 1:
+        axis.legend(fontsize="small")
+
+
+def lines(axis, rows: Rows, against: str, value: str, series: tuple[str, ...], **texts) -> None:
+    for name in distinct(tuple(row[column] for column in series) for row in rows):
+        of_series = [row for row in rows if tuple(row[column] for column in series) == name]
+        of_series.sort(key=lambda row: row[against])
+        axis.plot(
+            [row[against] for row in of_series], [row[value] for row in of_series], marker="o", label=", ".join(name)
+        )
+    axis.set(xscale="log", xlabel=against, **texts)
+    axis.set_xticks(sorted({row[against] for row in rows}), minor=False)
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axis.xaxis.set_minor_formatter("")
+    if rows:
+        axis.legend(fontsize="small")
+
+
+def new_figure(results: Results, where: str):
+    figure, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
+    machine = results.machine
+    figure.suptitle(f"kdkernels {machine['kdkernels']} ({machine['backend']}) · torch {machine['torch']} · {where}")
+    return figure, axes
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_memory(axis, rows: Rows) -> None:
+    xlabel = "peak memory beyond the inputs, MiB (the gradient is in it)"
+    grouped_bars(axis, rows, "contender", "dtype", "peak_extra_MiB", "%.0f", xlabel=xlabel, title="memory")
+
+
+def draw_cpu(results: Results, path: Path, main_case: str) -> None:
+    figure, axes = new_figure(results, f"{results.machine['device']}, {results.machine['threads']} threads")
+    for axis, dtype in zip(axes[0], ("float32", "bfloat16"), strict=False):
+        rows = results.select(main_case, dtype=dtype, divergence="kl")
+        ours = next(row for row in rows if row["contender"] == "kdkernels")
+        title = f"kl, {dtype}, N = {ours['N']}, V = {ours['V']:,}"
+        bars(axis, rows, title, ours["median_ms"] / ours["over_floor"])
+    rows = results.select("divergences", dtype="bfloat16")
+    texts = {"xlabel": "time over that of kl, bfloat16", "title": "the other divergences"}
+    grouped_bars(axes[0, 2], rows, "divergence", "contender", "over_kl", "%.2f", **texts)
+    for axis, against, name in ((axes[1, 0], "V", "vocabulary"), (axes[1, 1], "N", "rows")):
+        texts = {"yscale": "log", "ylabel": "loss and gradient, ms", "title": f"kl, bfloat16, over the {name}"}
+        lines(axis, results.select(f"sweep {against}"), against, "median_ms", ("contender",), **texts)
+    draw_memory(axes[1, 2], results.select("memory"))
+    save(figure, path)
+
+
+def draw_gpu(results: Results, path: Path, contender: str, rows: int, vocabulary: int) -> None:
+    """`contender` is the backend that "auto" takes; `rows` and `vocabulary` are the shape most is measured at."""
+    figure, axes = new_figure(results, str(results.machine["device"]))
+    percent = "% of the copy bandwidth"
+    shape = {"dtype": "bfloat16", "N": rows, "V": vocabulary}
+    of_divergences = results.select("divergences", contender=contender, **shape)
+    texts = {"xlabel": f"{percent}, bfloat16", "title": f"{contender}, N = {rows:,}, V = {vocabulary:,}"}
+    grouped_bars(axes[0, 0], of_divergences, "divergence", "work", "percent_of_floor", "%.0f", **texts)
+    for axis, against, fixed in ((axes[0, 1], "V", {"N": rows}), (axes[0, 2], "N", {"V": vocabulary})):
+        ((name, value),) = fixed.items()
+        texts = {"ylabel": percent, "title": f"kl, bfloat16, {name} = {value:,}"}
+        of_grid = [row for row in results.select("grid", dtype="bfloat16", **fixed) if row["work"] != "operator alone"]
+        lines(axis, of_grid, against, "percent_of_floor", ("contender", "work"), ylim=(0, None), **texts)
+    divergences = distinct(row["divergence"] for row in results.select("contenders"))
+    for axis, divergence in zip(axes[1, :2], divergences, strict=False):
+        of_contenders = results.select("contenders", divergence=divergence, work="loss and gradient", **shape)
+        bars(axis, of_contenders, f"{divergence}, bfloat16, N = {rows:,}, V = {vocabulary:,}")
+    draw_memory(axes[1, 2], results.select("memory"))
+    save(figure, path)

@@ -1,0 +1,82 @@
+"""Tables and progress bars by rich where it is installed; plain lines where it is not."""
+
+import sys
+from functools import partial
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from rich.text import Text
+except ImportError:
+    Console = None
+
+LOG_WIDTH = 170  # of a table in a log, which has no width of its own
+COLOURS = {"PASS": "green", "MISS": "bold red", "WRONG": "bold red"}  # of a cell that ends so
+
+
+class RichScreen:
+    def __init__(self):
+        self.console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        # A log would get the bars when all is over: there only what is printed counts.
+        self.progress = Progress(
+            *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not sys.stdout.isatty()
+        )
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+
+    def print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def task(self, description: str, total: int):
+        """A progress bar; call what is returned for every step done."""
+        for task in self.progress.tasks:
+            if task.finished:
+                self.progress.remove_task(task.id)
+        return partial(self.progress.advance, self.progress.add_task(description, total=total))
+
+    def table(self, title: str, headings: list[str], rows: list[list[str]], right=(), bold=()) -> None:
+        """`right` names the headings of numbers, `bold` the indices of rows that stand out."""
+        table = Table(title=title)
+        for heading in headings:
+            # Numbers are narrower than what they are called.
+            number = heading in right
+            table.add_column(heading.replace(" ", "\n") if number else heading, justify="right" if number else "left")
+        for i, row in enumerate(rows):
+            cells = (Text(cell, style=COLOURS.get(cell.split(" ")[-1], "")) for cell in row)
+            table.add_row(*cells, style="bold" if i in bold else None)
+        self.console.print(table)
+
+
+class PlainScreen:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+
+    def task(self, description: str, total: int):
+        return lambda: None
+
+    def table(self, title: str, headings: list[str], rows: list[list[str]], right=(), bold=()) -> None:
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        print(f"\n{title}")
+        for row in (headings, *rows):
+            cells = (
+                cell.rjust(width) if heading in right else cell.ljust(width)
+                for cell, width, heading in zip(row, widths, headings, strict=True)
+            )
+            print("  ".join(cells).rstrip(), flush=True)
+
+
+def screen() -> RichScreen | PlainScreen:
+    return RichScreen() if Console is not None else PlainScreen()
