@@ -133,8 +133,8 @@ def test_info_says_what_the_cuda_kernels_are(monkeypatch):
 def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     from kdkernels import selftest
 
-    monkeypatch.setattr(selftest, "WIDTHS", (1, 1000))
-    monkeypatch.setattr(selftest, "INTERPRETED_WIDTHS", (7,))
+    monkeypatch.setattr(selftest, "SHAPES", ((5, 1), (5, 1000)))
+    monkeypatch.setattr(selftest, "INTERPRETED_SHAPES", ((5, 7),))
     monkeypatch.setattr(selftest, "CATALOGUE", {"kl": None, "js": None})
     assert selftest.check("cpu")
     assert "all right" in capsys.readouterr().out

@@ -304,35 +304,41 @@ def test_no_value_is_read_on_the_way():
             assert student.grad.shape == student.shape and out.statistics["tv"].shape == (2, 5)
 
 
+gpu_backends = pytest.mark.parametrize("backend", ["cuda", "triton"])
+
+
 @pytest.mark.gpu
-def test_no_synchronisation_on_a_gpu():
+@gpu_backends
+def test_no_synchronisation_on_a_gpu(backend):
     student, teacher = torch.randn(5, 640, device="cuda", requires_grad=True), torch.randn(5, 640, device="cuda")
-    labels = torch.randint(0, 640, (5,), device="cuda")
-    fused_js(student, teacher, labels=labels, hard_weight=0.5, temperature=2.0).backward()  # compiles
+    options = {"labels": torch.randint(0, 640, (5,), device="cuda"), "hard_weight": 0.5, "backend": backend}
+    fused_js(student, teacher, temperature=2.0, **options).backward()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         for gradient in ("forward", "backward"):
-            fused_js(student, teacher, labels=labels, hard_weight=0.5, temperature=2.0, gradient=gradient).backward()
+            fused_js(student, teacher, temperature=2.0, gradient=gradient, **options).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
-def test_streams_and_graphs_on_a_gpu():
+@gpu_backends
+@pytest.mark.parametrize("vocab", [640, 100_000])
+def test_streams_and_graphs_on_a_gpu(backend, vocab):
     """A side stream, and capture in a CUDA graph that is replayed on new values."""
-    student = torch.randn(5, 640, device="cuda", requires_grad=True)
-    teacher = torch.randn(5, 640, device="cuda")
+    student = torch.randn(50, vocab, device="cuda", requires_grad=True)
+    teacher = torch.randn(50, vocab, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             student.grad = None
-            fused_kl(student, teacher).backward()
+            fused_kl(student, teacher, backend=backend).backward()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     student.grad = None
     with torch.cuda.graph(graph):
-        loss = fused_kl(student, teacher)
+        loss = fused_kl(student, teacher, backend=backend)
         loss.backward()
     with torch.no_grad():
         student.copy_(torch.randn_like(student))
@@ -340,3 +346,19 @@ def test_streams_and_graphs_on_a_gpu():
     want = run(student, teacher, "kl", reduction="mean")
     torch.testing.assert_close(loss, want.loss)
     torch.testing.assert_close(student.grad, want.gradient)
+
+
+@pytest.mark.gpu
+@gpu_backends
+def test_a_call_runs_on_the_device_of_its_tensors(backend):
+    """Whichever device is the current one, which stays so."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    student, teacher = torch.randn(50, 5000), torch.randn(50, 5000)
+    want = run(student, teacher, "js", backend="cpu")
+    for device in ("cuda:0", "cuda:1"):
+        with torch.cuda.device(0):
+            got = run(student.to(device), teacher.to(device), "js", backend=backend)
+            assert torch.cuda.current_device() == 0
+        torch.testing.assert_close(got.loss.cpu(), want.loss)
+        torch.testing.assert_close(got.gradient.cpu(), want.gradient, rtol=1e-4, atol=1e-6)
