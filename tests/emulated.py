@@ -172,9 +172,6 @@ class Emulated:
     def cuda_refusal(self, _device: int) -> str:
         return self.module.cuda_refusal(self.device)
 
-    def cuda_plan(self, *arguments) -> str:
-        return self.module.cuda_plan(*arguments[:-1], self.device)
-
     @contextlib.contextmanager
     def _allowing(self, memory: Iterator[tuple[int, int, bool]]):
         self.module.clear_memory()

@@ -69,12 +69,14 @@ def test_wide_rows_on_an_h100(divergence, vocab, dtypes):
         (262_144, torch.float32, 16, 1),
     ],
 )
-def test_rows_are_held_by_the_smallest_cluster_that_holds_two(vocab, dtype, cluster, rows_held):
+def test_a_row_is_held_by_the_smallest_cluster_that_leaves_room_for_another(vocab, dtype, cluster, rows_held):
     student, teacher = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, vocab, dtype=dtype)
     (launch,) = launches_of(lambda: fused_kl(student, teacher, backend="cuda"), "h100")
     assert launch["cluster"] == cluster
     per_block = -(-vocab // cluster // 8) * 8 * 2 * student.element_size()
-    assert rows_held * per_block <= launch["shared"] < (rows_held + 1) * per_block
+    assert per_block <= launch["shared"] < per_block + 1000
+    of_multiprocessor, taken_of_each = 228 * 1024, 1024
+    assert (rows_held == 2) == (2 * (launch["shared"] + taken_of_each) <= of_multiprocessor)
 
 
 def test_without_clusters_rows_are_streamed():
@@ -101,7 +103,7 @@ def test_rows_in_flight_fit_the_cache_that_is_swept_again():
             serving.clear_launches()
             fused_kl(student, teacher, backend="cuda")
             rows[l2_bytes] = serving.launches()[0]["grid"][0]
-    assert rows == {40_000: 10, 10_000_000: 64}
+    assert rows == {40_000: 20, 10_000_000: 64}
 
 
 # ---- races: whatever order the threads run in, the result is the same to the last bit
@@ -145,23 +147,37 @@ FAULTS = [
     ("a fast block overwrites what a slow one still reads", "      turn ^= 1;\n", ""),
     ("a block leaves while another reads its shared memory",
      "if (team.blocks > 1) cluster_sync(team.blocks);", ""),
-    ("a stage is copied over while it is read", "        __syncthreads();  // all have read the stage\n", ""),
-    ("a stage is read before its columns are all there", "    }\n    __syncthreads();\n  }\n};", "    }\n  }\n};"),
-    ("a bulk copy is not waited for", "      bulk_barrier_wait(&board.arrived[stage], parities >> stage & 1);\n", ""),
-    ("a bulk copy is waited for in the phase before", "parities >> stage & 1", "~parities >> stage & 1"),
-    ("the phase of a bulk copy is not counted", "      parities ^= 1 << stage;\n", ""),
+    ("a row is staged over one that is read", "      __syncthreads();  // all have read what is staged\n", ""),
+    ("a row is read before it is all staged",
+     "    }\n    __syncthreads();\n  }\n\n  __device__ void copy(", "    }\n  }\n\n  __device__ void copy("),
+    ("a bulk copy is not waited for", "      bulk_barrier_wait(&board.arrived, parity);\n", ""),
+    ("a bulk copy is waited for in the phase before",
+     "bulk_barrier_wait(&board.arrived, parity);", "bulk_barrier_wait(&board.arrived, parity ^ 1);"),
+    ("the phase of a bulk copy is not counted", "      parity ^= 1;\n", ""),
     ("a barrier for bulk copies is used before it is there",
-     "bulk_barrier_init(&board.arrived[stage]);\n    __syncthreads();", "bulk_barrier_init(&board.arrived[stage]);"),
+     "bulk_barrier_init(&board.arrived);\n    __syncthreads();", "bulk_barrier_init(&board.arrived);"),
+    ("fewer bytes are copied than expected",
+     "in_bulk, &board.arrived);", "in_bulk - 16, &board.arrived);"),
     ("the column after the last is read",
-     "column + i < x.columns ? load_logit", "column + i <= x.columns ? load_logit"),
-    ("the column after the last is staged", "? load((const float*)from + c)", "? load((const float*)from + c + 1)"),
+     "return position >= begin && position < end; }", "return position >= begin && position <= end; }"),
+    ("a group past the end is loaded whole",
+     "{ return aligned && position >= begin && position + kGroup <= end; }",
+     "{ return aligned && position >= begin; }"),
     ("a group past the end is stored whole",
-     "if (aligned && column + kGroup <= columns) {\n      for", "if (aligned) {\n      for"),
-    ("the row after the last is worked on", "int stage = 0; row < call.rows;",
-     "int stage = 0; row <= call.rows;"),
-    ("a row that is dropped is read", "if (!numbers.swept(call)) return;", "if (row >= call.rows) return;"),
+     "whole = aligned && position >= begin && position + kGroup <= end;", "whole = aligned && position >= begin;"),
+    ("a group before the first column is stored whole",
+     "whole = aligned && position >= begin && position + kGroup <= end;",
+     "whole = aligned && position + kGroup <= end;"),
+    ("a row's shift is forgotten", "first_column = team.rank * plan.slice - shift;",
+     "first_column = team.rank * plan.slice;"),
+    ("rows that are shifted differently are taken for aligned",
+     "return a_shift == b_shift ? a_shift : -1;", "return a_shift;"),
+    ("the row after the last is worked on",
+     "RowNumbers next(call, first_row);\n    for (int64_t row = first_row; row < call.rows;",
+     "RowNumbers next(call, first_row);\n    for (int64_t row = first_row; row <= call.rows;"),
+    ("a row that is dropped is read", "return !skipped() && temperature > 0", "return temperature > 0"),
     ("a block begins where another does",
-     "(int64_t)team.rank * plan.slice", "(int64_t)(team.rank / 2) * plan.slice"),
+     "first_column = team.rank * plan.slice - shift;", "first_column = team.rank / 2 * plan.slice - shift;"),
     ("the label is looked for in the wrong block", "(int)numbers.label - first_column", "(int)numbers.label"),
 ]  # fmt: skip
 
@@ -175,6 +191,8 @@ def wrong_results(module, seeds: int) -> int:
         student, teacher = torch.randn(9, vocab), torch.randn(9, vocab)
         if seed % 2:
             student, teacher = student.half(), teacher.half()
+        if seed % 8 == 3:  # the teacher's rows lie elsewhere between the lines of 16 bytes than the student's
+            teacher = torch.nn.functional.pad(teacher, (1, 1))[:, 1:-1]
         mask = torch.rand(9) < 0.8
         options = {"mask": mask, "labels": torch.randint(0, vocab, (9,)), "hard_weight": 0.5}
         student[~mask], teacher[~mask] = torch.nan, torch.nan
@@ -239,8 +257,11 @@ def test_rows_that_are_not_aligned(dtype, offset):
             for whole, x in zip(aligned, (student, teacher), strict=True):
                 whole[:, : 325 - offset] = x[:, offset:325]
             want = run(*aligned, "js", vocab_size=325 - offset, backend="cuda")
-        assert torch.equal(got.loss, want.loss), chip
-        assert torch.equal(got.gradient, want.gradient[:, : 325 - offset]), chip
+        # Where a row begins decides which columns a thread sums.
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=2e-6)
+        scale = want.gradient.float().abs().max().item()
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.gradient, want.gradient[:, : 325 - offset], rtol=2 * ulp, atol=1e-6 * scale)
 
 
 # ---- errors

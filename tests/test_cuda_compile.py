@@ -72,8 +72,8 @@ def demangled(names: list[str]) -> dict[str, str]:
     if tool is None:
         return dict(zip(names, names, strict=True))
     lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    # rows_kernel<Js<float>, true>, of "void kdk::cuda::rows_kernel<...>(...)".
-    short = [re.sub(r"^void |kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()]
+    # rows_kernel<Js<float>, 1>, of "void kdk::cuda::rows_kernel<kdk::cuda::Js<float>, (kdk::cuda::Way)1>(...)".
+    short = [re.sub(r"^void |\([\w:]*Way\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()]
     return dict(zip(names, short, strict=True))
 
 

@@ -251,6 +251,8 @@ def test_leading_shapes_and_statistics_shapes(backend):
 def test_strides_are_honoured(backend):
     """Slices, transposed leading dimensions and expanded teachers give what their contiguous copies give."""
     device = device_of(backend)
+    # The CUDA kernels sum in an order that depends on where a row lies between lines of 16 bytes; the others in one.
+    close = {"rtol": 2e-6, "atol": 1e-6} if backend == "cuda" else {"rtol": 0, "atol": 0}
     logits = torch.randn(3, 5, 4, 90, device=device)
     for view in (
         logits[0, :, :-1],
@@ -265,9 +267,12 @@ def test_strides_are_honoured(backend):
         teacher = torch.randn(view.shape, device=device)
         strided = run(view, teacher, "js", backend=backend)
         packed = run(view.contiguous(), teacher, "js", backend=backend)
-        assert torch.equal(strided.loss, packed.loss) and torch.equal(strided.gradient, packed.gradient)
+        torch.testing.assert_close(strided.loss, packed.loss, **close)
+        torch.testing.assert_close(strided.gradient, packed.gradient, **close)
         as_teacher = run(teacher, view, "js", backend=backend)
-        assert torch.equal(as_teacher.loss, run(teacher, view.contiguous(), "js", backend=backend).loss)
+        torch.testing.assert_close(
+            as_teacher.loss, run(teacher, view.contiguous(), "js", backend=backend).loss, **close
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

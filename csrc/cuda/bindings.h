@@ -1,5 +1,6 @@
 // The CUDA row kernels as functions of a Python module: of kdkernels._native, and of the one that the tests compile
-// with a host compiler. Every argument is a number: pointers to the device's memory, sizes, the device's index, the stream.
+// with a host compiler. Every argument is a number: pointers to the device's memory, sizes, the device's index, the
+// stream.
 #pragma once
 #include "../arguments.h"
 #include "rows.h"
@@ -17,8 +18,6 @@ inline void bind_cuda(pybind11::module_& m) {
     cuda::scale_rows((void*)x, (Dtype)dtype, rows, columns, per_row(factor), device, (void*)stream);
   });
   m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("cuda_plan",
-        taking_rows_call(+[](const RowsCall& call, int device) { return cuda::plan_of(call, device); }));
 }
 
 }  // namespace kdk

@@ -13,86 +13,136 @@ constexpr int kGroup = 8;
 
 inline __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
-inline __device__ float2 floats_of_halves(uint32_t word, Dtype dtype) {
-  return dtype == Dtype::bf16 ? floats_of_bf16x2(word) : floats_of_f16x2(word);
-}
-inline __device__ uint32_t halves_of_floats(float first, float second, Dtype dtype) {
-  return dtype == Dtype::bf16 ? bf16x2_of_floats(first, second) : f16x2_of_floats(first, second);
-}
-
-// A logit in global memory.
-inline __device__ float load_logit(const char* at, Dtype dtype) {
-  if (dtype == Dtype::f32) return load((const float*)at);
-  return floats_of_halves(load((const uint16_t*)at), dtype).x;
-}
-
-// A block's slice of a row of logits: in shared memory (filled up to whole groups with -inf), or in global memory.
+// A block's slice of a row, in global memory or copied to shared memory. Its columns are at the positions from `begin`
+// to `end`; position 0 lies at a multiple of 16 bytes, unless the slice is not aligned at all. In shared memory -inf
+// stands at all other positions of a group.
 struct Slice {
   const char* data;
   Dtype dtype;
-  int columns;
-  bool aligned;  // of global memory: to 16 bytes
+  int begin, end;
+  bool aligned;
+
+  __device__ bool whole(int position) const { return aligned && position >= begin && position + kGroup <= end; }
+  __device__ bool holds(int position) const { return position >= begin && position < end; }
 };
 
-template <bool staged> inline __device__ uint4 load_16_bytes(const char* from) {
-  return staged ? *(const uint4*)from : load((const uint4*)from);
+// By how many columns the groups of a row are shifted so that they lie at multiples of 16 bytes in both tensors; -1
+// where no shift does that.
+inline __device__ int shift_of(const char* a, Dtype a_dtype, const char* b, Dtype b_dtype) {
+  const int a_bytes = bytes_of(a_dtype), b_bytes = bytes_of(b_dtype);
+  const int a_shift = (uint64_t)a % 16 / a_bytes, b_shift = (uint64_t)b % 16 / b_bytes;
+  if (a_bytes == b_bytes) return a_shift == b_shift ? a_shift : -1;
+  const int narrow = a_bytes == 2 ? a_shift : b_shift, wide = a_bytes == 4 ? a_shift : b_shift;
+  return narrow % 4 == wide ? narrow : -1;
 }
 
-// Past the end of the slice logits are -inf, which contributes nothing to any sum.
-template <bool staged> inline __device__ void load_group(const Slice& x, int column, float (&out)[kGroup]) {
-  const char* from = x.data + (int64_t)column * bytes_of(x.dtype);
-  if (!staged && (!x.aligned || column + kGroup > x.columns)) {
-    for (int i = 0; i < kGroup; ++i)
-      out[i] = column + i < x.columns ? load_logit(from + i * bytes_of(x.dtype), x.dtype) : -INFINITY;
-  } else if (x.dtype == Dtype::f32) {
-    uint4 low = load_16_bytes<staged>(from), high = load_16_bytes<staged>(from + 16);
-    uint32_t words[kGroup] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    for (int i = 0; i < kGroup; ++i) out[i] = __uint_as_float(words[i]);
+// Eight logits as they lie in memory; those of 16 bits take the first four words.
+struct Raw {
+  uint32_t words[kGroup];
+};
+
+inline __device__ uint32_t minus_infinity(Dtype dtype) {
+  return dtype == Dtype::f32 ? 0xff800000u : dtype == Dtype::bf16 ? 0xff80u : 0xfc00u;
+}
+// The bits of a logit in global memory.
+inline __device__ uint32_t load_bits(const char* row, Dtype dtype, int position) {
+  return dtype == Dtype::f32 ? load((const uint32_t*)row + position) : load((const uint16_t*)row + position);
+}
+
+template <bool staged> inline __device__ void load_16_bytes(const char* from, uint32_t* words) {
+  const uint4 four = staged ? *(const uint4*)from : load((const uint4*)from);
+  words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
+}
+
+// The group at a position, -inf where the slice has no column. `halves`: the dtype is known to have 16 bits.
+template <bool staged, bool halves> inline __device__ Raw load_group(const Slice& x, int position) {
+  Raw raw = {};
+  const bool wide = !halves && x.dtype == Dtype::f32;
+  if (staged || x.whole(position)) {
+    const char* from = x.data + (int64_t)position * (wide ? 4 : 2);
+    load_16_bytes<staged>(from, raw.words);
+    if (wide) load_16_bytes<staged>(from + 16, raw.words + 4);
   } else {
-    uint4 halves = load_16_bytes<staged>(from);
-    uint32_t words[kGroup / 2] = {halves.x, halves.y, halves.z, halves.w};
-    for (int i = 0; i < kGroup / 2; ++i) {
-      float2 two = floats_of_halves(words[i], x.dtype);
-      out[2 * i] = two.x, out[2 * i + 1] = two.y;
+    for (int i = 0; i < kGroup; ++i) {
+      const uint32_t bits = x.holds(position + i) ? load_bits(x.data, x.dtype, position + i) : minus_infinity(x.dtype);
+      if (wide) raw.words[i] = bits;
+      else raw.words[i / 2] |= bits << (i % 2 * 16);
+    }
+  }
+  return raw;
+}
+
+template <bool halves> inline __device__ void widen(const Raw& raw, Dtype dtype, float (&out)[kGroup]) {
+  if (!halves && dtype == Dtype::f32) {
+    for (int i = 0; i < kGroup; ++i) out[i] = __uint_as_float(raw.words[i]);
+  } else if (dtype == Dtype::bf16) {
+    for (int i = 0; i < kGroup; i += 2) {
+      const float2 two = floats_of_bf16x2(raw.words[i / 2]);
+      out[i] = two.x, out[i + 1] = two.y;
+    }
+  } else {
+    for (int i = 0; i < kGroup; i += 2) {
+      const float2 two = floats_of_f16x2(raw.words[i / 2]);
+      out[i] = two.x, out[i + 1] = two.y;
     }
   }
 }
 
-inline __device__ void store_group(char* row, Dtype dtype, bool aligned, int column, int columns,
+// Both sides of a group; both loads are under way before either is waited for.
+template <bool staged, bool halves>
+inline __device__ void load_pair(const Slice& a, const Slice& b, int position, float (&x)[kGroup], float (&y)[kGroup]) {
+  const Raw raw_a = load_group<staged, halves>(a, position), raw_b = load_group<staged, halves>(b, position);
+  widen<halves>(raw_a, a.dtype, x);
+  widen<halves>(raw_b, halves ? a.dtype : b.dtype, y);
+}
+
+inline __device__ float load_logit(const char* row, Dtype dtype, int64_t column) {
+  const uint32_t bits = load_bits(row + column * bytes_of(dtype), dtype, 0);
+  if (dtype == Dtype::f32) return __uint_as_float(bits);
+  return dtype == Dtype::bf16 ? floats_of_bf16x2(bits).x : floats_of_f16x2(bits).x;
+}
+
+// `whole`: all eight columns are there, and lie at a multiple of 16 bytes; else those from `begin` to `end` are stored.
+template <bool halves>
+inline __device__ void store_group(char* data, Dtype dtype, bool whole, int position, int begin, int end,
                                    const float (&x)[kGroup]) {
-  char* to = row + (int64_t)column * bytes_of(dtype);
-  if (dtype == Dtype::f32) {
-    if (aligned && column + kGroup <= columns) {
-      for (int i = 0; i < kGroup; i += 4)
-        store((float4*)to + i / 4, make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+  char* to = data + (int64_t)position * (halves ? 2 : bytes_of(dtype));
+  if (!halves && dtype == Dtype::f32) {
+    if (whole) {
+      for (int i = 0; i < kGroup; i += 4) store((float4*)to + i / 4, make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
     } else {
       for (int i = 0; i < kGroup; ++i)
-        if (column + i < columns) store((float*)to + i, x[i]);
+        if (position + i >= begin && position + i < end) store((float*)to + i, x[i]);
     }
     return;
   }
   uint32_t words[kGroup / 2];
-  for (int i = 0; i < kGroup / 2; ++i) words[i] = halves_of_floats(x[2 * i], x[2 * i + 1], dtype);
-  if (aligned && column + kGroup <= columns) {
+  if (dtype == Dtype::bf16) {
+    for (int i = 0; i < kGroup / 2; ++i) words[i] = bf16x2_of_floats(x[2 * i], x[2 * i + 1]);
+  } else {
+    for (int i = 0; i < kGroup / 2; ++i) words[i] = f16x2_of_floats(x[2 * i], x[2 * i + 1]);
+  }
+  if (whole) {
     store((uint4*)to, make_uint4(words[0], words[1], words[2], words[3]));
   } else {
     for (int i = 0; i < kGroup; ++i)
-      if (column + i < columns) store((uint16_t*)to + i, (uint16_t)(words[i / 2] >> (i % 2 * 16)));
+      if (position + i >= begin && position + i < end)
+        store((uint16_t*)to + i, (uint16_t)(words[i / 2] >> (i % 2 * 16)));
   }
 }
 
-// The groups of a slice that are this thread's, forwards or backwards: group(0), group(1), ...
+// The groups of a slice that are this thread's: `for (int i = groups.first; groups.has(i); i += groups.step)`.
 struct Groups {
-  int count;
-  bool backwards;
+  int first, step, end;
 
-  __device__ Groups(int columns, bool backwards) : backwards(backwards) {
-    int groups = (columns + kGroup - 1) / kGroup;
-    count = (groups - (int)threadIdx.x + (int)blockDim.x - 1) / (int)blockDim.x;
+  __device__ Groups(int end, bool backwards = false)
+      : first(threadIdx.x * kGroup), step(blockDim.x * kGroup), end(end) {
+    if (backwards) {
+      first += first < end ? (end - 1 - first) / step * step : 0;
+      step = -step;
+    }
   }
-  __device__ int column(int i) const {
-    return ((int)threadIdx.x + (backwards ? count - 1 - i : i) * (int)blockDim.x) * kGroup;
-  }
+  __device__ bool has(int position) const { return position >= 0 && position < end; }
 };
 
 }  // namespace cuda

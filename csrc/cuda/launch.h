@@ -37,7 +37,7 @@ struct OnDevice {
 };
 
 struct Chip {
-  int major, multiprocessors, shared, l2;
+  int major, multiprocessors, shared, shared_of_multiprocessor, l2;
 
   explicit Chip(int device) {
     auto ask = [&](cudaDeviceAttr attribute, int* value) {
@@ -46,7 +46,13 @@ struct Chip {
     ask(cudaDevAttrComputeCapabilityMajor, &major);
     ask(cudaDevAttrMultiProcessorCount, &multiprocessors);
     ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
+    ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_of_multiprocessor);
     ask(cudaDevAttrL2CacheSize, &l2);
+  }
+
+  // What each of so many blocks on a multiprocessor may have of its shared memory; the system takes its part of each.
+  int shared_of(int blocks) const {
+    return blocks < 2 ? shared : shared_of_multiprocessor / blocks - (shared_of_multiprocessor - shared);
   }
 };
 
@@ -92,9 +98,12 @@ template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, c
     one.grid = launch.blocks;
     cudaLaunchAttribute cluster;
     cudaLaunchConfig_t config = launch_config(one, &cluster, nullptr);
-    if (cudaOccupancyMaxActiveClusters(&teams, kernel, &config) != cudaSuccess) {
-      cudaGetLastError();  // the device does not allow that size
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&teams, kernel, &config);
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported) {
+      cudaGetLastError();
       teams = 0;
+    } else {
+      check(error, "cudaOccupancyMaxActiveClusters");
     }
   }
   known[key] = teams;

@@ -12,34 +12,36 @@
 //
 // The same sweeps run in two ways, which the plan of a call chooses between:
 //
-//     staged      (Hopper and later) the slices of student and teacher are copied to shared memory, by bulk copies that
-//                 run while the row before is worked on where two rows fit; every sweep reads them there. In bf16 a
-//                 row moves 6 bytes a column with gradient and 4 without: each logit is read from memory once.
-//     streaming   every sweep reads global memory, to and fro, with so few rows in flight that the second and third
-//                 find the row in the L2 cache. For older chips, for rows that are too long for a cluster, and where
-//                 there is one sweep only.
+//     staged      (Hopper and later) the slices of student and teacher are copied to shared memory in bulk, and every
+//                 sweep reads them there. In bf16 a row moves 6 bytes a column with gradient and 4 without: each logit
+//                 is read from memory once. Two blocks share a multiprocessor where two have room: one works while the
+//                 other waits for its row, its cluster or its merge.
+//     streaming   every sweep reads global memory, to and fro, with as few rows in flight as keep the chip busy, so
+//                 that the second and third find what they can in the L2 cache. For older chips, for rows that are too
+//                 long for a cluster, and where there is one sweep only.
 //
-// The grid is what the chip holds at once, and a team takes every n-th row. Log-probabilities are
-// (x - max) / temperature - log sum: differences first, so that a large common offset of the logits costs no digits.
+// The grid is what the chip holds at once, and a team takes every n-th row. Rows that do not begin at a multiple of 16
+// bytes are worked on in groups that do, if student and teacher agree on it; the columns before and after are copied
+// one by one. Log-probabilities are (x - max) / temperature - log sum: differences first, so that a large common offset
+// of the logits costs no digits.
 //
-// Computed for an H100, and not yet measured. Of shared memory a block may have 232,448 bytes:
+// Computed for an H100, and not yet measured. Of its shared memory a block may have 232,448 bytes, each of two 115,712:
 //
-//     columns     bf16: blocks x threads, bytes        fp32
-//      32,000      2 x 512   128,640  two rows          4 x 512   128,640  two rows
-//     128,256      8 x 512   128,896  two rows         16 x 512   128,896  two rows
-//     151,936      8 x 512   152,576  two rows         16 x 512   152,576  two rows
-//     262,144     16 x 512   131,712  two rows         16 x 512   131,712  one row
+//     columns     bf16: blocks of 256 threads, bytes     fp32
+//      32,000      2   64,640  two on a multiprocessor    4   64,640  two
+//     128,256      8   64,768  two                       16   64,768  two
+//     151,936      8   76,608  two                       16   76,608  two
+//     262,144     16   66,176  two                       16  131,712  one
 //
-// so that a multiprocessor holds one block, of 16 warps and up to 128 registers a thread. In bf16, copying at 3 TB/s
-// moves 5.0e11 column pairs a second with their gradients; 132 multiprocessors at 1.7 GHz issue 57 instructions for a
-// pair in that time, 7.2 of them of the special-function unit. The compiled sweeps take (sm_90a, with gradient, no
-// label term, no statistics):
+// with 84 to 111 registers a thread. Copying at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients;
+// 132 multiprocessors at 1.7 GHz issue 57 instructions for a pair in that time, 7.2 of them of the special-function
+// unit. The inner loops take (sm_90a, bf16, with gradient, no label term, no statistics):
 //
-//     kl 41 and 4.3      reverse_kl 47 and 4.3      mixed_kl 54 and 4.3      tv 57 and 6.3      hellinger 58 and 7.3
-//     alpha 66 and 8.3   skew_kl 72 and 9.3         js 74 and 8.3            skew_reverse_kl 81 and 10.3
+//     kl 38 and 4    reverse_kl 42 and 4    mixed_kl 50 and 4    tv 53 and 6    hellinger 54 and 7
+//     alpha 63 and 8    skew_kl 65 and 9    js 71 and 8    skew_reverse_kl 77 and 10
 //
-// The last four are bound by the issue of instructions at 86, 77, 77 and 70 % of the copy, so that a polynomial exp2 on
-// the other pipes, which takes more instructions, would not help them.
+// so that the last four are bound to 90, 80, 80 and 72 % of the copy: js and alpha by the issue of instructions, which
+// a polynomial exp2 on the other pipes would need more of, the skews by special functions as much.
 #include <cuda_runtime.h>
 #include <float.h>
 #include <math.h>
@@ -64,14 +66,16 @@ inline __device__ float ratio(float x, float m) { return m < FLT_MIN ? 0 : x * r
 inline __device__ float root_of(float, float log_x) { return exp2_approx(log_x * (0.5f * kLog2e)); }
 #include "../divergences.h"
 
-constexpr int kStreamingThreads = 256;  // of a block that shares a multiprocessor with another; else kMaxThreads
+// The kernels of a divergence. `halves` is `staged` where both sides have the same 16-bit dtype, as in most training:
+// it takes fewer instructions.
+enum class Way { halves, staged, streaming };
+constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }  // at most, of a block
+constexpr int blocks_of(Way way) { return way == Way::streaming ? 1 : 2; }              // at least, of a multiprocessor
 
 // How a call is launched: made on the host, from sizes alone.
 struct Plan : Launch {
-  bool staged;
-  int stages;  // rows that a block's shared memory holds, where they are staged
-  int slice;   // columns of a block, a multiple of kGroup
-  bool student_bulk, teacher_bulk;  // whether rows are aligned as bulk copies need it
+  Way way;
+  int slice;  // columns of a block, a multiple of kGroup
 };
 
 // ---- partial results, and how they merge across a warp: lane 0 has the whole
@@ -177,8 +181,8 @@ struct RowNumbers {
 };
 
 inline __device__ const char* row_start(const Logits& x, const RowsCall& call, int64_t row) {
-  // A division of 32 bits where that will do: one of 64 takes a hundred instructions.
-  const int64_t outer = call.rows <= UINT32_MAX ? (uint32_t)row / (uint32_t)call.inner : row / call.inner;
+  // A division takes a hundred instructions.
+  const int64_t outer = call.inner == call.rows ? 0 : row / call.inner;
   const int64_t offset = outer * x.outer_stride + (row - outer * call.inner) * x.inner_stride;
   return (const char*)x.data + offset * bytes_of(x.dtype);
 }
@@ -193,36 +197,37 @@ struct Normalizer {
 };
 
 // This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)), where
-// the factors hold the row's scale.
+// the factors hold the row's scale. Positions are those of the logits' slices.
 struct GradientSlice {
-  bool wanted;
+  bool wanted, aligned;
   char* data;
   Dtype dtype;
-  int columns, label;
-  bool aligned;
+  int begin, end, label;
   float soft, hard, slope_sum, student_max, unit_log_sum;
 
-  __device__ void store(int column, const float (&s)[kGroup], const float (&q)[kGroup], float (&slope)[kGroup]) const {
+  template <bool halves>
+  __device__ void store(int position, const float (&s)[kGroup], const float (&q)[kGroup],
+                        float (&slope)[kGroup]) const {
     for (int i = 0; i < kGroup; ++i) slope[i] = soft == 0 ? 0 : soft * (slope[i] - q[i] * slope_sum);
     if (hard != 0) {
       for (int i = 0; i < kGroup; ++i) {
         float unit_q = exp_of(s[i] - student_max - unit_log_sum);
-        slope[i] += hard * (column + i == label ? unit_q - 1 : unit_q);
+        slope[i] += hard * (position + i == label ? unit_q - 1 : unit_q);
       }
     }
-    store_group(data, dtype, aligned, column, columns, slope);
+    const bool whole = aligned && position >= begin && position + kGroup <= end;
+    store_group<halves>(data, dtype, whole, position, begin, end, slope);
   }
 };
 
 // Sweep 1.
-template <class D, bool staged>
+template <class D, Way way>
 inline __device__ Floats floats_of(const Slice& student, const Slice& teacher, Tempering at) {
   Floats x = Floats::none();
-  Groups groups(student.columns, false);
-  for (int g = 0; g < groups.count; ++g) {
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
     float s[kGroup], t[kGroup];
-    load_group<staged>(student, groups.column(g), s);
-    load_group<staged>(teacher, groups.column(g), t);
+    load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     float student_max = x.student_max, teacher_max = x.teacher_max;
     for (int i = 0; i < kGroup; ++i) student_max = fmaxf(student_max, s[i]), teacher_max = fmaxf(teacher_max, t[i]);
     if (student_max > x.student_max || teacher_max > x.teacher_max) x.rebase(student_max, teacher_max, at);
@@ -241,18 +246,15 @@ inline __device__ Floats floats_of(const Slice& student, const Slice& teacher, T
 }
 
 // Sweep 2; and, where sum psi is known (`known`), the gradient.
-template <class D, bool staged>
+template <class D, Way way>
 inline __device__ Sums sums_of(const D& divergence, const Slice& student, const Slice& teacher,
                                Normalizer student_norm, Normalizer teacher_norm, bool known,
-                               const GradientSlice& gradient, int first_column, bool want_statistics,
-                               Statistics& statistics) {
+                               const GradientSlice& gradient) {
   Sums x = Sums::none();
-  Groups groups(student.columns, true);
-  for (int g = 0; g < groups.count; ++g) {
+  const Groups groups(student.end, way == Way::streaming);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
     float s[kGroup], t[kGroup], q[kGroup], slope[kGroup];
-    const int column = groups.column(g);
-    load_group<staged>(student, column, s);
-    load_group<staged>(teacher, column, t);
+    load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     for (int i = 0; i < kGroup; ++i) {
       float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
       float lq = log2_q * kLn2, lp = log2_p * kLn2, p = exp2_approx(log2_p);
@@ -260,37 +262,50 @@ inline __device__ Sums sums_of(const D& divergence, const Slice& student, const 
       slope[i] = divergence.slope(lp, lq, p, q[i]);
       x.phi += divergence.value(lp, lq, p, q[i]);
       if (!known) x.psi += slope[i];
-      if (want_statistics) {
-        statistics.tv += 0.5f * fabsf(p - q[i]);
-        statistics.student_entropy -= weighted(q[i], lq);
-        statistics.teacher_entropy -= weighted(p, lp);
-        const int c = first_column + column + i;
-        if (s[i] == student_norm.max) statistics.student_first = min(statistics.student_first, c);
-        if (t[i] == teacher_norm.max) statistics.teacher_first = min(statistics.teacher_first, c);
-      }
     }
-    if (known && gradient.wanted) gradient.store(column, s, q, slope);
+    if (known && gradient.wanted) gradient.store<way == Way::halves>(position, s, q, slope);
+  }
+  return x;
+}
+
+// A sweep of its own, so that the others keep to their registers: in shared memory it costs no bytes.
+template <Way way>
+inline __device__ Statistics statistics_of(const Slice& student, const Slice& teacher, Normalizer student_norm,
+                                           Normalizer teacher_norm, int first_column) {
+  Statistics x = Statistics::none();
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
+    float s[kGroup], t[kGroup];
+    load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
+    for (int i = 0; i < kGroup; ++i) {
+      float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
+      float q = exp2_approx(log2_q), p = exp2_approx(log2_p);
+      x.tv += 0.5f * fabsf(p - q);
+      x.student_entropy -= weighted(q, log2_q * kLn2);
+      x.teacher_entropy -= weighted(p, log2_p * kLn2);
+      const int column = first_column + position + i;
+      if (s[i] == student_norm.max) x.student_first = min(x.student_first, column);
+      if (t[i] == teacher_norm.max) x.teacher_first = min(x.teacher_first, column);
+    }
   }
   return x;
 }
 
 // Sweep 3.
-template <class D, bool staged>
+template <class D, Way way>
 inline __device__ void write_gradient(const D& divergence, const Slice& student, const Slice& teacher,
                                       Normalizer student_norm, Normalizer teacher_norm,
                                       const GradientSlice& gradient) {
-  Groups groups(student.columns, false);
-  for (int g = 0; g < groups.count; ++g) {
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
     float s[kGroup], t[kGroup], q[kGroup], slope[kGroup];
-    const int column = groups.column(g);
-    load_group<staged>(student, column, s);
-    load_group<staged>(teacher, column, t);
+    load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     for (int i = 0; i < kGroup; ++i) {
       float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
       q[i] = exp2_approx(log2_q);
       slope[i] = divergence.slope(log2_p * kLn2, log2_q * kLn2, exp2_approx(log2_p), q[i]);
     }
-    gradient.store(column, s, q, slope);
+    gradient.store<way == Way::halves>(position, s, q, slope);
   }
 }
 
@@ -301,20 +316,17 @@ inline __device__ void write_column(void* matrix, const RowsCall& call, int64_t 
 // All of the team fills the columns from `first` on.
 inline __device__ void fill_gradient(const RowsCall& call, const Team& team, int64_t row, int64_t first, float value) {
   if (first == call.gradient_columns) return;
-  const int64_t threads = (int64_t)team.blocks * blockDim.x, bytes = bytes_of(call.student.dtype);
-  char* data = (char*)call.gradient + row * call.gradient_columns * bytes;
-  const bool aligned = (uint64_t)data % 16 == 0;
+  const Dtype dtype = call.student.dtype;
+  char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
+  // Position 0 is the column at or before the first that lies at a multiple of 16 bytes.
+  const int shift = (uint64_t)(data + first * bytes_of(dtype)) % 16 / bytes_of(dtype);
+  data += (first - shift) * bytes_of(dtype);
+  const int end = (int)(call.gradient_columns - first) + shift;
   float values[kGroup];
   for (int i = 0; i < kGroup; ++i) values[i] = value;
-  // Up to a whole group the first columns are stored one by one.
-  int64_t start = (first + kGroup - 1) / kGroup * kGroup;
-  start = start < call.gradient_columns ? start : call.gradient_columns;
-  if (team.first_thread())
-    store_group(data + first * bytes, call.student.dtype, false, 0, (int)(start - first), values);
-  int64_t mine = start + ((int64_t)team.rank * blockDim.x + threadIdx.x) * kGroup;
-  for (int64_t c = mine; c < call.gradient_columns; c += threads * kGroup)
-    store_group(data + c * bytes, call.student.dtype, aligned, 0,
-                (int)(call.gradient_columns - c < kGroup ? call.gradient_columns - c : kGroup), values);
+  for (int64_t i = ((int64_t)team.rank * blockDim.x + threadIdx.x) * kGroup; i < end;
+       i += (int64_t)team.blocks * blockDim.x * kGroup)
+    store_group<false>(data, dtype, i >= shift && i + kGroup <= end, (int)i, shift, end, values);
 }
 
 // A skipped row is 0 everywhere; a row with a bad value is NaN.
@@ -341,7 +353,7 @@ struct Outcome {
   float unit_log_sum;
 
   __device__ float label_logit(const Logits& x) const {
-    return load_logit(row_start(x, call, row) + numbers.label * bytes_of(x.dtype), x.dtype);
+    return load_logit(row_start(x, call, row), x.dtype, numbers.label);
   }
   // With the label, at temperature 1.
   __device__ float cross_entropy() const {
@@ -374,7 +386,7 @@ struct Outcome {
   }
 };
 
-template <class D, bool staged>
+template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowNumbers& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
   const Tempering at(numbers.temperature, call.unit_log_sum);
@@ -383,7 +395,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   float floats[kRowFloats];  // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
   float log_ratio = 0;       // E_q[lq - lp]
   if (call.sweeps & kFloats) {
-    Floats x = team.merged(floats_of<D, staged>(student, teacher, at), at);
+    Floats x = team.merged(floats_of<D, way>(student, teacher, at), at);
     // A row of -inf alone has no distribution: NaN, as log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
     floats[2] = x.teacher_max, floats[3] = x.teacher_sum == 0 ? NAN : logf(x.teacher_sum);
@@ -402,7 +414,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.wanted = call.sweeps & kGradient;
   gradient.data = (char*)call.gradient + (row * call.gradient_columns + first_column) * bytes_of(call.student.dtype);
   gradient.dtype = call.student.dtype;
-  gradient.columns = student.columns;
+  gradient.begin = student.begin, gradient.end = student.end;
   gradient.label = (int)numbers.label - first_column;
   gradient.aligned = (uint64_t)gradient.data % 16 == 0;
   gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
@@ -417,11 +429,11 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     if constexpr (slope_sum_of<D> == SlopeSum::from_log_ratio) known_psi = divergence.slope_sum(log_ratio);
     gradient.slope_sum = finite_or_nan(known_psi);
     Statistics statistics = Statistics::none();
-    Sums sums = sums_of<D, staged>(divergence, student, teacher, student_norm, teacher_norm, knows, gradient,
-                                   first_column, call.statistics != nullptr, statistics);
-    sums = team.merged(sums, at);
+    if (call.statistics)
+      statistics = team.merged(statistics_of<way>(student, teacher, student_norm, teacher_norm, first_column), at);
+    Sums sums = team.merged(
+        sums_of<D, way>(divergence, student, teacher, student_norm, teacher_norm, knows, gradient), at);
     if (knows) sums.psi = known_psi;
-    if (call.statistics) statistics = team.merged(statistics, at);
     if (team.first_thread()) {
       const float values[kRowSums] = {sums.phi, sums.psi};
       write_column(call.sums, call, row, values, kRowSums);
@@ -435,138 +447,144 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   }
   if (!(call.sweeps & kGradient)) return;
   if (!(knows && (call.sweeps & kSums)))
-    write_gradient<D, staged>(divergence, student, teacher, student_norm, teacher_norm, gradient);
+    write_gradient<D, way>(divergence, student, teacher, student_norm, teacher_norm, gradient);
   fill_gradient(call, team, row, call.columns, 0);
 }
 
 // ---- staging: a block's slices of a row on their way to shared memory
 
+// Where a block's slices of a row begin and end.
+struct Cut {
+  const char *student, *teacher;  // the row in global memory
+  int begin, end;                 // positions of the slices that hold columns
+  int first_column;               // that of position 0; before the row's first where the row is shifted
+  bool aligned;
+
+  __device__ Cut(const RowsCall& call, const Plan& plan, const Team& team, int64_t row)
+      : student(row_start(call.student, call, row)), teacher(row_start(call.teacher, call, row)) {
+    int shift = shift_of(student, call.student.dtype, teacher, call.teacher.dtype);
+    aligned = shift >= 0;
+    shift = aligned ? shift : 0;
+    const int64_t left = call.columns + shift - (int64_t)team.rank * plan.slice;
+    begin = team.rank == 0 ? shift : 0;
+    end = left < 0 ? 0 : left < plan.slice ? (int)left : plan.slice;
+    first_column = team.rank * plan.slice - shift;
+  }
+  __device__ Slice slice(const char* row, Dtype dtype) const {
+    return {row + (int64_t)first_column * bytes_of(dtype), dtype, begin, end, aligned};
+  }
+};
+
 struct Staging {
-  const RowsCall& call;
-  const Plan& plan;
   Board& board;
-  const int first_column, columns;
-  uint32_t parities;  // a bit for each stage: of the next wait for it
+  char *student, *teacher;  // in shared memory
+  uint32_t parity;          // of the next wait
 
-  __device__ Staging(const RowsCall& call, const Plan& plan, Board& board, int first_column, int columns)
-      : call(call), plan(plan), board(board), first_column(first_column), columns(columns), parities(0) {
-    if (threadIdx.x == 0)
-      for (int stage = 0; stage < plan.stages; ++stage) bulk_barrier_init(&board.arrived[stage]);
+  __device__ Staging(const RowsCall& call, const Plan& plan, Board& board)
+      : board(board),
+        student((char*)(&board + 1)),
+        teacher(student + plan.slice * bytes_of(call.student.dtype)),
+        parity(0) {
+    if (threadIdx.x == 0) bulk_barrier_init(&board.arrived);
     __syncthreads();
   }
 
-  __device__ char* student_at(int stage) const {
-    const int column_bytes = bytes_of(call.student.dtype) + bytes_of(call.teacher.dtype);
-    return (char*)(&board + 1) + stage * plan.slice * column_bytes;
-  }
-  __device__ char* teacher_at(int stage) const { return student_at(stage) + plan.slice * bytes_of(call.student.dtype); }
-
-  __device__ uint32_t bulk_bytes(const Logits& x, bool bulk) const {
-    return bulk ? columns * bytes_of(x.dtype) / 16 * 16 : 0;
-  }
-  __device__ uint32_t bulk_bytes() const {
-    return bulk_bytes(call.student, plan.student_bulk) + bulk_bytes(call.teacher, plan.teacher_bulk);
+  // The groups that begin at a multiple of 16 bytes are copied in bulk, the columns before and after one by one.
+  static __device__ int bulk_begin(const Slice& from) { return from.begin > 0 ? kGroup : 0; }
+  static __device__ int bulk_bytes(const Slice& from) {
+    const int columns = from.end - bulk_begin(from);
+    return from.aligned && columns > 0 ? columns * bytes_of(from.dtype) / 16 * 16 : 0;
   }
 
-  // No thread uses the stage any more.
-  __device__ void begin(int64_t row, const RowNumbers& numbers, int stage) {
-    if (!numbers.swept(call)) return;
-    if (threadIdx.x == 0 && bulk_bytes()) bulk_barrier_expect(&board.arrived[stage], bulk_bytes());
-    copy(call.student, plan.student_bulk, row, student_at(stage), stage);
-    copy(call.teacher, plan.teacher_bulk, row, teacher_at(stage), stage);
-  }
-
-  // In bulk what is aligned; the rest, up to a whole group, column by column.
-  __device__ void copy(const Logits& x, bool bulk, int64_t row, char* to, int stage) {
-    const int bytes = bytes_of(x.dtype), whole = bulk_bytes(x, bulk);
-    const char* from = row_start(x, call, row) + (int64_t)first_column * bytes;
-    if (threadIdx.x == 0 && whole) bulk_copy(to, from, whole, &board.arrived[stage]);
-    const int end = (columns + kGroup - 1) / kGroup * kGroup;
-    for (int c = whole / bytes + threadIdx.x; c < end; c += blockDim.x) {
-      if (x.dtype == Dtype::f32)
-        ((float*)to)[c] = c < columns ? load((const float*)from + c) : -INFINITY;
-      else
-        ((uint16_t*)to)[c] = c < columns ? load((const uint16_t*)from + c) : x.dtype == Dtype::bf16 ? 0xff80 : 0xfc00;
-    }
-  }
-
-  __device__ void wait(int stage) {
-    if (bulk_bytes()) {
-      bulk_barrier_wait(&board.arrived[stage], parities >> stage & 1);
-      parities ^= 1 << stage;
+  // From when no thread uses what is staged any more, until all of the row is there.
+  __device__ void stage(const Slice& student_row, const Slice& teacher_row) {
+    const int bytes = bulk_bytes(student_row) + bulk_bytes(teacher_row);
+    if (threadIdx.x == 0 && bytes) bulk_barrier_expect(&board.arrived, bytes);
+    copy(student_row, student);
+    copy(teacher_row, teacher);
+    if (bytes) {
+      bulk_barrier_wait(&board.arrived, parity);
+      parity ^= 1;
     }
     __syncthreads();
+  }
+
+  __device__ void copy(const Slice& from, char* to) {
+    const int bytes = bytes_of(from.dtype), in_bulk = bulk_bytes(from);
+    const int first = in_bulk ? bulk_begin(from) : 0, last = first + in_bulk / bytes;
+    if (threadIdx.x == 0 && in_bulk) bulk_copy(to + first * bytes, from.data + first * bytes, in_bulk, &board.arrived);
+    const int end = (from.end + kGroup - 1) / kGroup * kGroup;
+    for (int i = threadIdx.x; i < first; i += blockDim.x) copy_one(from, to, i);
+#pragma unroll 4
+    for (int i = last + threadIdx.x; i < end; i += blockDim.x) copy_one(from, to, i);
+  }
+  static __device__ void copy_one(const Slice& from, char* to, int i) {
+    const uint32_t bits = from.holds(i) ? load_bits(from.data, from.dtype, i) : minus_infinity(from.dtype);
+    if (from.dtype == Dtype::f32)
+      ((uint32_t*)to)[i] = bits;
+    else
+      ((uint16_t*)to)[i] = (uint16_t)bits;
   }
 };
 
 // ---- the kernels
 
-template <class D, bool staged>
-__global__ void __launch_bounds__(staged ? kMaxThreads : kStreamingThreads, staged ? 1 : 2)
+template <class D, Way way>
+__global__ void __launch_bounds__(threads_of(way), blocks_of(way))
     rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (staged) return;  // never planned
+  if (way != Way::streaming) return;  // never planned
 #endif
   Team team(plan.blocks);
   const int64_t teams = gridDim.x / plan.blocks;
-  const int64_t first_column = (int64_t)team.rank * plan.slice;
-  const int64_t left = call.columns - first_column;
-  const int columns = left < 0 ? 0 : left < plan.slice ? (int)left : plan.slice;
-
-  if constexpr (staged) {
-    Staging staging(call, plan, team.board, (int)first_column, columns);
-    int64_t row = blockIdx.x / plan.blocks;
-    RowNumbers numbers(call, row), next(call, row + teams);
-    staging.begin(row, numbers, 0);
-    if (plan.stages == 2) staging.begin(row + teams, next, 1);
-    for (int stage = 0; row < call.rows; row += teams) {
-      // The row that will be staged where this one is.
-      const int64_t row_after = row + plan.stages * teams;
-      const RowNumbers after(call, row_after);
-      if (numbers.swept(call)) {
-        staging.wait(stage);
-        const Slice student = {staging.student_at(stage), call.student.dtype, columns, true};
-        const Slice teacher = {staging.teacher_at(stage), call.teacher.dtype, columns, true};
-        sweep_row<D, true>(call, team, row, numbers, (int)first_column, student, teacher);
-        __syncthreads();  // all have read the stage
-      } else {
+  const int64_t first_row = blockIdx.x / plan.blocks;
+  if constexpr (way != Way::streaming) {
+    Staging staging(call, plan, team.board);
+    RowNumbers next(call, first_row);
+    for (int64_t row = first_row; row < call.rows; row += teams) {
+      const RowNumbers numbers = next;
+      next = RowNumbers(call, row + teams);
+      if (!numbers.swept(call)) {
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
+        continue;
       }
-      staging.begin(row_after, after, stage);
-      stage ^= plan.stages - 1;
-      numbers = plan.stages == 2 ? next : after;
-      next = after;
+      const Cut cut(call, plan, team, row);
+      staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
+      const Slice student = {staging.student, call.student.dtype, cut.begin, cut.end, true};
+      const Slice teacher = {staging.teacher, call.teacher.dtype, cut.begin, cut.end, true};
+      sweep_row<D, way>(call, team, row, numbers, cut.first_column, student, teacher);
+      __syncthreads();  // all have read what is staged
     }
   } else {
-    for (int64_t row = blockIdx.x / plan.blocks; row < call.rows; row += teams) {
+    for (int64_t row = first_row; row < call.rows; row += teams) {
       const RowNumbers numbers(call, row);
       if (!numbers.swept(call)) {
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
         continue;
       }
-      auto slice = [&](const Logits& x) {
-        const char* data = row_start(x, call, row) + first_column * bytes_of(x.dtype);
-        return Slice{data, x.dtype, columns, (uint64_t)data % 16 == 0};
-      };
-      sweep_row<D, false>(call, team, row, numbers, (int)first_column, slice(call.student), slice(call.teacher));
+      const Cut cut(call, plan, team, row);
+      sweep_row<D, way>(call, team, row, numbers, cut.first_column, cut.slice(cut.student, call.student.dtype),
+                        cut.slice(cut.teacher, call.teacher.dtype));
     }
   }
   if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory
 }
 
-__global__ void __launch_bounds__(kStreamingThreads)
+__global__ void __launch_bounds__(kMaxThreads)
     scale_kernel(char* x, Dtype dtype, int64_t rows, int64_t columns, const __grid_constant__ PerRow factor) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const float f = per_row(factor, row);
     if (f == 1) continue;
     char* data = x + row * columns * bytes_of(dtype);
-    const Slice slice = {data, dtype, (int)columns, (uint64_t)data % 16 == 0};
-    Groups groups(slice.columns, false);
-    for (int g = 0; g < groups.count; ++g) {
+    const int shift = (uint64_t)data % 16 / bytes_of(dtype);
+    data -= shift * bytes_of(dtype);
+    const Slice slice = {data, dtype, shift, (int)columns + shift, true};
+    const Groups groups(slice.end);
+    for (int position = groups.first; groups.has(position); position += groups.step) {
       float values[kGroup];
-      load_group<false>(slice, groups.column(g), values);
+      widen<false>(load_group<false, false>(slice, position), dtype, values);
       for (int i = 0; i < kGroup; ++i) values[i] *= f;
-      store_group(data, dtype, slice.aligned, groups.column(g), slice.columns, values);
+      store_group<false>(data, dtype, slice.whole(position), position, slice.begin, slice.end, values);
     }
   }
 }
@@ -577,15 +595,22 @@ namespace {
 
 using Kernel = void (*)(const RowsCall, const Plan);
 
-Kernel kernel_of(int divergence, bool staged) {
+Kernel kernel_of(int divergence, Way way) {
   int index = 0;
   if (divergence < 0) divergence = 0;  // row floats are the same for all
-#define KDK_CASE(key, Struct) \
-  if (divergence == index++) return staged ? rows_kernel<Struct<float>, true> : rows_kernel<Struct<float>, false>;
+#define KDK_CASE(key, Struct)                                                       \
+  if (divergence == index++)                                                        \
+    return way == Way::halves   ? rows_kernel<Struct<float>, Way::halves>           \
+           : way == Way::staged ? rows_kernel<Struct<float>, Way::staged>           \
+                                : rows_kernel<Struct<float>, Way::streaming>;
   KDK_DIVERGENCES(KDK_CASE)
 #undef KDK_CASE
   throw std::runtime_error("no divergence of number " + std::to_string(divergence));
 }
+
+#define KDK_ONE(key, Struct) +1
+constexpr int kDivergences = 0 KDK_DIVERGENCES(KDK_ONE);
+#undef KDK_ONE
 
 bool knows_slope_sum(int divergence) {
   int index = 0;
@@ -599,58 +624,70 @@ bool knows_slope_sum(int divergence) {
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 // Enough threads that each has at most two groups of the slice, as far as there are so many.
-int threads_for(int slice, int most) {
+int threads_for(int64_t slice, int most) {
   int threads = 64;
   while (threads < most && slice > 2 * kGroup * threads) threads *= 2;
   return threads;
 }
 
-bool bulk(const Logits& x, const RowsCall& call) {
-  int bytes = x.dtype == Dtype::f32 ? 4 : 2;
-  // The stride of a dimension of size 1 may be anything.
-  const int64_t outer = call.rows == call.inner ? 0 : x.outer_stride, inner = call.inner == 1 ? 0 : x.inner_stride;
-  return (uint64_t)x.data % 16 == 0 && outer * bytes % 16 == 0 && inner * bytes % 16 == 0;
+bool rows_are_aligned(const Logits& x) {
+  const int bytes = x.dtype == Dtype::f32 ? 4 : 2;
+  return (uint64_t)x.data % 16 == 0 && x.outer_stride * bytes % 16 == 0 && x.inner_stride * bytes % 16 == 0;
 }
 
-Plan plan(const RowsCall& call, Kernel staged_kernel, Kernel streaming_kernel, const Chip& chip, int device) {
-  const int64_t column_bytes = (call.student.dtype == Dtype::f32 ? 4 : 2) + (call.teacher.dtype == Dtype::f32 ? 4 : 2);
+// One stride where one will do: then no row is found by a division.
+void collapse(RowsCall& call) {
+  Logits &a = call.student, &b = call.teacher;
+  if (call.inner == 1) {
+    call.inner = call.rows;
+    a.inner_stride = a.outer_stride, b.inner_stride = b.outer_stride;
+  } else if (a.outer_stride == call.inner * a.inner_stride && b.outer_stride == call.inner * b.inner_stride) {
+    call.inner = call.rows;
+  }
+  if (call.inner == call.rows) a.outer_stride = b.outer_stride = 0;
+}
+
+Plan plan(const RowsCall& call, const Chip& chip, int device) {
+  const Dtype student = call.student.dtype, teacher = call.teacher.dtype;
+  const int64_t column_bytes = (student == Dtype::f32 ? 4 : 2) + (teacher == Dtype::f32 ? 4 : 2);
   int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
   if (call.sweeps == (kFloats | kSums | kGradient) && knows_slope_sum(call.divergence)) sweeps = 2;
+  const bool aligned = rows_are_aligned(call.student) && rows_are_aligned(call.teacher);
+  const int64_t positions = call.columns + (aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
   Plan plan = {};
   auto cut = [&](int blocks) {
     plan.blocks = blocks;
-    plan.slice = (int)round_up((call.columns + blocks - 1) / blocks, kGroup);
-    plan.threads = threads_for(plan.slice, plan.staged ? kMaxThreads : kStreamingThreads);
+    plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
+    plan.threads = threads_for(plan.slice, threads_of(plan.way));
   };
   auto fill_chip = [&](int64_t teams) { plan.grid = (int)(teams < call.rows ? teams : call.rows) * plan.blocks; };
 
-  // The smallest cluster that holds two rows, so that the next is copied while one is worked on; else one row.
-  plan.staged = true;
-  plan.student_bulk = bulk(call.student, call), plan.teacher_bulk = bulk(call.teacher, call);
-  for (int stages = 2; stages >= 1 && chip.major >= 9 && sweeps > 1; --stages) {
-    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
+  // The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
+  // row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
+  plan.way = student == teacher && student != Dtype::f32 ? Way::halves : Way::staged;
+  for (int occupancy : {2, 1, 0}) {
+    for (int blocks = 1; blocks <= kMaxBlocks && chip.major >= 9 && sweeps > 1; blocks *= 2) {
       cut(blocks);
-      plan.stages = stages;
-      int64_t shared = sizeof(Board) + stages * plan.slice * column_bytes;
-      if (shared > chip.shared) continue;
+      const int64_t shared = sizeof(Board) + plan.slice * column_bytes;
+      if (shared > chip.shared_of(occupancy)) continue;
       plan.shared = (int)shared;
-      int teams = teams_at_once(staged_kernel, plan, chip, device);
-      if (teams == 0) continue;
+      const int teams = teams_at_once(kernel_of(call.divergence, plan.way), plan, chip, device);
+      if (teams == 0 || teams * blocks < 0.75 * occupancy * chip.multiprocessors) continue;
       fill_chip(teams);
       return plan;
     }
   }
 
-  // So few rows in flight that another sweep finds them in three quarters of the L2 cache, but half the chip at work.
-  plan.staged = false;
-  plan.stages = 0;
+  // As few rows in flight as keep the chip busy, so that another sweep finds what it can of them in the L2 cache; by
+  // clusters, where there are any, so few that they fill no more than three quarters of it.
+  plan.way = Way::streaming;
   plan.shared = sizeof(Board);
   const int64_t fit = (int64_t)(0.75 * chip.l2) / (call.columns * column_bytes);
   int64_t teams = 0;
   for (int blocks = 1; blocks <= 8; blocks *= 2) {
-    Plan smaller = plan;
+    const Plan smaller = plan;
     cut(blocks);
-    int64_t at_once = teams_at_once(streaming_kernel, plan, chip, device);
+    const int64_t at_once = teams_at_once(kernel_of(call.divergence, plan.way), plan, chip, device);
     if (at_once == 0) {
       plan = smaller;
       break;
@@ -661,38 +698,32 @@ Plan plan(const RowsCall& call, Kernel staged_kernel, Kernel streaming_kernel, c
   if (teams == 0)
     throw std::runtime_error("the device has no room for a block of " + std::to_string(plan.threads) + " threads");
   if (sweeps > 1) {
-    int64_t least = chip.multiprocessors / (2 * plan.blocks);
-    int64_t limit = fit > least ? fit : least;
+    const int64_t busy = chip.multiprocessors / plan.blocks, limit = fit > busy ? fit : busy;
     teams = teams < limit ? teams : limit < 1 ? 1 : limit;
   }
   fill_chip(teams);
   return plan;
 }
 
-Plan plan_for(const RowsCall& call, int device) {
-  return plan(call, kernel_of(call.divergence, true), kernel_of(call.divergence, false), Chip(device), device);
-}
-
 }  // namespace
 
-void rows(const RowsCall& call, int device, void* stream) {
-  if (call.rows == 0) return;
+void rows(const RowsCall& original, int device, void* stream) {
+  if (original.rows == 0) return;
+  RowsCall call = original;
+  collapse(call);
   OnDevice guard(device);
-  const Plan plan = plan_for(call, device);
+  const Plan launch = plan(call, Chip(device), device);
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(plan, &cluster, (cudaStream_t)stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, plan.staged), call, plan);
+  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, launch.way), call, launch);
 }
 
 void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int device, void* stream) {
   if (rows == 0 || columns == 0) return;
   OnDevice guard(device);
   const int64_t blocks = 8 * Chip(device).multiprocessors;
-  Plan plan = {};
-  plan.blocks = 1;
-  plan.grid = (int)(rows < blocks ? rows : blocks);
-  plan.threads = threads_for((int)columns, kStreamingThreads);
-  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)stream);
+  const Launch launch = {1, threads_for(columns, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, scale_kernel, (char*)x, dtype, rows, columns, factor);
 }
 
@@ -701,20 +732,16 @@ std::string refusal(int device) {
     int devices = 0;
     KDK_CHECK(cudaGetDeviceCount, &devices);
     OnDevice guard(device);
+    // Of every kernel, so that all are loaded: a CUDA graph may capture the first call.
     cudaFuncAttributes attributes;
-    KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(0, false));
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, scale_kernel);
+    for (int divergence = 0; divergence < kDivergences; ++divergence)
+      for (Way way : {Way::streaming, Way::staged, Way::halves})
+        KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(divergence, way));
   } catch (const std::runtime_error& error) {
     return error.what();
   }
   return "";
-}
-
-std::string plan_of(const RowsCall& call, int device) {
-  OnDevice guard(device);
-  const Plan x = plan_for(call, device);
-  return std::string(x.staged ? "staged" : "streaming") + ", clusters of " + std::to_string(x.blocks) + ", " +
-         std::to_string(x.threads) + " threads, " + std::to_string(x.stages) + " rows in " + std::to_string(x.shared) +
-         " bytes of shared memory, " + std::to_string(x.grid) + " blocks";
 }
 
 }  // namespace cuda

@@ -14,8 +14,6 @@ void rows(const RowsCall& call, int device, void* stream);
 void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int device, void* stream);
 // Why these kernels cannot run on the device (no driver, one too old, an architecture that was not built), or "".
 std::string refusal(int device);
-// How a call of that size would be launched, in words: for people and for tests. Asks the device, launches nothing.
-std::string plan_of(const RowsCall& call, int device);
 
 }  // namespace cuda
 }  // namespace kdk

@@ -57,9 +57,9 @@ struct alignas(16) Slot {
 // What a block's shared memory begins with; what a family of kernels keeps there follows.
 struct alignas(128) Board {
   Slot of_warp[kMaxThreads / kWarp];
-  Slot of_block[2];     // read by the other blocks; by turns, so that a fast block overwrites nothing
+  Slot of_block[2];  // read by the other blocks; by turns, so that a fast block overwrites nothing
   Slot of_team;
-  uint64_t arrived[2];  // barriers for bulk copies
+  uint64_t arrived;  // barrier for bulk copies
 };
 
 struct Team {
