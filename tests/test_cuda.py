@@ -227,24 +227,6 @@ def test_a_fault_is_caught(what, text, instead):
 # ---- addresses
 
 
-@pytest.mark.parametrize("chip", ["small", "a100"])
-def test_offsets_past_two_to_the_31(chip):
-    """Rows further apart than int32 counts."""
-    stride = 2**31 + 64
-    torch.use_deterministic_algorithms(False)  # do not fill
-    try:
-        storage = torch.empty(stride + 4096, dtype=torch.bfloat16)
-    except RuntimeError:
-        pytest.skip("4 GiB of address space are not to be had")
-    rows = storage.as_strided((2, 1000), (stride, 1))
-    values, teacher = torch.randn(2, 1000).bfloat16(), torch.randn(2, 1000)
-    rows.copy_(values)
-    with chips.on(chip):
-        got = run(rows, teacher, "js", backend="cuda")
-        want = run(values, teacher, "js", backend="cuda")
-    assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_rows_that_are_not_aligned(dtype, offset):

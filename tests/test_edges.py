@@ -209,19 +209,20 @@ def test_kl_is_closer_than_eager_near_equality():
 
 
 @each_divergence
-def test_offsets_past_two_to_the_31(divergence):
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_offsets_past_two_to_the_31(divergence, backend):
     """Rows further apart than int32 counts: strided views of a memory that is only touched at the rows."""
-    stride = 2**31 + 64
+    stride, device = 2**31 + 64, device_of(backend)
     torch.use_deterministic_algorithms(False)  # do not fill
     try:
-        storage = torch.empty(stride + 4096, dtype=torch.bfloat16)
+        storage = torch.empty(stride + 4096, dtype=torch.bfloat16, device=device)
     except RuntimeError:
-        pytest.skip("4 GiB of address space are not to be had")
+        pytest.skip("4 GiB are not to be had")
     rows = storage.as_strided((2, 1000), (stride, 1))
-    values, teacher = torch.randn(2, 1000).bfloat16(), torch.randn(2, 1000)
+    values, teacher = torch.randn(2, 1000).bfloat16().to(device), torch.randn(2, 1000, device=device)
     rows.copy_(values)
-    got = run(rows, teacher, divergence, backend="cpu")
-    want = run(values, teacher, divergence, backend="cpu")
+    got = run(rows, teacher, divergence, backend=backend)
+    want = run(values, teacher, divergence, backend=backend)
     assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
 
 
