@@ -120,7 +120,8 @@ template <class T> struct Alpha {
     return lp == lq ? p : power;
   }
   KDK_HD T value(T lp, T lq, T p, T q) const {
-    return (power(lp, lq, p) - alpha * p - (1 - alpha) * q) * value_scale;
+    T d = p - q, r = power(lp, lq, p);
+    return (alpha < T(0.5) ? r - q - alpha * d : r - p + (1 - alpha) * d) * value_scale;
   }
   KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) * slope_scale; }
 };

@@ -22,6 +22,8 @@ CHIPS = {
     "small": small(16, 2048),
     # A cluster alone on the chip: every row but the first two is copied while another is worked on.
     "single": small(2, 4096, max_cluster=2),
+    # Rows of some thousand classes to a block, of several warps.
+    "wide": small(3, 40_000),
     # No cluster of 16, and more often one row at a time than two.
     "portable": small(9, 1536, max_cluster=8),
     # Rows that no cluster holds are read from memory, by clusters.

@@ -157,6 +157,63 @@ def test_identical_distributions_give_zero(divergence, backend, dtype):
     assert got.loss.abs().max() < 1e-6 and got.gradient.abs().max() < 1e-6
 
 
+@each_backend
+@pytest.mark.parametrize("alpha", [-0.5, 0.001, 0.4, 0.5, 0.999, 1.5])
+def test_identical_distributions_in_alpha(backend, alpha):
+    """The terms are differences over alpha (alpha - 1), which magnifies what does not cancel in them: no more than the
+    rounding of a probability, where a product is fused with the difference that follows."""
+    logits = (5 * torch.randn(3, 1000)).to(device_of(backend))
+    got = run(logits, logits, Divergence("alpha", alpha=alpha), backend=backend)
+    allowed = (1e-6 if backend == "reference" else 1e-8) / abs(alpha * (alpha - 1))  # its power is not p itself
+    assert got.loss.abs().max() < allowed and got.gradient.abs().max() < allowed
+
+
+@each_divergence
+@each_backend
+@each_gradient
+@pytest.mark.parametrize("side", ["both", "teacher"])
+def test_classes_masked_with_the_smallest_number(divergence, backend, gradient, side):
+    """A mask of finfo.min instead of -inf, whose products with a scale overflow."""
+    if side == "teacher" and infinite_where_teacher_has_no_mass(divergence):
+        pytest.skip("the loss is the size of the mask")
+    student, teacher = torch.randn(2, 300), torch.randn(2, 300)
+    teacher[:, 5:90] = torch.finfo(torch.float32).min
+    if side == "both":
+        student[:, 5:90] = torch.finfo(torch.float32).min
+    if side == "both" and divergence.name == "alpha" and not 0 < divergence.parameter < 1:
+        pytest.skip("a log-ratio of 0 times infinity")
+    student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
+    got = run(student, teacher, divergence, backend=backend, gradient=gradient)
+    want = truth(student, teacher, divergence)
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.gradient.double(), want.gradient, rtol=1e-4, atol=1e-5)
+
+
+@each_backend
+@each_gradient
+@pytest.mark.parametrize("divergence", [Divergence("reverse_kl"), Divergence("mixed_kl", weight=0.3)], ids=repr)
+def test_an_infinite_loss_and_its_gradient_agree(backend, gradient, divergence):
+    """The class that the teacher excludes has a probability that fp32 does not hold: it counts for both or for none."""
+    student, teacher = torch.zeros(1, 64), torch.zeros(1, 64)
+    student[0, :8], student[0, 3], teacher[0, 3] = -30, -100, -INF
+    student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
+    got = run(student, teacher, divergence, backend=backend, gradient=gradient)
+    assert got.loss.isinf().item() == got.gradient.isnan().all().item()
+    assert got.loss.isfinite().item() == got.gradient.isfinite().all().item()
+
+
+@each_backend
+@pytest.mark.parametrize("row", [-INF, math.nan])
+def test_top1_of_a_row_that_has_none(backend, row):
+    """0, wherever the row lies between lines of 16 bytes."""
+    student = torch.randn(3, 48, device=device_of(backend))[:, 3:45]
+    student[1] = row
+    names = ("student_top1", "teacher_top1")
+    got = run(student, torch.randn(3, 48, device=device_of(backend))[:, 3:45], "kl", backend=backend, statistics=names)
+    assert got.statistics["student_top1"][1] == 0
+    assert ((got.statistics["teacher_top1"] >= 0) & (got.statistics["teacher_top1"] < 42)).all()
+
+
 @each_divergence
 @each_backend
 def test_saturated_logits(divergence, backend):

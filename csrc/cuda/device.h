@@ -27,6 +27,8 @@ inline __device__ char* shared_memory() {
 
 template <class T> inline __device__ T load(const T* from) { return *from; }
 template <class T> inline __device__ void store(T* to, T value) { *to = value; }
+// The same for what is not read again soon: its lines are the first to leave a cache.
+template <class T> inline __device__ void store_streaming(T* to, T value) { __stcs(to, value); }
 
 // ---- special functions, each one instruction
 
@@ -127,6 +129,12 @@ inline __device__ void bulk_barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 #endif
 }
+// Bulk copies that are issued after the next barrier come after what this thread has read and written so far.
+inline __device__ void bulk_fence() {
+#if defined(KDK_HOPPER)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 // Both addresses and the number of bytes are multiples of 16.
 inline __device__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
 #if defined(KDK_HOPPER)
@@ -134,6 +142,13 @@ inline __device__ void bulk_copy(void* shared, const void* global, uint32_t byte
                    shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+#endif
+}
+
+// The same bytes to the L2 cache; a hint.
+inline __device__ void bulk_prefetch(const void* global, uint32_t bytes) {
+#if defined(KDK_HOPPER)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));
 #endif
 }
 

@@ -12,6 +12,7 @@ namespace cuda {
 constexpr int kGroup = 8;
 
 inline __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+inline __device__ int columns_in(int bytes, Dtype dtype) { return bytes >> (dtype == Dtype::f32 ? 2 : 1); }
 
 // A block's slice of a row, in global memory or copied to shared memory. Its columns are at the positions from `begin`
 // to `end`; position 0 lies at a multiple of 16 bytes, unless the slice is not aligned at all. In shared memory -inf
@@ -29,10 +30,10 @@ struct Slice {
 // By how many columns the groups of a row are shifted so that they lie at multiples of 16 bytes in both tensors; -1
 // where no shift does that.
 inline __device__ int shift_of(const char* a, Dtype a_dtype, const char* b, Dtype b_dtype) {
-  const int a_bytes = bytes_of(a_dtype), b_bytes = bytes_of(b_dtype);
-  const int a_shift = (uint64_t)a % 16 / a_bytes, b_shift = (uint64_t)b % 16 / b_bytes;
-  if (a_bytes == b_bytes) return a_shift == b_shift ? a_shift : -1;
-  const int narrow = a_bytes == 2 ? a_shift : b_shift, wide = a_bytes == 4 ? a_shift : b_shift;
+  const bool a_wide = a_dtype == Dtype::f32, b_wide = b_dtype == Dtype::f32;
+  const int a_shift = columns_in((uint64_t)a % 16, a_dtype), b_shift = columns_in((uint64_t)b % 16, b_dtype);
+  if (a_wide == b_wide) return a_shift == b_shift ? a_shift : -1;
+  const int narrow = a_wide ? b_shift : a_shift, wide = a_wide ? a_shift : b_shift;
   return narrow % 4 == wide ? narrow : -1;
 }
 
@@ -109,7 +110,8 @@ inline __device__ void store_group(char* data, Dtype dtype, bool whole, int posi
   char* to = data + (int64_t)position * (halves ? 2 : bytes_of(dtype));
   if (!halves && dtype == Dtype::f32) {
     if (whole) {
-      for (int i = 0; i < kGroup; i += 4) store((float4*)to + i / 4, make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
+      for (int i = 0; i < kGroup; i += 4)
+        store_streaming((float4*)to + i / 4, make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]));
     } else {
       for (int i = 0; i < kGroup; ++i)
         if (position + i >= begin && position + i < end) store((float*)to + i, x[i]);
@@ -123,7 +125,7 @@ inline __device__ void store_group(char* data, Dtype dtype, bool whole, int posi
     for (int i = 0; i < kGroup / 2; ++i) words[i] = f16x2_of_floats(x[2 * i], x[2 * i + 1]);
   }
   if (whole) {
-    store((uint4*)to, make_uint4(words[0], words[1], words[2], words[3]));
+    store_streaming((uint4*)to, make_uint4(words[0], words[1], words[2], words[3]));
   } else {
     for (int i = 0; i < kGroup; ++i)
       if (position + i >= begin && position + i < end)

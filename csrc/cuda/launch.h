@@ -37,17 +37,20 @@ struct OnDevice {
 };
 
 struct Chip {
-  int major, multiprocessors, shared, shared_of_multiprocessor, l2;
+  int multiprocessors, shared, shared_of_multiprocessor, l2;
+  bool clusters;  // and whether the kernels know them: not those that a driver made of PTX for older chips
 
-  explicit Chip(int device) {
+  template <class Kernel> Chip(int device, Kernel kernel) {
     auto ask = [&](cudaDeviceAttr attribute, int* value) {
       KDK_CHECK(cudaDeviceGetAttribute, value, attribute, device);
     };
-    ask(cudaDevAttrComputeCapabilityMajor, &major);
     ask(cudaDevAttrMultiProcessorCount, &multiprocessors);
     ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared);
     ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared_of_multiprocessor);
     ask(cudaDevAttrL2CacheSize, &l2);
+    cudaFuncAttributes attributes;
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel);
+    clusters = attributes.ptxVersion >= 90;
   }
 
   // What each of so many blocks on a multiprocessor may have of its shared memory; the system takes its part of each.
@@ -88,19 +91,23 @@ template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, c
   if (found != known.end()) return found->second;
 
   KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, chip.shared);
+  KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+            cudaSharedmemCarveoutMaxShared);
   int teams = 0;
   if (launch.blocks == 1) {
     KDK_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &teams, kernel, launch.threads, (size_t)launch.shared);
     teams *= chip.multiprocessors;
   } else {
-    if (launch.blocks > 8) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    const bool portable = launch.blocks <= 8;
+    if (!portable) cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     Launch one = launch;
     one.grid = launch.blocks;
     cudaLaunchAttribute cluster;
     cudaLaunchConfig_t config = launch_config(one, &cluster, nullptr);
     const cudaError_t error = cudaOccupancyMaxActiveClusters(&teams, kernel, &config);
-    if (error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported) {
-      cudaGetLastError();
+    if (error == cudaErrorInvalidClusterSize || error == cudaErrorNotSupported ||
+        (error == cudaErrorInvalidValue && !portable)) {
+      cudaGetLastError();  // the device does not allow that size
       teams = 0;
     } else {
       check(error, "cudaOccupancyMaxActiveClusters");

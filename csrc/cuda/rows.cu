@@ -14,8 +14,8 @@
 //
 //     staged      (Hopper and later) the slices of student and teacher are copied to shared memory in bulk, and every
 //                 sweep reads them there. In bf16 a row moves 6 bytes a column with gradient and 4 without: each logit
-//                 is read from memory once. Two blocks share a multiprocessor where two have room: one works while the
-//                 other waits for its row, its cluster or its merge.
+//                 is read from memory once. Two or three blocks share a multiprocessor where they have room: one works
+//                 while another waits for its row, its cluster or its merge.
 //     streaming   every sweep reads global memory, to and fro, with as few rows in flight as keep the chip busy, so
 //                 that the second and third find what they can in the L2 cache. For older chips, for rows that are too
 //                 long for a cluster, and where there is one sweep only.
@@ -25,22 +25,24 @@
 // one by one. Log-probabilities are (x - max) / temperature - log sum: differences first, so that a large common offset
 // of the logits costs no digits.
 //
-// Computed for an H100, and not yet measured. Of its shared memory a block may have 232,448 bytes, each of two 115,712:
+// Computed for an H100, and not yet measured. Of its shared memory a block may have 232,448 bytes, each of two 115,712,
+// each of three 76,800:
 //
-//     columns     bf16: blocks of 256 threads, bytes     fp32
-//      32,000      2   64,640  two on a multiprocessor    4   64,640  two
-//     128,256      8   64,768  two                       16   64,768  two
-//     151,936      8   76,608  two                       16   76,608  two
-//     262,144     16   66,176  two                       16  131,712  one
+//     columns     bf16: blocks of a cluster, bytes        fp32
+//      32,000      2   64,640  three on a multiprocessor   4   64,640  two
+//     128,256      8   64,768  three                      16   64,768  two
+//     151,936      8   76,608  three                      16   76,608  two
+//     262,144     16   66,176  three                      16  131,712  one
 //
-// with 84 to 111 registers a thread. Copying at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients;
-// 132 multiprocessors at 1.7 GHz issue 57 instructions for a pair in that time, 7.2 of them of the special-function
-// unit. The inner loops take (sm_90a, bf16, with gradient, no label term, no statistics):
+// of 256 threads (128 in the first two of fp32) with at most 80 registers each in bf16 and 119 else. Copying at 3 TB/s
+// moves 5.0e11 column pairs a second in bf16 with their gradients; 132 multiprocessors at 1.7 GHz issue 57 instructions
+// for a pair in that time, 7.2 of them of the special-function unit. The inner loops take (sm_90a, bf16, with gradient,
+// no label term, no statistics):
 //
-//     kl 38 and 4    reverse_kl 42 and 4    mixed_kl 50 and 4    tv 53 and 6    hellinger 54 and 7
-//     alpha 63 and 8    skew_kl 65 and 9    js 71 and 8    skew_reverse_kl 77 and 10
+//     kl 39 and 4    reverse_kl 43 and 4    mixed_kl 51 and 4    hellinger 51 and 7    tv 57 and 6
+//     alpha 66 and 8    js 69 and 8    skew_kl 69 and 9    skew_reverse_kl 79 and 10
 //
-// so that the last four are bound to 90, 80, 80 and 72 % of the copy: js and alpha by the issue of instructions, which
+// so that the last four are bound to 86, 83, 80 and 72 % of the copy: alpha and js by the issue of instructions, which
 // a polynomial exp2 on the other pipes would need more of, the skews by special functions as much.
 #include <cuda_runtime.h>
 #include <float.h>
@@ -70,7 +72,7 @@ inline __device__ float root_of(float, float log_x) { return exp2_approx(log_x *
 // it takes fewer instructions.
 enum class Way { halves, staged, streaming };
 constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }  // at most, of a block
-constexpr int blocks_of(Way way) { return way == Way::streaming ? 1 : 2; }              // at least, of a multiprocessor
+constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }  // a multiprocessor's
 
 // How a call is launched: made on the host, from sizes alone.
 struct Plan : Launch {
@@ -161,7 +163,7 @@ struct Statistics {
 
 inline __device__ float per_row(const PerRow& x, int64_t row) { return load((const float*)x.data + row * x.stride); }
 
-// What the options say of a row: loaded long before it is looked at.
+// What the options say of a row; nothing of one past the last, which is skipped.
 struct RowNumbers {
   float scale, temperature, hard_weight;
   int64_t label;
@@ -187,13 +189,9 @@ inline __device__ const char* row_start(const Logits& x, const RowsCall& call, i
   return (const char*)x.data + offset * bytes_of(x.dtype);
 }
 
-// In exponents of 2, which is what a probability needs; a divergence that never looks at its logarithm pays for none.
 struct Normalizer {
-  float max, log_sum, scale, log2_sum;
-
-  __device__ Normalizer(float max, float log_sum, Tempering at)
-      : max(max), log_sum(log_sum), scale(at.scale), log2_sum(log_sum * kLog2e) {}
-  __device__ float log2_prob(float logit) const { return (logit - max) * scale - log2_sum; }
+  float max, log_sum, inverse_temperature;
+  __device__ float log_prob(float logit) const { return (logit - max) * inverse_temperature - log_sum; }
 };
 
 // This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)), where
@@ -256,9 +254,8 @@ inline __device__ Sums sums_of(const D& divergence, const Slice& student, const 
     float s[kGroup], t[kGroup], q[kGroup], slope[kGroup];
     load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     for (int i = 0; i < kGroup; ++i) {
-      float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
-      float lq = log2_q * kLn2, lp = log2_p * kLn2, p = exp2_approx(log2_p);
-      q[i] = exp2_approx(log2_q);
+      float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]), p = exp_of(lp);
+      q[i] = exp_of(lq);
       slope[i] = divergence.slope(lp, lq, p, q[i]);
       x.phi += divergence.value(lp, lq, p, q[i]);
       if (!known) x.psi += slope[i];
@@ -278,12 +275,12 @@ inline __device__ Statistics statistics_of(const Slice& student, const Slice& te
     float s[kGroup], t[kGroup];
     load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     for (int i = 0; i < kGroup; ++i) {
-      float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
-      float q = exp2_approx(log2_q), p = exp2_approx(log2_p);
+      float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]), q = exp_of(lq), p = exp_of(lp);
       x.tv += 0.5f * fabsf(p - q);
-      x.student_entropy -= weighted(q, log2_q * kLn2);
-      x.teacher_entropy -= weighted(p, log2_p * kLn2);
+      x.student_entropy -= weighted(q, lq);
+      x.teacher_entropy -= weighted(p, lp);
       const int column = first_column + position + i;
+      if (!student.holds(position + i)) continue;
       if (s[i] == student_norm.max) x.student_first = min(x.student_first, column);
       if (t[i] == teacher_norm.max) x.teacher_first = min(x.teacher_first, column);
     }
@@ -301,9 +298,9 @@ inline __device__ void write_gradient(const D& divergence, const Slice& student,
     float s[kGroup], t[kGroup], q[kGroup], slope[kGroup];
     load_pair<way != Way::streaming, way == Way::halves>(student, teacher, position, s, t);
     for (int i = 0; i < kGroup; ++i) {
-      float log2_q = student_norm.log2_prob(s[i]), log2_p = teacher_norm.log2_prob(t[i]);
-      q[i] = exp2_approx(log2_q);
-      slope[i] = divergence.slope(log2_p * kLn2, log2_q * kLn2, exp2_approx(log2_p), q[i]);
+      float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]);
+      q[i] = exp_of(lq);
+      slope[i] = divergence.slope(lp, lq, exp_of(lp), q[i]);
     }
     gradient.store<way == Way::halves>(position, s, q, slope);
   }
@@ -319,7 +316,7 @@ inline __device__ void fill_gradient(const RowsCall& call, const Team& team, int
   const Dtype dtype = call.student.dtype;
   char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
   // Position 0 is the column at or before the first that lies at a multiple of 16 bytes.
-  const int shift = (uint64_t)(data + first * bytes_of(dtype)) % 16 / bytes_of(dtype);
+  const int shift = columns_in((uint64_t)(data + first * bytes_of(dtype)) % 16, dtype);
   data += (first - shift) * bytes_of(dtype);
   const int end = (int)(call.gradient_columns - first) + shift;
   float values[kGroup];
@@ -366,8 +363,8 @@ struct Outcome {
     store((float*)call.loss + row, numbers.scale * loss);
   }
   __device__ void write_statistics(float phi, const Statistics& x) const {
-    float student_label = call.labels ? student.log2_prob(label_logit(call.student)) * kLn2 : 0;
-    float teacher_label = call.labels ? teacher.log2_prob(label_logit(call.teacher)) * kLn2 : 0;
+    float student_label = call.labels ? student.log_prob(label_logit(call.student)) : 0;
+    float teacher_label = call.labels ? teacher.log_prob(label_logit(call.teacher)) : 0;
     float values[kRowStatistics] = {phi,
                                     cross_entropy(),
                                     x.tv,
@@ -377,8 +374,8 @@ struct Outcome {
                                     -teacher.log_sum,
                                     student_label,
                                     teacher_label,
-                                    student.max / numbers.temperature + student.log_sum,
-                                    teacher.max / numbers.temperature + teacher.log_sum};
+                                    student.max * student.inverse_temperature + student.log_sum,
+                                    teacher.max * teacher.inverse_temperature + teacher.log_sum};
     write_column(call.statistics, call, row, values, kRowStatistics);
     // Of what is not NaN; 0 where nothing is.
     store(call.top1 + row, (int64_t)(x.student_first < call.columns ? x.student_first : 0));
@@ -408,7 +405,8 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   if (!(call.sweeps & (kSums | kGradient))) return;
 
   const D divergence((const float*)call.parameters);
-  const Normalizer student_norm(floats[0], floats[1], at), teacher_norm(floats[2], floats[3], at);
+  const Normalizer student_norm = {floats[0], floats[1], at.inverse_temperature};
+  const Normalizer teacher_norm = {floats[2], floats[3], at.inverse_temperature};
 
   GradientSlice gradient;
   gradient.wanted = call.sweeps & kGradient;
@@ -433,7 +431,11 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
       statistics = team.merged(statistics_of<way>(student, teacher, student_norm, teacher_norm, first_column), at);
     Sums sums = team.merged(
         sums_of<D, way>(divergence, student, teacher, student_norm, teacher_norm, knows, gradient), at);
-    if (knows) sums.psi = known_psi;
+    if (knows) {
+      sums.psi = known_psi;
+      // A class without a teacher's mass may count in the first sweep, and have underflowed in the second.
+      if (isinf(known_psi)) sums.phi = INFINITY;
+    }
     if (team.first_thread()) {
       const float values[kRowSums] = {sums.phi, sums.psi};
       write_column(call.sums, call, row, values, kRowSums);
@@ -509,9 +511,15 @@ struct Staging {
     __syncthreads();
   }
 
+  // By one thread.
+  static __device__ void prefetch(const Slice& from) {
+    const int bytes = bulk_bytes(from);
+    if (bytes) bulk_prefetch(from.data + bulk_begin(from) * bytes_of(from.dtype), bytes);
+  }
+
   __device__ void copy(const Slice& from, char* to) {
     const int bytes = bytes_of(from.dtype), in_bulk = bulk_bytes(from);
-    const int first = in_bulk ? bulk_begin(from) : 0, last = first + in_bulk / bytes;
+    const int first = in_bulk ? bulk_begin(from) : 0, last = first + columns_in(in_bulk, from.dtype);
     if (threadIdx.x == 0 && in_bulk) bulk_copy(to + first * bytes, from.data + first * bytes, in_bulk, &board.arrived);
     const int end = (from.end + kGroup - 1) / kGroup * kGroup;
     for (int i = threadIdx.x; i < first; i += blockDim.x) copy_one(from, to, i);
@@ -540,19 +548,24 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
   const int64_t first_row = blockIdx.x / plan.blocks;
   if constexpr (way != Way::streaming) {
     Staging staging(call, plan, team.board);
-    RowNumbers next(call, first_row);
     for (int64_t row = first_row; row < call.rows; row += teams) {
-      const RowNumbers numbers = next;
-      next = RowNumbers(call, row + teams);
+      const RowNumbers numbers(call, row);
       if (!numbers.swept(call)) {
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
         continue;
       }
       const Cut cut(call, plan, team, row);
       staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
+      // The row after comes from memory while this one is worked on.
+      if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
+        const Cut after(call, plan, team, row + teams);
+        staging.prefetch(after.slice(after.student, call.student.dtype));
+        staging.prefetch(after.slice(after.teacher, call.teacher.dtype));
+      }
       const Slice student = {staging.student, call.student.dtype, cut.begin, cut.end, true};
       const Slice teacher = {staging.teacher, call.teacher.dtype, cut.begin, cut.end, true};
       sweep_row<D, way>(call, team, row, numbers, cut.first_column, student, teacher);
+      bulk_fence();
       __syncthreads();  // all have read what is staged
     }
   } else {
@@ -576,7 +589,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float f = per_row(factor, row);
     if (f == 1) continue;
     char* data = x + row * columns * bytes_of(dtype);
-    const int shift = (uint64_t)data % 16 / bytes_of(dtype);
+    const int shift = columns_in((uint64_t)data % 16, dtype);
     data -= shift * bytes_of(dtype);
     const Slice slice = {data, dtype, shift, (int)columns + shift, true};
     const Groups groups(slice.end);
@@ -623,10 +636,10 @@ bool knows_slope_sum(int divergence) {
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Enough threads that each has at most two groups of the slice, as far as there are so many.
-int threads_for(int64_t slice, int most) {
-  int threads = 64;
-  while (threads < most && slice > 2 * kGroup * threads) threads *= 2;
+// Enough threads that each has at most so many groups of the slice, as far as there are so many.
+int threads_for(int64_t slice, int groups, int most) {
+  int threads = kWarp;
+  while (threads < most && slice > groups * kGroup * threads) threads *= 2;
   return threads;
 }
 
@@ -658,7 +671,9 @@ Plan plan(const RowsCall& call, const Chip& chip, int device) {
   auto cut = [&](int blocks) {
     plan.blocks = blocks;
     plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
-    plan.threads = threads_for(plan.slice, threads_of(plan.way));
+    // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait
+    // for few.
+    plan.threads = threads_for(plan.slice, plan.way == Way::streaming ? 2 : 8, threads_of(plan.way));
   };
   auto fill_chip = [&](int64_t teams) { plan.grid = (int)(teams < call.rows ? teams : call.rows) * plan.blocks; };
 
@@ -666,7 +681,7 @@ Plan plan(const RowsCall& call, const Chip& chip, int device) {
   // row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
   plan.way = student == teacher && student != Dtype::f32 ? Way::halves : Way::staged;
   for (int occupancy : {2, 1, 0}) {
-    for (int blocks = 1; blocks <= kMaxBlocks && chip.major >= 9 && sweeps > 1; blocks *= 2) {
+    for (int blocks = 1; blocks <= kMaxBlocks && chip.clusters && sweeps > 1; blocks *= 2) {
       cut(blocks);
       const int64_t shared = sizeof(Board) + plan.slice * column_bytes;
       if (shared > chip.shared_of(occupancy)) continue;
@@ -693,10 +708,9 @@ Plan plan(const RowsCall& call, const Chip& chip, int device) {
       break;
     }
     teams = at_once;
-    if (sweeps == 1 || chip.major < 9 || at_once <= fit) break;
+    if (sweeps == 1 || !chip.clusters || at_once <= fit) break;
   }
-  if (teams == 0)
-    throw std::runtime_error("the device has no room for a block of " + std::to_string(plan.threads) + " threads");
+  if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
   if (sweeps > 1) {
     const int64_t busy = chip.multiprocessors / plan.blocks, limit = fit > busy ? fit : busy;
     teams = teams < limit ? teams : limit < 1 ? 1 : limit;
@@ -712,7 +726,7 @@ void rows(const RowsCall& original, int device, void* stream) {
   RowsCall call = original;
   collapse(call);
   OnDevice guard(device);
-  const Plan launch = plan(call, Chip(device), device);
+  const Plan launch = plan(call, Chip(device, scale_kernel), device);
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, launch.way), call, launch);
@@ -721,8 +735,8 @@ void rows(const RowsCall& original, int device, void* stream) {
 void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int device, void* stream) {
   if (rows == 0 || columns == 0) return;
   OnDevice guard(device);
-  const int64_t blocks = 8 * Chip(device).multiprocessors;
-  const Launch launch = {1, threads_for(columns, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
+  const int64_t blocks = 8 * Chip(device, scale_kernel).multiprocessors;
+  const Launch launch = {1, threads_for(columns, 2, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
   const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, scale_kernel, (char*)x, dtype, rows, columns, factor);
 }

@@ -130,7 +130,7 @@ def check_values(
     given = {"labels": labels, "temperature": temperature, "hard_weight": hard_weight}
     expected = {
         "labels": f"0 <= label < {vocab_size} (the vocabulary) or ignore_index",
-        "temperature": f"finite and > 0 in {temperature.dtype}",
+        "temperature": f"finite and > 0 in {temperature.dtype}, as its inverse",
         "hard_weight": "from 0 to 1",
     }
     for name, bad in bad_rows(row_scale, labels, temperature, hard_weight, vocab_size).items():

@@ -13,6 +13,7 @@ inline int& member(Device& device, const std::string& name) {
   if (name == "shared_memory_per_multiprocessor") return device.shared_memory_per_multiprocessor;
   if (name == "max_cluster") return device.max_cluster;
   if (name == "l2_bytes") return device.l2_bytes;
+  if (name == "ptx_version") return device.ptx_version;
   throw std::invalid_argument("a device has no " + name);
 }
 

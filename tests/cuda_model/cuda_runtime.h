@@ -145,6 +145,7 @@ template <class T> void store(T* to, T value) {
   model::check_global(to, sizeof(T), sizeof(T), true);
   *to = value;
 }
+template <class T> void store_streaming(T* to, T value) { store(to, value); }
 
 // In [-1, 1], the same for the same x.
 inline double wrongness(float x) { return (int32_t)(model::scrambled(__float_as_uint(x)) >> 32) * 0x1p-31; }
@@ -243,6 +244,11 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   it.to_issue -= bytes;
   memset(shared, 0xff, bytes);
   model::machine.copies.push_back({model::machine.current->block, (char*)shared, (const char*)global, bytes, &it});
+}
+inline void bulk_fence() {}
+inline void bulk_prefetch(const void* global, uint32_t bytes) {
+  if (bytes == 0 || bytes % 16) model::fail("prefetches " + std::to_string(bytes) + " bytes, which is no multiple of 16");
+  model::check_global(global, bytes, 16, false);
 }
 
 }  // namespace kdk::cuda

@@ -39,6 +39,7 @@ struct Device {
   int major = 9, minor = 0, multiprocessors = 132, l2_bytes = 50 << 20;
   int shared_memory_per_block = 227 << 10, shared_memory_per_multiprocessor = 228 << 10;
   int max_cluster = 16;  // the largest cluster that fits the device at all
+  int ptx_version = 0;   // what the kernels were compiled for; 0: this device
 };
 
 // What cudaFuncSetAttribute said of a kernel on a device.

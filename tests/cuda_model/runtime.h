@@ -114,6 +114,9 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
 };
+enum cudaSharedCarveout {
+  cudaSharedmemCarveoutDefault = -1, cudaSharedmemCarveoutMaxShared = 100,
+};
 struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
   int maxThreadsPerBlock, numRegs, ptxVersion, binaryVersion, maxDynamicSharedSizeBytes;
@@ -144,8 +147,9 @@ template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFun
   return cudaSuccess;
 }
 template <class Kernel> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* out, Kernel* kernel) {
-  const int version = kdk::model::current_device().major * 10 + kdk::model::current_device().minor;
-  *out = {0, 0, 0, 1024, 32, version, version, kdk::model::attributes_of((const void*)kernel).dynamic_shared};
+  const kdk::model::Device& device = kdk::model::current_device();
+  const int version = device.major * 10 + device.minor, ptx = device.ptx_version ? device.ptx_version : version;
+  *out = {0, 0, 0, 1024, 32, ptx, version, kdk::model::attributes_of((const void*)kernel).dynamic_shared};
   return kdk::model::answer(__func__, cudaSuccess);
 }
 

@@ -184,7 +184,9 @@ def power(lp, lq, p, alpha):
 
 @triton.jit
 def alpha_value(lp, lq, p, q, alpha):
-    return (power(lp, lq, p, alpha) - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
+    d = p - q
+    r = power(lp, lq, p, alpha)
+    return tl.where(alpha < 0.5, r - q - alpha * d, r - p + (1 - alpha) * d) / (alpha * (alpha - 1))
 
 
 @triton.jit
