@@ -91,8 +91,9 @@ template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, c
   if (found != known.end()) return found->second;
 
   KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, chip.shared);
-  KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-            cudaSharedmemCarveoutMaxShared);
+  if (launch.shared > 1024)  // rows are kept there; what reads them from memory is better off with a first-level cache
+    KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+              cudaSharedmemCarveoutMaxShared);
   int teams = 0;
   if (launch.blocks == 1) {
     KDK_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor, &teams, kernel, launch.threads, (size_t)launch.shared);
