@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def describe_machine(device: str) -> dict[str, object]:
     }
 
 
-class Benchmark:
+class Benchmark(ABC):
     """Runs the phases of a subclass. What a phase measured is shown, and in the CSV, when the phase ends."""
 
     # Targets beside what is measured here; None shows the number alone.
@@ -68,11 +69,13 @@ class Benchmark:
         name = ("quick_" if quick else "") + device + "_" + report.slug(self.results.machine["device"])
         self.path = output / name
 
+    @abstractmethod
     def phases(self) -> list[tuple[str, Callable[[], None]]]:
-        raise NotImplementedError
+        """Names and measurements, in their order."""
 
+    @abstractmethod
     def draw(self, path: Path) -> None:
-        raise NotImplementedError
+        """The figure of what was measured."""
 
     def run(self) -> None:
         start = time.perf_counter()

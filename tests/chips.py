@@ -18,13 +18,13 @@ def small(blocks: int, shared: int, **attributes: int) -> dict[str, int]:
 
 CHIPS = {
     "h100": {},
-    # A row of a few hundred classes takes a cluster of 2 to 16 blocks, which holds two.
+    # A row of a few hundred classes takes a cluster of 2 to 16 blocks.
     "small": small(16, 2048),
-    # A cluster alone on the chip: every row but the first two is copied while another is worked on.
+    # A cluster alone on the chip: it works on all rows, one after the other.
     "single": small(2, 4096, max_cluster=2),
     # Rows of some thousand classes to a block, of several warps.
     "wide": small(3, 40_000),
-    # No cluster of 16, and more often one row at a time than two.
+    # No cluster of 16.
     "portable": small(9, 1536, max_cluster=8),
     # Rows that no cluster holds are read from memory, by clusters.
     "streaming": small(12, 800, l2_bytes=20_000),

@@ -24,11 +24,12 @@ from types import ModuleType
 
 from filelock import FileLock
 
-from kdkernels.backends import native
+from kdkernels.backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, native
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 MODEL = Path(__file__).parent / "cuda_model"
+BINDINGS = MODEL / "module.cpp"
 KEPT = ROOT / "build" / "cuda_model"
 
 COMPILER = os.environ.get("CXX", "g++")
@@ -50,7 +51,7 @@ missing_because = _missing()
 @functools.cache
 def cuda_model() -> ModuleType:
     """The kernels of csrc/cuda and what controls the model: cuda_model/module.cpp, cuda_model/control.h."""
-    return _module("cuda_model", *_kernels(), *_bindings())
+    return _module("cuda_model", *_kernels(), BINDINGS)
 
 
 @functools.cache
@@ -74,15 +75,11 @@ def mutated(old: str, new: str) -> ModuleType:
             shutil.copytree(CSRC, unfinished, dirs_exist_ok=True)
             (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
             unfinished.rename(copy)
-    return _module("cuda_model", *(copy / path.relative_to(CSRC) for path in _kernels()), *_bindings())
+    return _module("cuda_model", *(copy / path.relative_to(CSRC) for path in _kernels()), BINDINGS)
 
 
 def _kernels() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
-
-
-def _bindings() -> list[Path]:
-    return [MODEL / "module.cpp"]
 
 
 def _module(name: str, *sources: Path) -> ModuleType:
@@ -141,9 +138,7 @@ def _hash(*texts: str) -> str:
 
 # ---- in place of the compiled module
 
-_ELEMENT_BYTES = (4, 2, 2, 8)  # by dtype code
-_FLOATS, _SUMS, _GRADIENT = 1, 2, 4
-_ROW_FLOATS, _ROW_SUMS, _ROW_STATISTICS, _ROW_TOP1 = 5, 2, 11, 2
+_ELEMENT_BYTES = {code: dtype.itemsize for dtype, code in native._DTYPE_CODE.items()}
 
 
 class Emulated:
@@ -212,11 +207,11 @@ def memory_of_rows(sweeps, divergence, sizes, student, teacher, row_scale, tempe
             yield data + row * stride * number, number, False
     yield labels, rows * 8, False
     yield parameters, number, False
-    yield floats, _ROW_FLOATS * rows * number, bool(sweeps & _FLOATS)
-    yield sums, _ROW_SUMS * rows * number, bool(sweeps & _SUMS)
+    yield floats, len(ROW_FLOATS) * rows * number, bool(sweeps & native._FLOATS)
+    yield sums, len(ROW_SUMS) * rows * number, bool(sweeps & native._SUMS)
     yield loss, rows * number, True
-    yield statistics, _ROW_STATISTICS * rows * number, True
-    yield top1, _ROW_TOP1 * rows * 8, True
+    yield statistics, len(ROW_STATISTICS) * rows * number, True
+    yield top1, len(ROW_TOP1) * rows * 8, True
     yield gradient, rows * gradient_columns * element, True
 
 

@@ -11,7 +11,7 @@ namespace cuda {
 
 constexpr int kGroup = 8;
 
-inline __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+inline __host__ __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 inline __device__ int columns_in(int bytes, Dtype dtype) { return bytes >> (dtype == Dtype::f32 ? 2 : 1); }
 
 // A block's slice of a row, in global memory or copied to shared memory. Its columns are at the positions from `begin`

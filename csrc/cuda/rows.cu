@@ -144,7 +144,7 @@ struct Sums {
 
 struct Statistics {
   float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // first column that holds the maximum, or the number of columns
+  int student_first, teacher_first;  // first column that holds the maximum; INT32_MAX: none does
 
   static __device__ Statistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX}; }
   __device__ Statistics across_warp(Tempering) const {
@@ -545,16 +545,23 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
 #endif
   Team team(plan.blocks);
   const int64_t teams = gridDim.x / plan.blocks;
-  const int64_t first_row = blockIdx.x / plan.blocks;
-  if constexpr (way != Way::streaming) {
-    Staging staging(call, plan, team.board);
-    for (int64_t row = first_row; row < call.rows; row += teams) {
+  auto each_row = [&](auto sweep) {
+    for (int64_t row = blockIdx.x / plan.blocks; row < call.rows; row += teams) {
       const RowNumbers numbers(call, row);
-      if (!numbers.swept(call)) {
+      if (numbers.swept(call))
+        sweep(row, numbers, Cut(call, plan, team, row));
+      else
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
-        continue;
-      }
-      const Cut cut(call, plan, team, row);
+    }
+  };
+  if constexpr (way == Way::streaming) {
+    each_row([&](int64_t row, const RowNumbers& numbers, const Cut& cut) {
+      sweep_row<D, way>(call, team, row, numbers, cut.first_column, cut.slice(cut.student, call.student.dtype),
+                        cut.slice(cut.teacher, call.teacher.dtype));
+    });
+  } else {
+    Staging staging(call, plan, team.board);
+    each_row([&](int64_t row, const RowNumbers& numbers, const Cut& cut) {
       staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
       // The row after comes from memory while this one is worked on.
       if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
@@ -567,18 +574,7 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
       sweep_row<D, way>(call, team, row, numbers, cut.first_column, student, teacher);
       bulk_fence();
       __syncthreads();  // all have read what is staged
-    }
-  } else {
-    for (int64_t row = first_row; row < call.rows; row += teams) {
-      const RowNumbers numbers(call, row);
-      if (!numbers.swept(call)) {
-        fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
-        continue;
-      }
-      const Cut cut(call, plan, team, row);
-      sweep_row<D, way>(call, team, row, numbers, cut.first_column, cut.slice(cut.student, call.student.dtype),
-                        cut.slice(cut.teacher, call.teacher.dtype));
-    }
+    });
   }
   if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory
 }
@@ -644,7 +640,7 @@ int threads_for(int64_t slice, int groups, int most) {
 }
 
 bool rows_are_aligned(const Logits& x) {
-  const int bytes = x.dtype == Dtype::f32 ? 4 : 2;
+  const int bytes = bytes_of(x.dtype);
   return (uint64_t)x.data % 16 == 0 && x.outer_stride * bytes % 16 == 0 && x.inner_stride * bytes % 16 == 0;
 }
 
@@ -662,7 +658,7 @@ void collapse(RowsCall& call) {
 
 Plan plan(const RowsCall& call, const Chip& chip, int device) {
   const Dtype student = call.student.dtype, teacher = call.teacher.dtype;
-  const int64_t column_bytes = (student == Dtype::f32 ? 4 : 2) + (teacher == Dtype::f32 ? 4 : 2);
+  const int64_t column_bytes = bytes_of(student) + bytes_of(teacher);
   int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
   if (call.sweeps == (kFloats | kSums | kGradient) && knows_slope_sum(call.divergence)) sweeps = 2;
   const bool aligned = rows_are_aligned(call.student) && rows_are_aligned(call.teacher);

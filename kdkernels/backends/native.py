@@ -6,6 +6,7 @@ refuse.
 
 import functools
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -43,23 +44,25 @@ def refuse(name: str, student: Tensor, teacher: Tensor) -> str | None:
     return KERNELS[name].refuse(student, teacher)
 
 
-class Kernels:
+class Kernels(ABC):
     """One function per operator; a subclass launches on its device."""
 
     def compiled(self):
         """The module whose functions are launched."""
         return _native
 
+    @abstractmethod
     def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
-        raise NotImplementedError
+        """Why these tensors cannot be served, or None."""
 
+    @abstractmethod
     def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
         """Calls the compiled function with `arguments` (csrc/arguments.h). Whether it found a value that no loss has,
         where that can be known without waiting for a device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
-        raise NotImplementedError
+        """Calls the compiled function that multiplies rows by factors."""
 
     def rows(
         self,
