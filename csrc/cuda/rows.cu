@@ -656,63 +656,81 @@ void collapse(RowsCall& call) {
   if (call.inner == call.rows) a.outer_stride = b.outer_stride = 0;
 }
 
-Plan plan(const RowsCall& call, const Chip& chip, int device) {
-  const Dtype student = call.student.dtype, teacher = call.teacher.dtype;
-  const int64_t column_bytes = bytes_of(student) + bytes_of(teacher);
-  int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
-  if (call.sweeps == (kFloats | kSums | kGradient) && knows_slope_sum(call.divergence)) sweeps = 2;
+int64_t column_bytes(const RowsCall& call) { return bytes_of(call.student.dtype) + bytes_of(call.teacher.dtype); }
+
+// How often a call reads the logits.
+int sweeps_of(const RowsCall& call) {
+  const int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
+  return sweeps == 3 && knows_slope_sum(call.divergence) ? 2 : sweeps;
+}
+
+// A plan for clusters of so many blocks, all but how many there are and what they keep in shared memory.
+Plan cut(const RowsCall& call, Way way, int blocks) {
   const bool aligned = rows_are_aligned(call.student) && rows_are_aligned(call.teacher);
   const int64_t positions = call.columns + (aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
   Plan plan = {};
-  auto cut = [&](int blocks) {
-    plan.blocks = blocks;
-    plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
-    // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait
-    // for few.
-    plan.threads = threads_for(plan.slice, plan.way == Way::streaming ? 2 : 8, threads_of(plan.way));
-  };
-  auto fill_chip = [&](int64_t teams) { plan.grid = (int)(teams < call.rows ? teams : call.rows) * plan.blocks; };
+  plan.way = way;
+  plan.blocks = blocks;
+  plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
+  // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait for
+  // few.
+  plan.threads = threads_for(plan.slice, way == Way::streaming ? 2 : 8, threads_of(way));
+  plan.shared = sizeof(Board);
+  return plan;
+}
 
-  // The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
-  // row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
-  plan.way = student == teacher && student != Dtype::f32 ? Way::halves : Way::staged;
+Plan with_teams(Plan plan, const RowsCall& call, int64_t teams) {
+  plan.grid = (int)(teams < call.rows ? teams : call.rows) * plan.blocks;
+  return plan;
+}
+
+// The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
+// row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
+// A plan without blocks where no cluster holds the row.
+Plan plan_staged(const RowsCall& call, const Chip& chip, int device) {
+  const Dtype dtype = call.student.dtype;
+  const Way way = dtype == call.teacher.dtype && dtype != Dtype::f32 ? Way::halves : Way::staged;
   for (int occupancy : {2, 1, 0}) {
-    for (int blocks = 1; blocks <= kMaxBlocks && chip.clusters && sweeps > 1; blocks *= 2) {
-      cut(blocks);
-      const int64_t shared = sizeof(Board) + plan.slice * column_bytes;
+    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
+      Plan plan = cut(call, way, blocks);
+      const int64_t shared = plan.shared + plan.slice * column_bytes(call);
       if (shared > chip.shared_of(occupancy)) continue;
       plan.shared = (int)shared;
-      const int teams = teams_at_once(kernel_of(call.divergence, plan.way), plan, chip, device);
-      if (teams == 0 || teams * blocks < 0.75 * occupancy * chip.multiprocessors) continue;
-      fill_chip(teams);
-      return plan;
+      const int teams = teams_at_once(kernel_of(call.divergence, way), plan, chip, device);
+      if (teams > 0 && teams * blocks >= 0.75 * occupancy * chip.multiprocessors) return with_teams(plan, call, teams);
     }
   }
+  return {};
+}
 
-  // As few rows in flight as keep the chip busy, so that another sweep finds what it can of them in the L2 cache; by
-  // clusters, where there are any, so few that they fill no more than three quarters of it.
-  plan.way = Way::streaming;
-  plan.shared = sizeof(Board);
-  const int64_t fit = (int64_t)(0.75 * chip.l2) / (call.columns * column_bytes);
+// As few rows in flight as keep the chip busy, so that another sweep finds what it can of them in the L2 cache; by
+// clusters, where there are any, so few that they fill no more than three quarters of it.
+Plan plan_streaming(const RowsCall& call, const Chip& chip, int device) {
+  const int64_t fit = (int64_t)(0.75 * chip.l2) / (call.columns * column_bytes(call));
+  const bool again = sweeps_of(call) > 1;
+  Plan plan = {};
   int64_t teams = 0;
   for (int blocks = 1; blocks <= 8; blocks *= 2) {
-    const Plan smaller = plan;
-    cut(blocks);
-    const int64_t at_once = teams_at_once(kernel_of(call.divergence, plan.way), plan, chip, device);
-    if (at_once == 0) {
-      plan = smaller;
-      break;
-    }
-    teams = at_once;
-    if (sweeps == 1 || !chip.clusters || at_once <= fit) break;
+    const Plan larger = cut(call, Way::streaming, blocks);
+    const int64_t at_once = teams_at_once(kernel_of(call.divergence, Way::streaming), larger, chip, device);
+    if (at_once == 0) break;
+    plan = larger, teams = at_once;
+    if (!again || !chip.clusters || at_once <= fit) break;
   }
   if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
-  if (sweeps > 1) {
+  if (again) {
     const int64_t busy = chip.multiprocessors / plan.blocks, limit = fit > busy ? fit : busy;
     teams = teams < limit ? teams : limit < 1 ? 1 : limit;
   }
-  fill_chip(teams);
-  return plan;
+  return with_teams(plan, call, teams);
+}
+
+Plan plan(const RowsCall& call, const Chip& chip, int device) {
+  if (chip.clusters && sweeps_of(call) > 1) {
+    const Plan staged = plan_staged(call, chip, device);
+    if (staged.blocks) return staged;
+  }
+  return plan_streaming(call, chip, device);
 }
 
 }  // namespace
