@@ -29,6 +29,7 @@ CSRC = ROOT / "csrc"
 # Of each Python one folder, whatever the command: an editable installation builds in a temporary folder otherwise, and
 # compiles everything again.
 FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+FAMILIES = ("rows", "linear")  # of kernels: a file of that name in csrc/cpu and in csrc/cuda
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-trapping-math lets g++ vectorise selects. Never -ffast-math: it flushes denormals for the whole process, drops
@@ -145,12 +146,13 @@ def in_command(word: str | Path) -> str:
     return shlex.quote(str(word)).replace("$", "$$")
 
 
-def cuda_object(cuda: Cuda) -> str:
-    return f"rows_cuda_{'_'.join(cuda.archs)}.o"
+def cuda_objects(cuda: Cuda) -> dict[str, Path]:
+    """Objects and what they are made of."""
+    return {f"{family}_cuda_{'_'.join(cuda.archs)}.o": CSRC / "cuda" / f"{family}.cu" for family in FAMILIES}
 
 
 def cuda_lines(cuda: Cuda) -> list[str]:
-    """One compilation of cuda/rows.cu for all architectures; the compiler's output is kept beside the object."""
+    """One compilation of each of cuda/*.cu for all architectures; the compiler's output is kept beside the object."""
     compiler = os.environ.get("CXX", "")
     host = f"-ccbin {in_command(compiler)}" if compiler and not compiler.split()[1:] else ""  # nvcc takes no more
     codes = " ".join(in_command(gencode(arch)) for arch in cuda.archs)
@@ -160,12 +162,12 @@ def cuda_lines(cuda: Cuda) -> list[str]:
         f"  command = $nvcc {CUDA_FLAGS} {host} {codes} -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || "
         "(cat $out.log; exit 1)",
         "  depfile = $out.d",
-        f"build {cuda_object(cuda)} | {cuda_object(cuda)}.log: compile_cuda {escaped(CSRC / 'cuda' / 'rows.cu')}",
+        *(f"build {name} | {name}.log: compile_cuda {escaped(source)}" for name, source in cuda_objects(cuda).items()),
     ]
 
 
 def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
-    """One compilation of cpu/rows.cpp per instruction set, the bindings, and the link."""
+    """One compilation of each of cpu/*.cpp per instruction set, the bindings, and the link."""
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
@@ -182,12 +184,14 @@ def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
         f"build bindings.o: compile {escaped(CSRC / 'bindings.cpp')}",
         f"  flags = {includes} {define}",
     ]
-    for isa, flags in ISA_FLAGS.items():
-        lines += [
-            f"build rows_{isa}.o: compile {escaped(CSRC / 'cpu' / 'rows.cpp')}",
-            f"  flags = {flags} -DKDK_ISA={isa}",
-        ]
-    objects = ["bindings.o"] + [f"rows_{isa}.o" for isa in ISA_FLAGS] + ([cuda_object(cuda)] if cuda else [])
+    objects = ["bindings.o", *(cuda_objects(cuda) if cuda else {})]
+    for family in FAMILIES:
+        for isa, flags in ISA_FLAGS.items():
+            objects.append(f"{family}_{isa}.o")
+            lines += [
+                f"build {objects[-1]}: compile {escaped(CSRC / 'cpu' / f'{family}.cpp')}",
+                f"  flags = {flags} -DKDK_ISA={isa}",
+            ]
     return [*lines, f"build {escaped(module)}: link {' '.join(objects)}", f"default {escaped(module)}"]
 
 

@@ -8,6 +8,7 @@
 #endif
 
 #include "arguments.h"
+#include "cpu/linear.h"
 #include "cpu/rows.h"
 #if defined(KDK_CUDA)
 #include "cuda/bindings.h"
@@ -26,9 +27,14 @@ struct Cpu {
   bool (*rows)(const RowsCall&) noexcept;
   void (*scale_rows)(void*, Dtype, int64_t, int64_t, kdk::PerRow, int) noexcept;
   int64_t (*workspace_bytes)(int64_t, bool, int) noexcept;
+  void (*softcap)(void*, Dtype, int64_t, double, int) noexcept;
+  void (*softcap_gradient)(void*, const void*, Dtype, int64_t, double, int) noexcept;
+  void (*accumulate)(float*, const void*, Dtype, int64_t, int) noexcept;
 };
 
-#define KDK_CPU(isa) Cpu{#isa, kdk::isa::rows, kdk::isa::scale_rows, kdk::isa::workspace_bytes}
+#define KDK_CPU(isa)                                                                                        \
+  Cpu{#isa, kdk::isa::rows, kdk::isa::scale_rows, kdk::isa::workspace_bytes,                                \
+      kdk::isa::softcap, kdk::isa::softcap_gradient, kdk::isa::accumulate}
 
 bool runs(const std::string& isa) {
 #if defined(KDK_X86)
@@ -63,11 +69,12 @@ Cpu cpu;
 
 // ---- the calls
 
-// The page faults of a large fresh gradient cost as much as the kernel; huge pages take most of that away.
-void advise_huge_pages(void* data, int64_t bytes) {
+// For a large tensor that nothing has been written to yet: its page faults cost as much as the kernel that writes it,
+// and huge pages take most of that away.
+void advise_huge_pages(uintptr_t data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
-  uintptr_t first = ((uintptr_t)data + page - 1) / page * page, last = ((uintptr_t)data + bytes) / page * page;
+  uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
   if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // advice: an error changes nothing
 #else
   (void)data, (void)bytes;
@@ -78,10 +85,6 @@ bool rows(const RowsCall& arguments, uintptr_t workspace, int threads) {
   RowsCall call = arguments;
   call.workspace = (void*)workspace;
   call.threads = threads;
-  if (call.gradient) {
-    int64_t element = call.student.dtype == Dtype::f64 ? 8 : call.student.dtype == Dtype::f32 ? 4 : 2;
-    advise_huge_pages(call.gradient, call.rows * call.gradient_columns * element);
-  }
   return cpu.rows(call);
 }
 
@@ -89,6 +92,21 @@ void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const kdk
                 int threads) {
   py::gil_scoped_release release;
   cpu.scale_rows((void*)x, (Dtype)dtype, rows, columns, kdk::per_row(factor), threads);
+}
+
+void softcap(uintptr_t x, int dtype, int64_t count, double cap, int threads) {
+  py::gil_scoped_release release;
+  cpu.softcap((void*)x, (Dtype)dtype, count, cap, threads);
+}
+
+void softcap_gradient(uintptr_t gradient, uintptr_t logits, int dtype, int64_t count, double cap, int threads) {
+  py::gil_scoped_release release;
+  cpu.softcap_gradient((void*)gradient, (const void*)logits, (Dtype)dtype, count, cap, threads);
+}
+
+void accumulate(uintptr_t total, uintptr_t part, int dtype, int64_t count, int threads) {
+  py::gil_scoped_release release;
+  cpu.accumulate((float*)total, (const void*)part, (Dtype)dtype, count, threads);
 }
 
 }  // namespace
@@ -99,6 +117,10 @@ PYBIND11_MODULE(_native, m) {
   m.attr("divergences") = kdk::divergence_names();
   m.def("rows", kdk::taking_rows_call(&rows));
   m.def("scale_rows", &scale_rows);
+  m.def("softcap", &softcap);
+  m.def("softcap_gradient", &softcap_gradient);
+  m.def("accumulate", &accumulate);
+  m.def("advise_huge_pages", &advise_huge_pages);
   m.def("workspace_bytes", [](int64_t columns, bool fp64, int threads) {
     return cpu.workspace_bytes(columns, fp64, threads);
   });

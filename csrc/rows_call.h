@@ -46,7 +46,8 @@ struct RowsCall {
   void* loss;                // [rows], with both floats and sums
   void* statistics;          // [kRowStatistics, rows] or null
   int64_t* top1;             // [2, rows] with statistics
-  void* gradient;            // [rows, gradient_columns] in the student's dtype, contiguous
+  void* gradient;            // [rows, gradient_columns] in the student's dtype, contiguous; it may lie where the
+                             // student's logits do, which then are contiguous too
   void* workspace;
   int threads;
 };

@@ -164,6 +164,16 @@ class Emulated:
         with self._allowing(memory_of_scale_rows(*call)):
             self.module.cuda_scale_rows(*call, self.device, stream)
 
+    def cuda_softcap(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_softcap(*call)):
+            self.module.cuda_softcap(*call, self.device, stream)
+
+    def cuda_softcap_gradient(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_softcap_gradient(*call)):
+            self.module.cuda_softcap_gradient(*call, self.device, stream)
+
     def cuda_refusal(self, _device: int) -> str:
         return self.module.cuda_refusal(self.device)
 
@@ -224,6 +234,15 @@ def memory_of_scale_rows(x, dtype, rows, columns, factor):
             yield x + row * columns * element, columns * element, True
     data, stride = factor
     yield data, ((rows - 1) * stride + 1) * number, False
+
+
+def memory_of_softcap(x, dtype, count, cap):
+    yield x, count * _ELEMENT_BYTES[dtype], True
+
+
+def memory_of_softcap_gradient(gradient, logits, dtype, count, cap):
+    yield gradient, count * _ELEMENT_BYTES[dtype], True
+    yield logits, count * _ELEMENT_BYTES[dtype], False
 
 
 def _numbers(per_row: tuple[int, int], rows: int, size: int) -> list[float]:

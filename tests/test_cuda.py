@@ -233,6 +233,105 @@ def test_a_fault_is_caught(what, text, instead):
     assert caught, what
 
 
+# ---- the same of the gradient in the place of the logits, and of the soft cap
+
+IN_PLACE_FAULTS = [
+    ("the label's logit is read when its gradient may be there", "floats[4], team.board.label_logit};",
+     "floats[4], load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label)};"),
+    ("the label's logit is read after the merge that other blocks leave first",
+     "    if (labelled) team.board.label_logit = label_logit;\n    Floats x = team.merged(mine, at);",
+     "    Floats x = team.merged(mine, at);\n    if (labelled) team.board.label_logit = "
+     "load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);"),
+]  # fmt: skip
+
+
+def wrong_in_place(module, seeds: int) -> int:
+    """Of so many orders of threads, how many give something else than with a gradient of its own."""
+    wrong = 0
+    torch.manual_seed(0)
+    for seed in range(seeds):
+        vocab = (301, 3001, 64, 1000)[seed % 4]
+        student, teacher = (torch.randn(1, 9, vocab + 3).to((torch.float32, torch.float16)[seed % 2]) for _ in range(2))
+        labels, row_scale, half = torch.randint(0, vocab, (9,)), (torch.rand(9) < 0.8).float(), torch.full((1,), 0.5)
+        student[0, row_scale == 0] = torch.nan
+        others = (teacher, row_scale, labels, 2 * half, half, half, "mixed_kl", vocab, False, True, seed % 8 > 3)
+        for chip in ("small", "single", "wide", "streaming"):
+            device, in_place = module.configure_device(**chips.CHIPS[chip]), student.clone()
+            with emulated.serving(module, device, seed):
+                fresh = native.cuda.rows(student, *others)
+            with emulated.serving(module, device, seed + 1):
+                found = native.cuda.rows(in_place, *others, in_place)
+            wrong += not all(torch.equal(a, b) for a, b in zip(fresh, found, strict=True))
+    return wrong
+
+
+SOFTCAP_FAULTS = [
+    ("what lies before the tensor is capped", "first < 0 ? shift : 0,", "0,"),
+    ("what lies after the tensor is capped",
+     "count - first < kGroup ? (int)(count - first) : kGroup);", "kGroup);"),
+    ("groups are where they are in a tensor that begins with one",
+     "threadIdx.x) * kGroup - shift;", "threadIdx.x) * kGroup;"),
+    ("blocks work on each other's groups",
+     "(int64_t)gridDim.x * kThreads * kGroup;", "(int64_t)kThreads * kGroup;"),
+    ("a block takes no second turn", "for (; first < count; first += step)", "if (first < count)"),
+    ("two tensors are taken for aligned", "const bool aligned = shift >= 0;", "const bool aligned = true;"),
+    ("a gradient of 0 meets a logit that is NaN", "return gradient == 0 ? gradient : gradient *", "return gradient *"),
+    ("a small logit loses digits", "fabsf(ratio) >= 0x1p-12f ?", "fabsf(ratio) >= 0x1p-2f ?"),
+]  # fmt: skip
+
+
+def wrong_softcaps(module) -> int:
+    """How many of some tensors come out wrong, or end in an error of the model."""
+    wrong = 0
+    torch.manual_seed(0)
+    for chip, dtype, count, begin, begin_of_logits in [
+        ("single", torch.float32, 60_001, 0, 0), ("single", torch.float16, 50_000, 3, 3),
+        ("small", torch.float32, 5, 1, 1), ("small", torch.float16, 4099, 5, 2),
+        ("small", torch.float32, 2048, 0, 0), ("small", torch.float16, 7, 0, 0),
+    ]:  # fmt: skip
+        whole, logits = 20 * torch.randn(count + begin + 9), 20 * torch.randn(count + begin_of_logits)
+        whole, logits = whole.to(dtype), (30 * torch.tanh(logits / 30)).to(dtype)[begin_of_logits:]
+        gradient = torch.randn(whole.shape).to(dtype)
+        gradient[::7], logits[begin % 7 and 7 - begin % 7 :: 7] = 0, torch.nan
+        part = slice(begin, begin + count)
+        want, want_gradient = whole.double(), gradient.double()
+        want[part] = 30 * torch.tanh(want[part] / 30)
+        slope = 1 - (logits.double() / 30) ** 2
+        want_gradient[part] = torch.where(want_gradient[part] == 0, 0, want_gradient[part] * slope)
+        device = module.configure_device(**chips.CHIPS[chip])
+        with emulated.serving(module, device, count):
+            try:
+                native.cuda.softcap_(whole[part], 30.0)
+                native.cuda.softcap_gradient_(gradient[part], logits, 30.0)
+            except RuntimeError as error:
+                assert "CUDA model" in str(error), error
+                wrong += 1
+                continue
+        eps = torch.finfo(dtype).eps
+        for got, right in ((whole, want), (gradient, want_gradient)):
+            wrong += not torch.allclose(got.double(), right, rtol=eps + 1e-6, atol=1e-7)
+    return wrong
+
+
+def test_nothing_wrong_passes_in_place_and_capped():
+    assert wrong_in_place(emulated.cuda_model(), seeds=16) == 0
+    assert wrong_softcaps(emulated.cuda_model()) == 0
+
+
+@pytest.mark.parametrize(("what", "text", "instead"), IN_PLACE_FAULTS, ids=[what for what, _, _ in IN_PLACE_FAULTS])
+def test_a_fault_in_place_is_caught(what, text, instead):
+    caught = wrong_in_place(emulated.mutated(text, instead), seeds=8)
+    print(f"{what}: {caught} of 32 calls")
+    assert caught, what
+
+
+@pytest.mark.parametrize(("what", "text", "instead"), SOFTCAP_FAULTS, ids=[what for what, _, _ in SOFTCAP_FAULTS])
+def test_a_fault_of_the_soft_cap_is_caught(what, text, instead):
+    caught = wrong_softcaps(emulated.mutated(text, instead))
+    print(f"{what}: {caught} of 12 results")
+    assert caught, what
+
+
 # ---- addresses
 
 
@@ -280,6 +379,26 @@ def test_an_error_of_cuda_names_the_call_and_what_to_do(call, error, advice):
             model.fail_call(call, "cudaSuccess")
         assert torch.equal(fused_kl(student, teacher, backend="cuda"), want), "the process goes on"
         assert model.current_device() == 0
+
+
+def test_a_launch_of_the_soft_cap_that_fails_is_an_error():
+    with chips.on("small") as model:
+        for call in ("cudaLaunchKernelEx", "cudaSetDevice", "cudaDeviceGetAttribute"):
+            model.fail_call(call, "cudaErrorInvalidDevice")
+            try:
+                with pytest.raises(RuntimeError, match=rf"{call}: .*cudaErrorInvalidDevice"):
+                    native.cuda.softcap_(torch.randn(9), 30.0)
+                with pytest.raises(RuntimeError, match=rf"{call}: .*cudaErrorInvalidDevice"):
+                    native.cuda.softcap_gradient_(torch.randn(9), torch.randn(9), 30.0)
+            finally:
+                model.fail_call(call, "cudaSuccess")
+        model.clear_launches()
+        native.cuda.softcap_(torch.randn(0, 7), 30.0)
+        native.cuda.softcap_gradient_(torch.randn(3, 0), torch.randn(3, 0), 30.0)
+        assert not model.launches(), "there is nothing to launch for"
+        native.cuda.softcap_(torch.randn(100_000), 30.0)
+        (launch,) = model.launches()
+        assert launch["block"][0] * 8 * (launch["grid"][0] - 1) <= 100_000, "no more threads than groups"
 
 
 @pytest.mark.parametrize(

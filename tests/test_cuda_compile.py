@@ -1,5 +1,5 @@
 """Compiles the CUDA kernels for every architecture of the default build, without a GPU, and checks what ptxas says: no
-spilled register, no stack, no shared memory but the dynamic, and a kernel for every divergence.
+spilled register, no stack, no shared memory but the dynamic, a kernel for every divergence, and those of heads.
 
 `python tests/test_cuda_compile.py` prints the table of registers, and exits with 1 where a kernel is wrong, or where
 there is an nvcc and the installed module has no CUDA kernels.
@@ -9,6 +9,7 @@ than what it was made of, and leaves ptxas's words beside it.
 """
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 specification = importlib.util.spec_from_file_location("kdkernels_setup", ROOT / "setup.py")
 build = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(build)
+
+
+ELEMENTWISE = ("scale_kernel", "softcap_kernel", "softcap_gradient_kernel")
 
 
 class Kernel(NamedTuple):
@@ -45,10 +49,11 @@ STACK = re.compile(
 def compiled() -> str:
     """What ptxas said. Raises build.Unavailable where there is no nvcc, RuntimeError where it fails."""
     cuda = build.find_cuda("")
-    reason = build.run_ninja(build.cuda_lines(cuda), build.cuda_object(cuda))
+    objects = build.cuda_objects(cuda)
+    reason = build.run_ninja(build.cuda_lines(cuda), *objects)
     if reason:
         raise RuntimeError(reason)
-    return (build.FOLDER / f"{build.cuda_object(cuda)}.log").read_text()
+    return "".join((build.FOLDER / f"{name}.log").read_text() for name in objects)
 
 
 def kernels_of(log: str) -> list[Kernel]:
@@ -97,6 +102,9 @@ def faults(log: str) -> list[str]:
             mangled = re.compile(rf"(?<!\d){len(struct)}{struct}I")
             if not any(k.arch == arch and mangled.search(k.name) for k in kernels):
                 wrong.append(f"no kernel of {divergence} for {arch}")
+        for name in ELEMENTWISE:
+            if not any(k.arch == arch and f"{len(name)}{name}" in k.name for k in kernels):
+                wrong.append(f"no {name} for {arch}")
     return wrong
 
 
@@ -130,6 +138,33 @@ def test_kernels_compile_without_a_stack():
         pytest.skip(str(reason))
 
 
+def disassembler() -> str | None:
+    found = shutil.which("cuobjdump")
+    if found is None and importlib.util.find_spec("triton"):
+        folder = Path(importlib.util.find_spec("triton").origin).parent / "backends" / "nvidia" / "bin"
+        found = shutil.which("cuobjdump", path=str(folder))
+    return found
+
+
+def test_no_load_takes_memory_for_constant():
+    """Gradients may take the place of logits: a load that the compiler takes for one of constant memory, as it would
+    through const __restrict__ or __ldg, may be moved to where the gradient is there."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    try:
+        compiled()
+        objects = build.cuda_objects(build.find_cuda(""))
+    except build.Unavailable as reason:
+        pytest.skip(str(reason))
+    environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
+    for name in objects:
+        command = [tool, "--dump-sass", str(build.FOLDER / name)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        loads = re.findall(r"LDG[.\w]*", sass)
+        assert loads and not [load for load in loads if "CONSTANT" in load], name
+
+
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z4rows2KlI' for 'sm_80'
 ptxas info    : Function properties for _Z4rows2KlI
@@ -148,6 +183,7 @@ def test_the_words_of_ptxas_are_understood():
     wrong = "\n".join(faults(log))
     assert "8 bytes of stack" in wrong and "not dynamic" in wrong
     assert "no kernel of js for sm_90a" in wrong and "no kernel of kl" not in wrong
+    assert "no softcap_kernel for sm_80" in wrong
     with pytest.raises(AssertionError, match="cannot read"):  # two runs of ptxas that write at once
         kernels_of(log.replace("ptxas info    : Used 80 registers", ""))
 
@@ -196,6 +232,8 @@ def test_device_without_a_driver_is_refused_in_words(module):
     assert "cudaGetDevice" in _native.cuda_refusal(0)
     with pytest.raises(RuntimeError, match="cudaGetDevice"):
         _native.cuda_scale_rows(0, 0, 1, 1, (0, 0), 0, 0)
+    with pytest.raises(RuntimeError, match="cudaGetDevice"):
+        _native.cuda_softcap(0, 0, 1, 1.0, 0, 0)
 
 
 def test_cpu_tensors_are_refused(module):

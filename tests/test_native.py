@@ -42,7 +42,7 @@ assert "baseline" in ISAS, "the module runs on no instruction set"
 @pytest.mark.parametrize("isa", ISAS[1:])
 def test_suite_passes_on_every_instruction_set(isa):
     """The best one runs in this process; the others run the CPU's property and edge tests in one of their own."""
-    tests = [str(ROOT / "tests" / name) for name in ("test_rows.py", "test_edges.py")]
+    tests = [str(ROOT / "tests" / name) for name in ("test_rows.py", "test_edges.py", "test_linear_kernels.py")]
     others = "not cuda and not triton and not reference"
     out = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", others, *tests],
@@ -93,6 +93,10 @@ def test_inner_loops_are_packed(isa):
         ]
         assert mine, f"{name}: no loop of its own found in {isa}"
         assert all(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
+    # Those of heads, and the sums in fp32 of 16-bit products, which are part of what each thread runs.
+    for name in ("cap_block<float>", "cap_gradient_block<float>", "accumulate"):
+        mine = [body for head, body in functions.items() if re.search(rf"kdk::{isa}::{re.escape(name)}\(", head)]
+        assert any(len(re.findall(packed, body)) >= 3 for body in mine), f"{name} is not packed in {isa}"
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
@@ -135,6 +139,16 @@ class StandIn:
         self.placed.append((device, stream))
         native._native.scale_rows(*arguments, 1)
 
+    def cuda_softcap(self, *arguments):
+        *arguments, device, stream = arguments
+        self.placed.append((device, stream))
+        native._native.softcap(*arguments, 1)
+
+    def cuda_softcap_gradient(self, *arguments):
+        *arguments, device, stream = arguments
+        self.placed.append((device, stream))
+        native._native.softcap_gradient(*arguments, 1)
+
     def cuda_refusal(self, device):
         native._native.workspace_bytes(1, False, 1)  # compiled code, as the real one is: no compiler can trace it
         self.asked.append(device)
@@ -166,6 +180,51 @@ def test_cuda_calls_as_the_cpu_does(stand_in, gradient):
     sums = [k.row_sums(*logits, None, torch.ones(1), torch.ones(1), floats[0], "js", 700, True)
             for k in (native.cpu, native.cuda)]  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(*sums, strict=True))
+
+
+def test_cuda_calls_for_heads_as_the_cpu_does(stand_in):
+    logits, gradient = 40 * torch.randn(3, 700), torch.randn(3, 700)
+    found = []
+    for kernels in (native.cpu, native.cuda):
+        capped, sloped, total = logits.clone(), gradient.clone(), logits.clone()
+        kernels.softcap_(capped, 30.0)
+        kernels.softcap_gradient_(sloped, capped, 30.0)
+        kernels.accumulate_(total, gradient.bfloat16())
+        found.append(torch.stack([capped, sloped, total]))
+    assert torch.equal(*found) and not torch.equal(found[0][0], logits)
+    assert stand_in.placed == [(0, 0)] * 2, "the sum is torch's"
+
+
+@pytest.mark.parametrize("kernels", [native.cpu, native.cuda], ids=["cpu", "cuda"])
+def test_tensors_that_are_written_in_place_are_what_they_should_be(stand_in, kernels):
+    student, row = torch.randn(1, 3, 8), torch.ones(3)
+    row_numbers = (row, None, torch.ones(1), None, torch.ones(1), "kl", 7, False)
+    for into in (student.bfloat16(), student[..., :7], torch.randn(1, 3, 16)[..., ::2], student.to("meta")):
+        with pytest.raises(AssertionError):
+            kernels.rows(student, student, *row_numbers, True, False, into)
+    with pytest.raises(AssertionError):
+        kernels.rows(student, student, *row_numbers, False, False, student)
+    with pytest.raises(AssertionError):
+        kernels.softcap_(student[..., ::2], 30.0)
+    for gradient, logits in ((student[..., :7], student), (student.half(), student), (student, student[..., ::2])):
+        with pytest.raises(AssertionError):
+            kernels.softcap_gradient_(gradient, logits, 30.0)
+    assert not stand_in.placed
+
+
+@pytest.mark.parametrize(
+    ("total", "part"),
+    [
+        (torch.zeros(4, 6), torch.zeros(4, 5).bfloat16()),
+        (torch.zeros(4, 6), torch.zeros(4, 6)),
+        (torch.zeros(4, 6).double(), torch.zeros(4, 6).half()),
+        (torch.zeros(4, 12)[:, ::2], torch.zeros(4, 6).half()),
+        (torch.zeros(4, 6), torch.zeros(6, 4).half().t()),
+    ],
+)
+def test_sums_that_the_cpu_does_not_take(total, part):
+    with pytest.raises(AssertionError):
+        native.cpu.accumulate_(total, part)
 
 
 def test_cuda_launches_nothing_without_rows(stand_in):

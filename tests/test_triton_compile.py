@@ -30,7 +30,7 @@ TARGETS = {
 MAIN_TARGET = "sm_90"
 FEW = ("kl", "js", "alpha")
 WITH_GRADIENT = ("rows, gradient", "rows, label, gradient")
-ONCE = ("row_floats", "scale_")  # the same for every divergence
+ONCE = ("row_floats", "scale_", "softcap_", "softcap_gradient_")  # the same for every divergence
 
 # ptxas may put a few scalars on the stack where that lets one more block run at a time. A tile that does
 # not fit the registers takes hundreds of bytes.
@@ -92,6 +92,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     """{operator and options: (kernel, arguments, keyword arguments)}, as the launchers choose them."""
     import torch
 
+    from kdkernels.backends.triton import linear
     from kdkernels.backends.triton import rows as launchers
 
     def meta(*shape, dtype=torch.float32):
@@ -108,6 +109,8 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     calls = {
         "row_floats": lambda: launchers.row_floats(*logits, temperature, VOCABULARY),
         "scale_": lambda: launchers.scale_(student, logits[2]),
+        "softcap_": lambda: linear.softcap_(student, 30.0),
+        "softcap_gradient_": lambda: linear.softcap_gradient_(student, student, 30.0),
     }
     for options, row in (("", plain), (", label", label)):
         # Bound now: the loop goes on.
@@ -126,15 +129,17 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
                 )
 
     recorded = []
-    originals = {name: getattr(launchers, name) for name in ("rows_kernel", "scale_kernel")}
+    kernels = [(launchers, name) for name in ("rows_kernel", "scale_kernel")]
+    kernels += [(linear, name) for name in ("softcap_kernel", "softcap_gradient_kernel")]
+    originals = [(module, name, getattr(module, name)) for module, name in kernels]
     try:
-        for name, kernel in originals.items():
-            setattr(launchers, name, Recorder(kernel, recorded))
+        for module, name, kernel in originals:
+            setattr(module, name, Recorder(kernel, recorded))
         for call in calls.values():
             call()
     finally:
-        for name, kernel in originals.items():
-            setattr(launchers, name, kernel)
+        for module, name, kernel in originals:
+            setattr(module, name, kernel)
     return dict(zip(calls, recorded, strict=True))
 
 
@@ -159,8 +164,11 @@ def source(kernel, args, kwargs):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
-        signature[parameter.name] = pointer[value.dtype] if tensor else parameter.annotation_type or "i32"
-        if tensor or (value % 16 == 0 and not parameter.do_not_specialize):
+        if tensor:
+            signature[parameter.name] = pointer[value.dtype]
+        else:
+            signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+        if tensor or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
             attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes), options
 

@@ -9,10 +9,13 @@
 //
 // so that loss and gradient take each logit's exponential once (the label term at another temperature, and a gradient
 // that is found in a call of its own, take it again). Log-probabilities are
-// (x - m) / temperature + ((m - max) / temperature - log sum), m the block's maximum: differences first, so that a large
-// common offset of the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep, but
-// that was slower: the page faults of a fresh gradient clear pages through the caches, and would throw out the row that
-// is being read.
+// (x - m) / temperature + ((m - max) / temperature - log sum), m the block's maximum: differences first, so that a
+// large common offset of the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second
+// sweep, but that was slower: the page faults of a fresh gradient clear pages through the caches, and would throw out
+// the row that is being read.
+//
+// The gradient may take the place of the student's logits. All that needs a whole row of them (statistics, the label's
+// logit, the first column of the maximum) is found before the third sweep, which reads a block before it writes it.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -31,61 +34,8 @@ namespace kdk {
 namespace KDK_ISA {
 
 #include "elementary.h"
+#include "storage.h"
 #include "../divergences.h"
-
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-constexpr int kBlock = 64 * kLanes;     // a lane sums 64 terms before a merge; a few buffers fit the first-level cache
-constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
-
-// ---- loads and stores: any storage type as the compute type T, a block at a time
-
-inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
-
-inline const float* widen(const void* from, Dtype dtype, int n, float* buffer) {
-  if (dtype == Dtype::f32) return (const float*)from;
-  const uint16_t* half = (const uint16_t*)from;
-  if (dtype == Dtype::bf16) {
-    for (int i = 0; i < n; ++i) buffer[i] = bf16_to_float(half[i]);
-  } else {
-    f16_to_floats(half, buffer, n);
-  }
-  return buffer;
-}
-
-inline const double* widen(const void* from, Dtype dtype, int n, double* buffer) {
-  if (dtype == Dtype::f64) return (const double*)from;
-  float narrow[kBlock];
-  const float* x = widen(from, dtype, n, narrow);
-  for (int i = 0; i < n; ++i) buffer[i] = x[i];
-  return buffer;
-}
-
-inline void narrow(const float* from, void* to, Dtype dtype, int n) {
-  if (dtype == Dtype::f32) {
-    memcpy(to, from, n * sizeof(float));
-  } else if (dtype == Dtype::bf16) {
-    uint16_t* half = (uint16_t*)to;
-    for (int i = 0; i < n; ++i) half[i] = float_to_bf16(from[i]);
-  } else {
-    floats_to_f16(from, (uint16_t*)to, n);
-  }
-}
-
-inline void narrow(const double* from, void* to, Dtype dtype, int n) {
-  if (dtype == Dtype::f64) {
-    memcpy(to, from, n * sizeof(double));
-    return;
-  }
-  float single[kBlock];
-  for (int i = 0; i < n; ++i) single[i] = (float)from[i];
-  narrow(single, to, dtype, n);
-}
 
 // ---- the inner loops, each over one block
 
@@ -151,8 +101,8 @@ template <class T> struct BlockSums {
   T phi, psi, tv, student_entropy, teacher_entropy;
 };
 
-// Sum of phi and psi; with_slope leaves q in student_e and psi in teacher_e. Not inlined: a symbol of its own shows in a
-// profile, and lets a test see that the loop is made of packed instructions.
+// Sum of phi and psi; with_slope leaves q in student_e and psi in teacher_e. Not inlined: a symbol of its own shows in
+// a profile, and lets a test see that the loop is made of packed instructions.
 template <class T, class D, bool with_slope>
 __attribute__((noinline)) void divergence_sums(const D& divergence, const T* student, const T* teacher, int n,
                                                Normalizer<T> student_norm, Normalizer<T> teacher_norm, T* student_e,
@@ -353,8 +303,8 @@ template <class T> struct Row {
     return {base, shift, exp_of(shift), inverse_temperature};
   }
 
-  // Sweep 2. student_e and teacher_e hold the block's exponentials where sweep 1 left them (`kept`), else they are taken
-  // here; with_slope leaves q and psi in their place.
+  // Sweep 2. student_e and teacher_e hold the block's exponentials where sweep 1 left them (`kept`), else they are
+  // taken here; with_slope leaves q and psi in their place.
   template <bool with_slope>
   void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out) const {
     alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
@@ -424,8 +374,10 @@ template <class T> struct Row {
     if (call.labels) {
       int64_t label = call.labels[row];
       label_entropy = cross_entropy();
-      student_label = normalizer(student_max, student_log_sum, student_max).log_prob(logit(call.student, student, label));
-      teacher_label = normalizer(teacher_max, teacher_log_sum, teacher_max).log_prob(logit(call.teacher, teacher, label));
+      Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_max);
+      Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_max);
+      student_label = student_norm.log_prob(logit(call.student, student, label));
+      teacher_label = teacher_norm.log_prob(logit(call.teacher, teacher, label));
     }
     T values[kRowStatistics] = {phi, label_entropy, tv, student_entropy, teacher_entropy, -student_log_sum,
                                 -teacher_log_sum, student_label, teacher_label, student_lse, teacher_lse};
@@ -441,27 +393,26 @@ template <class T> struct Row {
     Dtype dtype = call.student.dtype;
     int64_t element = row * call.gradient_columns + b * kBlock;
     void* to = (char*)call.gradient + element * bytes_of(dtype);
-    bool in_place = bytes_of(dtype) == (int64_t)sizeof(T);
-    T* out = in_place ? (T*)to : gradient_buffer;
+    bool direct = bytes_of(dtype) == (int64_t)sizeof(T);
+    T* out = direct ? (T*)to : gradient_buffer;
 
     T factor = call.temperature_squared ? temperature : inverse_temperature;
     T soft = scale * (1 - hard_weight()) * factor, hard = scale * hard_weight();
     T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
-    if (soft == 0) {
-      for (int i = 0; i < n; ++i) out[i] = 0;
-    } else {
+    auto soft_term = [=](int i) { return soft == 0 ? T(0) : soft * (psi_of_class[i] - q[i] * slope_sum); };
+    if (hard == 0) {
 #pragma omp simd
-      for (int i = 0; i < n; ++i) out[i] = soft * (psi_of_class[i] - q[i] * slope_sum);
-    }
-    if (hard != 0) {
+      for (int i = 0; i < n; ++i) out[i] = soft_term(i);
+    } else {
+      // `out` may be where these logits lie: each is loaded before its gradient is stored.
       const T* s = load(call.student, student, b, student_buffer);
       T unit_factor = hard * (T)::exp(-(double)unit_log_sum);
 #pragma omp simd
-      for (int i = 0; i < n; ++i) out[i] += unit_factor * exp_of_nonpositive(s[i] - student_max);
+      for (int i = 0; i < n; ++i) out[i] = soft_term(i) + unit_factor * exp_of_nonpositive(s[i] - student_max);
       int64_t label = call.labels[row] - b * kBlock;
       if (label >= 0 && label < n) out[label] -= hard;
     }
-    if (!in_place) narrow(out, to, dtype, n);
+    if (!direct) narrow(out, to, dtype, n);
   }
 
   void write_zeros() const {

@@ -1,8 +1,9 @@
-// The CUDA row kernels as functions of a Python module: of kdkernels._native, and of the one that the tests compile
+// The CUDA kernels as functions of a Python module: of kdkernels._native, and of the one that the tests compile
 // with a host compiler. Every argument is a number: pointers to the device's memory, sizes, the device's index, the
 // stream.
 #pragma once
 #include "../arguments.h"
+#include "linear.h"
 #include "rows.h"
 
 namespace kdk {
@@ -16,6 +17,15 @@ inline void bind_cuda(pybind11::module_& m) {
                               int device, uintptr_t stream) {
     pybind11::gil_scoped_release release;
     cuda::scale_rows((void*)x, (Dtype)dtype, rows, columns, per_row(factor), device, (void*)stream);
+  });
+  m.def("cuda_softcap", [](uintptr_t x, int dtype, int64_t count, double cap, int device, uintptr_t stream) {
+    pybind11::gil_scoped_release release;
+    cuda::softcap((void*)x, (Dtype)dtype, count, cap, device, (void*)stream);
+  });
+  m.def("cuda_softcap_gradient", [](uintptr_t gradient, uintptr_t logits, int dtype, int64_t count, double cap,
+                                    int device, uintptr_t stream) {
+    pybind11::gil_scoped_release release;
+    cuda::softcap_gradient((void*)gradient, (const void*)logits, (Dtype)dtype, count, cap, device, (void*)stream);
   });
   m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
 }

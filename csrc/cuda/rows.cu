@@ -20,6 +20,9 @@
 //                 that the second and third find what they can in the L2 cache. For older chips, for rows that are too
 //                 long for a cluster, and where there is one sweep only.
 //
+// The gradient may take the place of the student's logits: a thread writes the columns that it has read, in the sweep
+// that needs them last, and what needs another's (the label's logit) is read before the first merge.
+//
 // The grid is what the chip holds at once, and a team takes every n-th row. Rows that do not begin at a multiple of 16
 // bytes are worked on in groups that do, if student and teacher agree on it; the columns before and after are copied
 // one by one. Log-probabilities are (x - max) / temperature - log sum: differences first, so that a large common offset
@@ -52,6 +55,7 @@
 #include "device.h"
 #include "groups.h"
 #include "launch.h"
+#include "linear.h"
 #include "rows.h"
 #include "team.h"
 
@@ -347,15 +351,10 @@ struct Outcome {
   int64_t row;
   const RowNumbers& numbers;
   Normalizer student, teacher;
-  float unit_log_sum;
+  float unit_log_sum, label_logit;  // label_logit: the student's
 
-  __device__ float label_logit(const Logits& x) const {
-    return load_logit(row_start(x, call, row), x.dtype, numbers.label);
-  }
   // With the label, at temperature 1.
-  __device__ float cross_entropy() const {
-    return call.labels ? unit_log_sum + (student.max - label_logit(call.student)) : 0;
-  }
+  __device__ float cross_entropy() const { return call.labels ? unit_log_sum + (student.max - label_logit) : 0; }
   __device__ void write_loss(float phi) const {
     float factor = call.temperature_squared ? numbers.temperature * numbers.temperature : 1;
     float loss = weighted(1 - numbers.hard_weight, factor * phi);
@@ -363,8 +362,12 @@ struct Outcome {
     store((float*)call.loss + row, numbers.scale * loss);
   }
   __device__ void write_statistics(float phi, const Statistics& x) const {
-    float student_label = call.labels ? student.log_prob(label_logit(call.student)) : 0;
-    float teacher_label = call.labels ? teacher.log_prob(label_logit(call.teacher)) : 0;
+    float student_label = 0, teacher_label = 0;
+    if (call.labels) {
+      const char* teacher_row = row_start(call.teacher, call, row);
+      student_label = student.log_prob(label_logit);
+      teacher_label = teacher.log_prob(load_logit(teacher_row, call.teacher.dtype, numbers.label));
+    }
     float values[kRowStatistics] = {phi,
                                     cross_entropy(),
                                     x.tv,
@@ -389,10 +392,18 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   const Tempering at(numbers.temperature, call.unit_log_sum);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats);
 
+  // The gradient may take the place of the logits, and any block of the team that of the label: its logit is loaded
+  // before the first merge, which no thread leaves before all have come to it.
+  const bool labelled = call.labels && (call.sweeps & kSums) && team.first_thread();
+  float label_logit = 0;
+  if (labelled) label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
+
   float floats[kRowFloats];  // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
   float log_ratio = 0;       // E_q[lq - lp]
   if (call.sweeps & kFloats) {
-    Floats x = team.merged(floats_of<D, way>(student, teacher, at), at);
+    const Floats mine = floats_of<D, way>(student, teacher, at);
+    if (labelled) team.board.label_logit = label_logit;
+    Floats x = team.merged(mine, at);
     // A row of -inf alone has no distribution: NaN, as log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
     floats[2] = x.teacher_max, floats[3] = x.teacher_sum == 0 ? NAN : logf(x.teacher_sum);
@@ -401,6 +412,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     if (team.first_thread()) write_column(call.floats, call, row, floats, kRowFloats);
   } else {
     for (int i = 0; i < kRowFloats; ++i) floats[i] = load((const float*)call.floats + i * call.rows + row);
+    if (labelled) team.board.label_logit = label_logit;
   }
   if (!(call.sweeps & (kSums | kGradient))) return;
 
@@ -439,7 +451,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     if (team.first_thread()) {
       const float values[kRowSums] = {sums.phi, sums.psi};
       write_column(call.sums, call, row, values, kRowSums);
-      const Outcome outcome = {call, row, numbers, student_norm, teacher_norm, floats[4]};
+      const Outcome outcome = {call, row, numbers, student_norm, teacher_norm, floats[4], team.board.label_logit};
       if (call.loss) outcome.write_loss(sums.phi);
       if (call.statistics) outcome.write_statistics(sums.phi, statistics);
     }
@@ -766,6 +778,7 @@ std::string refusal(int device) {
     for (int divergence = 0; divergence < kDivergences; ++divergence)
       for (Way way : {Way::streaming, Way::staged, Way::halves})
         KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(divergence, way));
+    load_linear();
   } catch (const std::runtime_error& error) {
     return error.what();
   }

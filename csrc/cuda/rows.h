@@ -12,7 +12,8 @@ namespace cuda {
 void rows(const RowsCall& call, int device, void* stream);
 // x[r, :] *= factor[r], rows whose factor is 1 left alone.
 void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int device, void* stream);
-// Why these kernels cannot run on the device (no driver, one too old, an architecture that was not built), or "".
+// Why the CUDA kernels, of every family, cannot run on the device (no driver, one too old, an architecture that was not
+// built), or "".
 std::string refusal(int device);
 
 }  // namespace cuda

@@ -57,9 +57,10 @@ struct alignas(16) Slot {
 // What a block's shared memory begins with; what a family of kernels keeps there follows.
 struct alignas(128) Board {
   Slot of_warp[kMaxThreads / kWarp];
-  Slot of_block[2];  // read by the other blocks; by turns, so that a fast block overwrites nothing
+  Slot of_block[2];   // read by the other blocks; by turns, so that a fast block overwrites nothing
   Slot of_team;
-  uint64_t arrived;  // barrier for bulk copies
+  uint64_t arrived;   // barrier for bulk copies
+  float label_logit;  // of the student, from the first thread to itself: a register less through the sweeps
 };
 
 struct Team {

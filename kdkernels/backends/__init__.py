@@ -77,9 +77,9 @@ def kernels(name: str):
 
         return native.KERNELS[name]
     if name == "triton":
-        from .triton import rows
+        from .triton import kernels
 
-        return rows
+        return kernels
     raise ValueError(f"backend {name!r} implements no operators")
 
 

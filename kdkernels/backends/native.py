@@ -61,8 +61,14 @@ class Kernels(ABC):
         where that can be known without waiting for a device."""
 
     @abstractmethod
-    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
-        """Calls the compiled function that multiplies rows by factors."""
+    def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
+        """Calls the compiled function of that name (csrc/bindings.cpp, csrc/cuda/bindings.h) with `arguments`."""
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """An uninitialised tensor."""
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    # ---- the row family: what these take and return is said in ops.py
 
     def rows(
         self,
@@ -78,11 +84,19 @@ class Kernels(ABC):
         temperature_squared: bool,
         gradient: bool,
         statistics: bool,
+        into: Tensor | None = None,
     ):
+        """`into`, with a gradient: a contiguous tensor of the student's shape and dtype that takes it, in place of a
+        fresh one. It may be the student itself."""
         dtype, device, count = compute_dtype(student, teacher), student.device, row_scale.numel()
+        if into is None:
+            into = self.empty(*(student.shape if gradient else (0,)), dtype=student.dtype, device=device)
+        else:
+            assert gradient and into.is_contiguous(), "into takes a gradient, and is contiguous"
+            assert (into.shape, into.dtype, into.device) == (student.shape, student.dtype, device), "as the student"
         out = {
             "loss": torch.empty(count, dtype=dtype, device=device),
-            "gradient": torch.empty(student.shape if gradient else 0, dtype=student.dtype, device=device),
+            "gradient": into,
             "floats": torch.empty(len(ROW_FLOATS), count, dtype=dtype, device=device),
             "sums": torch.empty(len(ROW_SUMS), count, dtype=dtype, device=device),
             **_statistics(row_scale, dtype, statistics),
@@ -136,7 +150,7 @@ class Kernels(ABC):
         vocab_size: int,
         temperature_squared: bool,
     ):
-        gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        gradient = self.empty(*student.shape, dtype=student.dtype, device=student.device)
         self._call(_GRADIENT, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
                    vocab_size, temperature_squared, False,
                    {"floats": floats, "sums": sums, "gradient": gradient})  # fmt: skip
@@ -148,7 +162,26 @@ class Kernels(ABC):
             return
         columns = gradient.shape[-1]
         arguments = (gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], gradient.numel() // columns, columns)
-        self._launch_scale((*arguments, _per_row(factor)), gradient)
+        self._launch_elementwise("scale_rows", (*arguments, _per_row(factor)), gradient.device)
+
+    # ---- the linear family: in place, on contiguous tensors of any shape
+
+    def softcap_(self, logits: Tensor, cap: float) -> None:
+        """logits = cap * tanh(logits / cap)"""
+        assert logits.is_contiguous(), logits.stride()
+        arguments = (logits.data_ptr(), _DTYPE_CODE[logits.dtype], logits.numel(), cap)
+        self._launch_elementwise("softcap", arguments, logits.device)
+
+    def softcap_gradient_(self, gradient: Tensor, logits: Tensor, cap: float) -> None:
+        """gradient *= 1 - (logits / cap)**2, of capped logits. A gradient of 0 stays 0, whatever its logit is."""
+        assert gradient.is_contiguous() and logits.is_contiguous(), (gradient.stride(), logits.stride())
+        assert (gradient.shape, gradient.dtype) == (logits.shape, logits.dtype), (gradient.dtype, logits.dtype)
+        arguments = (gradient.data_ptr(), logits.data_ptr(), _DTYPE_CODE[logits.dtype], logits.numel(), cap)
+        self._launch_elementwise("softcap_gradient", arguments, gradient.device)
+
+    def accumulate_(self, total: Tensor, part: Tensor) -> None:
+        """total (fp32) += part (bf16 or fp16)"""
+        total.add_(part)
 
     def _call(self, sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
               vocab_size, temperature_squared, unit_log_sum, out):  # fmt: skip
@@ -195,8 +228,22 @@ class Cpu(Kernels):
         workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
         return _native.rows(*arguments, workspace.data_ptr(), threads)
 
-    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
-        _native.scale_rows(*arguments, torch.get_num_threads())
+    def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
+        getattr(_native, name)(*arguments, torch.get_num_threads())
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """An uninitialised tensor; the memory of a large one is advised to be huge pages."""
+        made = torch.empty(shape, dtype=dtype, device=device)
+        _native.advise_huge_pages(made.data_ptr(), made.nbytes)
+        return made
+
+    def accumulate_(self, total: Tensor, part: Tensor) -> None:
+        """total (fp32) += part (bf16 or fp16), at the speed of the memory."""
+        assert total.is_contiguous() and part.is_contiguous(), (total.stride(), part.stride())
+        assert total.shape == part.shape and total.dtype == torch.float32, (total.shape, part.shape, total.dtype)
+        assert part.dtype in (torch.bfloat16, torch.float16), part.dtype
+        arguments = (total.data_ptr(), part.data_ptr(), _DTYPE_CODE[part.dtype], part.numel())
+        self._launch_elementwise("accumulate", arguments, total.device)
 
 
 class Cuda(Kernels):
@@ -233,8 +280,8 @@ class Cuda(Kernels):
         self._launch(self.compiled().cuda_rows, arguments, student.device)
         return False
 
-    def _launch_scale(self, arguments: tuple, gradient: Tensor) -> None:
-        self._launch(self.compiled().cuda_scale_rows, arguments, gradient.device)
+    def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
+        self._launch(getattr(self.compiled(), f"cuda_{name}"), arguments, device)
 
     def _launch(self, function, arguments: tuple, device: torch.device) -> None:
         if self.device_type == "cpu":

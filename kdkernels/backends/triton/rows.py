@@ -15,14 +15,13 @@ the logits costs no digits. Logits are widened to fp32 straight after the load. 
 read as -inf on both sides, which contributes nothing to any sum.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
+from .launch import device_of, written
 from .table import TABLE, weighted
 
 _THREADS = 256
@@ -100,7 +99,7 @@ def rows_kernel(
     loss,  # [rows] or None
     statistics,  # [11, rows], in the order of ROW_STATISTICS, or None
     top1,  # [2, rows] with statistics
-    gradient,  # [rows, gradient_columns], contiguous, or None
+    gradient,  # [rows, gradient_columns], contiguous, or None; it may be `student`
     rows,
     inner,  # row r is (r // inner, r % inner) of the logits
     columns,  # classes that count
@@ -162,6 +161,10 @@ def rows_kernel(
     inverse_temperature = 1 / row_temperature
     student_row = _row_start(student, row, inner, student_outer_stride, student_inner_stride)
     teacher_row = _row_start(teacher, row, inner, teacher_outer_stride, teacher_inner_stride)
+    # The gradient may take the place of the student's logits. The label's is loaded here, before a reduction that all
+    # threads of the program take part in, and so before any of them writes; a tile is loaded before it is written.
+    if SUMS and labels is not None:
+        student_label = tl.load(student_row + label).to(tl.float32)
     # Sweeps go to and fro: the last tiles of one are the first of the next, and may still be in a cache.
     last = (columns - 1) // BLOCK * BLOCK
     KNOWS_SLOPE_SUM: tl.constexpr = FLOATS and SUMS and SLOPE_SUM is not None
@@ -271,7 +274,6 @@ def rows_kernel(
         # Cross-entropy with the label, at temperature 1.
         cross_entropy = tl.full((), 0, tl.float32)
         if labels is not None:
-            student_label = tl.load(student_row + label).to(tl.float32)
             cross_entropy = unit_log_sum + (student_max - student_label)
 
         if loss is not None:
@@ -350,21 +352,28 @@ def rows(
     temperature_squared: bool,
     gradient: bool,
     statistics: bool,
+    into: Tensor | None = None,
 ):
+    """`into`, with a gradient: a contiguous tensor of the student's shape and dtype that takes it, in place of a fresh
+    one. It may be the student itself."""
+    if into is None:
+        into = torch.empty(student.shape if gradient else 0, dtype=student.dtype, device=student.device)
+    else:
+        assert gradient and into.is_contiguous(), "into takes a gradient, and is contiguous"
+        assert (into.shape, into.dtype, into.device) == (student.shape, student.dtype, student.device), "as the student"
     loss = _per_row_empty(student, (), row_scale)
     floats = _per_row_empty(student, (len(ROW_FLOATS),), row_scale)
     sums = _per_row_empty(student, (len(ROW_SUMS),), row_scale)
     row_statistics, top1 = _statistics_empty(student, row_scale, statistics)
-    out = torch.empty(student.shape if gradient else 0, dtype=student.dtype, device=student.device)
     _launch(
         student, teacher, row_scale, temperature, vocab_size, floats,
         labels=labels, hard_weight=hard_weight, parameters=parameters, divergence=divergence,
         temperature_squared=temperature_squared, sums=sums, loss=loss,
         statistics=row_statistics if statistics else None, top1=top1 if statistics else None,
-        gradient=out if gradient else None, find_floats=True, find_sums=True,
+        gradient=into if gradient else None, find_floats=True, find_sums=True,
         unit_log_sum=hard_weight is not None or (labels is not None and statistics),
     )  # fmt: skip
-    return loss, out, floats, sums, row_statistics, top1
+    return loss, into, floats, sums, row_statistics, top1
 
 
 def row_floats(student: Tensor, teacher: Tensor, row_scale: Tensor, temperature: Tensor, vocab_size: int):
@@ -423,7 +432,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
         return
     columns = gradient.shape[-1]
     block, warps = tile(columns)
-    with _device(gradient), _written(gradient) as target:
+    with device_of(gradient), written(gradient) as target:
         scale_kernel[(gradient.numel() // columns,)](
             target, factor, columns, _stride(factor), BLOCK=block, num_warps=warps
         )
@@ -456,7 +465,7 @@ def _launch(
         return
     value, slope, slope_sum = (None, None, None) if divergence is None else TABLE[divergence]
     block, warps = tile(vocab_size, statistics is not None)
-    with _device(student), _written(gradient) as target:
+    with device_of(student), written(gradient) as target:
         rows_kernel[(count,)](
             student, teacher, row_scale, labels, temperature, hard_weight, parameters,
             floats, sums, loss, statistics, top1, target,
@@ -493,22 +502,3 @@ def _row_strides(x: Tensor) -> tuple[int, int]:
 
 def _stride(per_row: Tensor) -> int:
     return 0 if per_row.numel() == 1 else per_row.stride(0)
-
-
-def _device(x: Tensor):
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _written(gradient: Tensor | None):
-    """The tensor that the kernel writes: `gradient` itself.
-
-    The interpreter's cast to bf16 truncates, and makes infinities of some NaN: there an fp32 copy is written,
-    and torch rounds it.
-    """
-    if gradient is None or gradient.device.type != "cpu" or gradient.dtype != torch.bfloat16:
-        yield gradient
-        return
-    widened = gradient.float()
-    yield widened
-    gradient.copy_(widened)

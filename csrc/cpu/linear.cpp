@@ -1,0 +1,100 @@
+// What a head needs around its matrix products and row sweeps, on a CPU: the soft cap of logits, its gradient, and a
+// sum in fp32 of products that were rounded to 16 bits. All of it element by element, in place, in one pass over the
+// memory.
+//
+// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "linear.h"
+
+namespace kdk {
+namespace KDK_ISA {
+
+#include "elementary.h"
+#include "storage.h"
+
+// Calls body(first element, number of elements) for each block, on all threads.
+template <class F> void each_block(int64_t count, int threads, F body) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (count >= kSerialWork && threads > 1)
+  for (int64_t first = 0; first < count; first += kBlock)
+    body(first, count - first < kBlock ? (int)(count - first) : kBlock);
+}
+
+// ---- the inner loops; `from` may be `to`. Not inlined: a test sees that they are made of packed instructions.
+
+// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN stays the one that it is.
+template <class T> __attribute__((noinline)) void cap_block(const T* from, T* to, int n, T cap) {
+  const T small = T(sizeof(T) == 4 ? 0x1p-12 : 0x1p-27);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    T x = from[i], ratio = x / cap, capped = cap * tanh_of(ratio);
+    to[i] = ratio >= small || ratio <= -small ? capped : x;
+  }
+}
+
+// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap, whose digits are all there near the cap, where a square would
+// have lost them. The rounding of a capped logit to 16 bits may take it past the cap: the slope is 0 there.
+template <class T>
+__attribute__((noinline)) void cap_gradient_block(const T* gradient, const T* logits, T* to, int n, T cap) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    T g = gradient[i], x = logits[i], d = (cap - (x < 0 ? -x : x)) / cap;
+    d = d < 0 ? T(0) : d;
+    T product = g * (d * (2 - d));
+    to[i] = g == 0 ? g : product;  // of a row that is skipped, or padding: its logits may be anything
+  }
+}
+
+// ---- all elements
+
+template <class T> void cap_all(void* x, Dtype dtype, int64_t count, T cap, int threads) {
+  each_block(count, threads, [=](int64_t first, int n) {
+    alignas(64) T buffer[kBlock];
+    void* at = (char*)x + first * bytes_of(dtype);
+    cap_block(widen(at, dtype, n, buffer), buffer, n, cap);
+    narrow(buffer, at, dtype, n);
+  });
+}
+
+template <class T>
+void cap_gradient_all(void* gradient, const void* logits, Dtype dtype, int64_t count, T cap, int threads) {
+  each_block(count, threads, [=](int64_t first, int n) {
+    alignas(64) T buffer[kBlock], logits_buffer[kBlock];
+    void* at = (char*)gradient + first * bytes_of(dtype);
+    const T* x = widen((const char*)logits + first * bytes_of(dtype), dtype, n, logits_buffer);
+    cap_gradient_block(widen(at, dtype, n, buffer), x, buffer, n, cap);
+    narrow(buffer, at, dtype, n);
+  });
+}
+
+void softcap(void* x, Dtype dtype, int64_t count, double cap, int threads) noexcept {
+  if (dtype == Dtype::f64)
+    cap_all<double>(x, dtype, count, cap, threads);
+  else
+    cap_all<float>(x, dtype, count, (float)cap, threads);
+}
+
+void softcap_gradient(void* gradient, const void* logits, Dtype dtype, int64_t count, double cap,
+                      int threads) noexcept {
+  if (dtype == Dtype::f64)
+    cap_gradient_all<double>(gradient, logits, dtype, count, cap, threads);
+  else
+    cap_gradient_all<float>(gradient, logits, dtype, count, (float)cap, threads);
+}
+
+void accumulate(float* total, const void* part, Dtype dtype, int64_t count, int threads) noexcept {
+  each_block(count, threads, [=](int64_t first, int n) {
+    alignas(64) float buffer[kBlock];
+    const float* x = widen((const char*)part + first * bytes_of(dtype), dtype, n, buffer);
+    for (int i = 0; i < n; ++i) total[first + i] += x[i];
+  });
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

@@ -1,0 +1,108 @@
+// What a head needs around its matrix products and row sweeps, on an NVIDIA GPU: the twin of csrc/cpu/linear.cpp, but
+// for sums in fp32 of 16-bit products, which are one kernel of torch there. The soft cap of logits and its gradient,
+// element by element, in place, eight elements a thread a turn.
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "device.h"
+#include "groups.h"
+#include "launch.h"
+#include "linear.h"
+
+namespace kdk {
+namespace cuda {
+
+constexpr int kThreads = 256, kBlocksOfMultiprocessor = 6;
+
+// Calls body(first, begin, end) for this thread's groups of a tensor's elements: those from first + begin to
+// first + end, where first is shifted so that a whole group lies at a multiple of 16 bytes.
+template <class F> inline __device__ void each_group(int64_t count, int shift, F body) {
+  const int64_t step = (int64_t)gridDim.x * kThreads * kGroup;
+  int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * kGroup - shift;
+  for (; first < count; first += step)
+    body(first, first < 0 ? shift : 0, count - first < kGroup ? (int)(count - first) : kGroup);
+}
+
+struct Cap {
+  float cap, inverse;
+};
+
+// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN stays the one that it is.
+inline __device__ float softcap_of(float x, Cap at) {
+  const float ratio = x * at.inverse;
+  return fabsf(ratio) >= 0x1p-12f ? at.cap * tanhf(ratio) : x;
+}
+
+// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap, whose digits are all there near the cap, where a square would
+// have lost them. The rounding of a capped logit to 16 bits may take it past the cap: the slope is 0 there.
+inline __device__ float softcap_gradient_of(float gradient, float x, Cap at) {
+  float d = (at.cap - fabsf(x)) * at.inverse;
+  d = d < 0 ? 0 : d;
+  return gradient == 0 ? gradient : gradient * (d * (2 - d));  // 0: a skipped row, or padding; its logits are anything
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+    softcap_kernel(char* x, Dtype dtype, int64_t count, Cap cap) {
+  each_group(count, columns_in((uint64_t)x % 16, dtype), [&](int64_t first, int begin, int end) {
+    const Slice slice = {x + first * bytes_of(dtype), dtype, begin, end, true};
+    float values[kGroup];
+    widen<false>(load_group<false, false>(slice, 0), dtype, values);
+    for (int i = 0; i < kGroup; ++i) values[i] = softcap_of(values[i], cap);
+    store_group<false>(x + first * bytes_of(dtype), dtype, slice.whole(0), 0, begin, end, values);
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
+    softcap_gradient_kernel(char* gradient, const char* logits, Dtype dtype, int64_t count, Cap cap) {
+  const int shift = shift_of(gradient, dtype, logits, dtype);
+  const bool aligned = shift >= 0;
+  each_group(count, aligned ? shift : 0, [&](int64_t first, int begin, int end) {
+    const int64_t offset = first * bytes_of(dtype);
+    const Slice of_gradient = {gradient + offset, dtype, begin, end, aligned};
+    const Slice of_logits = {logits + offset, dtype, begin, end, aligned};
+    float values[kGroup], x[kGroup];
+    load_pair<false, false>(of_gradient, of_logits, 0, values, x);
+    for (int i = 0; i < kGroup; ++i) values[i] = softcap_gradient_of(values[i], x[i], cap);
+    store_group<false>(gradient + offset, dtype, of_gradient.whole(0), 0, begin, end, values);
+  });
+}
+
+// ---- the host
+
+namespace {
+
+// A thread for each group, as far as the chip holds so many at once.
+template <class Kernel, class... Arguments>
+void launch(int64_t count, int device, void* stream, Kernel kernel, Arguments... arguments) {
+  if (count == 0) return;
+  OnDevice guard(device);
+  const int64_t blocks = (int64_t)kBlocksOfMultiprocessor * Chip(device, kernel).multiprocessors;
+  const int64_t wanted = (count + kGroup - 1) / kGroup / kThreads + 1;  // one more group where the tensor is shifted
+  const Launch launch = {1, kThreads, 0, (int)(wanted < blocks ? wanted : blocks)};
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
+}
+
+Cap cap_of(double cap) { return {(float)cap, (float)(1 / cap)}; }
+
+}  // namespace
+
+void softcap(void* x, Dtype dtype, int64_t count, double cap, int device, void* stream) {
+  launch(count, device, stream, softcap_kernel, (char*)x, dtype, count, cap_of(cap));
+}
+
+void softcap_gradient(void* gradient, const void* logits, Dtype dtype, int64_t count, double cap, int device,
+                      void* stream) {
+  launch(count, device, stream, softcap_gradient_kernel, (char*)gradient, (const char*)logits, dtype, count,
+         cap_of(cap));
+}
+
+void load_linear() {
+  cudaFuncAttributes attributes;
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, softcap_kernel);
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, softcap_gradient_kernel);
+}
+
+}  // namespace cuda
+}  // namespace kdk
