@@ -2,6 +2,8 @@
 
 from . import nn
 from .backends import checks
+from .backends.linear import chunk_budget
+from .distributions import LinearLogits
 from .divergences import CATALOGUE, Divergence
 from .functional import LossOutput, fused_divergence, fused_js, fused_kl, next_token_labels
 
@@ -10,8 +12,10 @@ __version__ = "0.1.0"
 __all__ = [
     "CATALOGUE",
     "Divergence",
+    "LinearLogits",
     "LossOutput",
     "checks",
+    "chunk_budget",
     "fused_divergence",
     "fused_js",
     "fused_kl",

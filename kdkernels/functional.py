@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, options
-from .autograd import Rows
-from .backends import ROW_STATISTICS, compute_dtype, reference
+from .autograd import LinearRows, Rows
+from .backends import ROW_STATISTICS, compute_dtype, linear, reference
+from .distributions import LinearLogits, gathered
 from .divergences import CATALOGUE, Divergence
 
 
@@ -20,8 +21,8 @@ class LossOutput:
 
 
 def fused_divergence(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
     divergence: str | Divergence = "kl",
     *,
     temperature: float | Tensor = 1.0,
@@ -36,6 +37,9 @@ def fused_divergence(
     vocab_size: int | None = None,
     statistics: tuple[str, ...] = (),
     gradient: str = "auto",
+    chunk_rows: int | None = None,
+    compact_rows: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | LossOutput:
     """A divergence between softmax(teacher / T) and softmax(student / T), row by row, with its gradient.
@@ -51,8 +55,10 @@ def fused_divergence(
 
     Args:
         student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Leading dimensions are free, and the last has
-            stride 1; slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient.
-        teacher: logits [..., V] of the same leading shape; the dtype may differ. Must not require grad.
+            stride 1; slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient. Or a
+            `LinearLogits`, whose hidden states, weight and bias get theirs, and whose logits are never stored.
+        teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Must not require
+            grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
             alpha) or a `Divergence` with its parameter.
         temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, not the label term's.
@@ -83,16 +89,24 @@ def fused_divergence(
             shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
             for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
             sees them), else "forward". Without grad no gradient is found. "forward" rounds to the
-            student's dtype a second time where the loss is multiplied by something before backward.
+            student's dtype a second time where the loss is multiplied by something before backward. With a
+            `LinearLogits` "forward" finds all gradients then; "backward" keeps the inputs and does the products again,
+            which reduction="none" needs for a student's head.
+        chunk_rows: of `LinearLogits`: how many rows' logits are made at a time. None: as many as `chunk_budget` holds.
+        compact_rows: of `LinearLogits`: whether dropped rows are left out of the products. On a GPU that takes a
+            synchronisation to count them. None: on a CPU.
+        logits_dtype: of `LinearLogits`: torch.float32 makes fp32 logits of 16-bit hidden states and weights. None: the
+            dtype of the factors, to which logits are rounded as a model's own are. Rounding logits is most of the
+            gradient's error then; fp32 costs twice the memory a row, and on a CPU several times the time.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
             PyTorch, twice differentiable).
 
     Returns:
         The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
-        student's dtype; between logits and gradient all arithmetic is fp32 (fp64). In fp32 the loss of a row is right
-        to 1e-6 of itself and 4 units in the last place of its log-sum-exp. alpha magnifies that: near 0 and 1 its terms
-        are divided by alpha (alpha - 1), and outside (0, 1) they are exponentials of the log-ratio, which also overflow
-        where fp64 does not.
+        student's dtype (of a head's parts each its own); between logits and gradient all arithmetic is fp32 (fp64). In
+        fp32 the loss of a row is right to 1e-6 of itself and 4 units in the last place of its log-sum-exp. alpha
+        magnifies that: near 0 and 1 its terms are divided by alpha (alpha - 1), and outside (0, 1) they are
+        exponentials of the log-ratio, which also overflow where fp64 does not.
 
     Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
     Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
@@ -121,23 +135,30 @@ def fused_divergence(
         student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=labels,
         ignore_index=ignore_index, hard_weight=hard_weight, reduction=reduction, normalizer=normalizer,
     )  # fmt: skip
+    heads = options.resolve_heads(
+        student, teacher, chunk_rows=chunk_rows, compact_rows=compact_rows, logits_dtype=logits_dtype
+    )
     backend = backends.select(backend, student, teacher)
     parameters = torch.ones(1, dtype=compute_dtype(student, teacher), device=student.device)
     if CATALOGUE[divergence.name].parameter is not None:
         parameters = parameters * divergence.parameter
 
-    leading = student.shape[:-1]
-    tensors = (*options.as_outer_inner(student, teacher), *row, parameters)
     static = (divergence.name, vocab_size, temperature_squared)
-    row_loss, row_statistics, top1 = _row_losses(tensors, static, bool(statistics), reduction, gradient, backend)
+    row_numbers, last = (*row, parameters), (bool(statistics), reduction, gradient, backend)
+    if heads is None:
+        found = _row_losses((*options.as_outer_inner(student, teacher), *row_numbers), static, *last)
+    else:
+        found = _linear_row_losses(student, teacher, row_numbers, static, heads, *last)
+    row_loss, row_statistics, top1 = found
 
+    leading = student.shape[:-1]
     loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
     if not statistics:
         return loss
     return LossOutput(loss, {name: _statistic(name, row_statistics, top1, leading) for name in statistics})
 
 
-def fused_kl(student: Tensor, teacher: Tensor, **row_options) -> Tensor | LossOutput:
+def fused_kl(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, **row_options) -> Tensor | LossOutput:
     """KL(p‖q) = Σ p log(p/q), p = softmax(teacher / T), q = softmax(student / T): Hinton's distillation loss.
 
     The gradient with respect to the student's logits is (q − p) / T (times T**2 with temperature_squared=True).
@@ -146,7 +167,9 @@ def fused_kl(student: Tensor, teacher: Tensor, **row_options) -> Tensor | LossOu
     return fused_divergence(student, teacher, "kl", **row_options)
 
 
-def fused_js(student: Tensor, teacher: Tensor, *, beta: float = 0.5, **row_options) -> Tensor | LossOutput:
+def fused_js(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, *, beta: float = 0.5, **row_options
+) -> Tensor | LossOutput:
     """Generalised Jensen-Shannon divergence β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv:2306.13649, Eq. 1).
 
     p is the teacher's and q the student's distribution. 0 < beta < 1: at 0 and 1 the divergence vanishes, so they
@@ -184,6 +207,55 @@ def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str
         per_row = reduction == "none" and (torch.compiler.is_compiling() or not tensors[1].is_inference())
         gradient = "backward" if per_row or student.dtype == torch.float16 else "forward"
     return Rows.apply(*tensors, *static, statistics, gradient, backend)
+
+
+def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics, reduction, gradient, backend):
+    """What `_row_losses` returns, where a side is a head; or the sum of the row losses."""
+    sides = [_side(x, heads) for x in (student, teacher)]
+    data = options.as_outer_inner(sides[0].data, sides[1].data)
+    sides = [side._replace(data=x) for side, x in zip(sides, data, strict=True)]
+    if backend == "reference":
+        dtype, row_scale = compute_dtype(student, teacher), row_numbers[0]
+        with torch.autocast(student.device.type, enabled=False):
+            logits = [x.data if x.weight is None else reference.linear_logits(*x, row_scale, dtype) for x in sides]
+        return _row_losses((*logits, *row_numbers), static, statistics, reduction, gradient, backend)
+
+    tensors = [x for side in sides for x in (side.data, side.weight, side.bias)]
+    for x in tensors:
+        if x is not None:
+            _refuse_transforms(x, backend)
+    numbers = [x for side in sides for x in (side.scale, side.softcap)]
+    budget = linear.current_budget()
+    static = (
+        *static, *numbers, heads.autocast_dtype, heads.logits_dtype, heads.chunk_rows, budget, heads.compact_rows
+    )  # fmt: skip
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
+    if not any(wanted):
+        loss, _, _, _, row_statistics, top1 = ops.linear_rows(
+            *tensors, *row_numbers, *static, wanted, statistics, backend
+        )
+        return loss, row_statistics, top1
+    of_weight = sides[0].weight is not None
+    if gradient == "forward" and reduction == "none" and of_weight:
+        raise ValueError(
+            "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
+            "expected gradient='backward' or 'auto'"
+        )
+    if gradient == "auto":
+        dtype = linear.product_dtype(student.dtype, heads.autocast_dtype) if of_weight else student.dtype
+        gradient = "backward" if reduction == "none" or dtype == torch.float16 else "forward"
+    return LinearRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
+
+
+def _side(x: Tensor | LinearLogits, heads: options.HeadOptions) -> linear.Side:
+    if isinstance(x, Tensor):
+        return linear.Side(x, None, None, 1.0, None)
+    dtype = linear.product_dtype(x.hidden.dtype, heads.autocast_dtype)
+    hidden = x.hidden
+    if not torch.compiler.is_compiling() and hidden.is_inference():
+        hidden = hidden.clone()  # what is made in inference mode cannot be saved for backward
+    bias = None if x.bias is None else gathered(x.bias, dtype)
+    return linear.Side(hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
 
 
 def _refuse_transforms(student: Tensor, backend: str):

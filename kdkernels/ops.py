@@ -1,4 +1,4 @@
-"""torch.library operators of the row family: schema, fake, and dispatch to a backend's function of the same name.
+"""torch.library operators of the row and linear families: schema, fake, and dispatch to a backend's function.
 
 They mutate nothing and return fresh tensors (`scale_` excepted), take no floats (a float argument recompiles at every
 new value), and know nothing of autograd: autograd.py stands outside.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, compute_dtype
+from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, compute_dtype, linear
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -110,6 +110,47 @@ row_gradient = _define(
     "SymInt vocab_size, bool temperature_squared, str backend) -> Tensor",
     lambda kernels, *args: kernels.row_gradient(*args),
     lambda student, *args: _gradient_like(student),
+)
+
+
+def _linear_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, row_scale,
+                 labels, temperature, hard_weight, parameters, divergence, vocab_size, temperature_squared,
+                 student_scale, student_softcap, teacher_scale, teacher_softcap, autocast_dtype, logits_dtype,
+                 chunk_rows, chunk_budget, compact_rows, wanted, statistics):  # fmt: skip
+    return linear.linear_rows(
+        kernels,
+        linear.Side(student, student_weight, student_bias, student_scale, student_softcap),
+        linear.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
+        linear.RowOptions(row_scale, labels, temperature, hard_weight),
+        parameters, divergence, vocab_size, temperature_squared, autocast_dtype, logits_dtype, chunk_rows,
+        chunk_budget, compact_rows, linear.Wanted(*wanted), statistics,
+    )  # fmt: skip
+
+
+def _linear_rows_fake(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, row_scale, *others):
+    wanted, statistics, _ = others[-3:]
+    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
+    return (
+        _new(student, count, dtype=dtype),
+        *(_gradient_like(x) if wants else _new(student, 0, dtype=student.dtype)
+          for x, wants in zip((student, student_weight, student_bias), wanted, strict=True)),
+        *_statistics_fake(student, count, dtype, statistics),
+    )  # fmt: skip
+
+
+# The same over logits that are made in chunks of rows: student and teacher are [outer, inner, columns], or, with a
+# weight, hidden states [outer, inner, H]. Loss [rows], the gradients of student, weight and bias (those that `wanted`
+# names, else empty), statistics and top-1. Scales and caps are constants of a model, and factors of products on the
+# host: floats. chunk_rows = 0: as many as the budget, in bytes, holds.
+linear_rows = _define(
+    "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, "
+    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor row_scale, "
+    f"{_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
+    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, "
+    "ScalarType? autocast_dtype, ScalarType? logits_dtype, SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, "
+    "bool[] wanted, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _linear_rows,
+    _linear_rows_fake,
 )
 
 # gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.

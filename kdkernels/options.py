@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
+from .distributions import LinearLogits, is_sharded
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
@@ -26,17 +27,15 @@ class RowOptions(NamedTuple):
     hard_weight: Tensor | None
 
 
-def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> int:
-    """Raises on logits that no backend takes; returns the number of classes that count."""
+def check_logits(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
+    """Raises on logits, stored or of a head, that no backend takes; returns the number of classes that count."""
     for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
+        if not isinstance(x, (Tensor, LinearLogits)):
+            raise TypeError(f"{name}: expected a tensor of logits or a LinearLogits; got {type(x).__name__}")
         if x.dtype not in STORAGE_DTYPES:
             raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
-        if x.dim() == 0:
-            raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
+        if isinstance(x, Tensor):
+            _check_stored(name, x)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must agree in all dimensions but the last; "
@@ -63,13 +62,62 @@ def check_logits(student: Tensor, teacher: Tensor, vocab_size: int | None) -> in
             f"vocab_size: expected from 1 to the narrower width; got {vocab_size} "
             f"with a student of {widths[0]} and a teacher of {widths[1]} classes"
         )
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
-            raise ValueError(
-                f"{name}: expected a last dimension of stride 1; got strides {list(x.stride())}; "
-                f"pass {name}.contiguous()"
-            )
     return vocab_size
+
+
+def _check_stored(name: str, x: Tensor):
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
+        raise ValueError(
+            f"{name}: expected a last dimension of stride 1; got strides {list(x.stride())}; pass {name}.contiguous()"
+        )
+
+
+class HeadOptions(NamedTuple):
+    """How the logits of heads are made; None and 0 leave it to the operator."""
+
+    autocast_dtype: torch.dtype | None
+    logits_dtype: torch.dtype | None
+    chunk_rows: int
+    compact_rows: bool
+
+
+def resolve_heads(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, *, chunk_rows, compact_rows, logits_dtype
+) -> HeadOptions | None:
+    """None where neither side is a head."""
+    heads = {name: x for name, x in (("student", student), ("teacher", teacher)) if isinstance(x, LinearLogits)}
+    given = {"chunk_rows": chunk_rows, "compact_rows": compact_rows, "logits_dtype": logits_dtype}
+    for name, value in given.items():
+        if value is not None and not heads:
+            raise ValueError(f"{name} is of LinearLogits; got {name}={value} with two tensors of logits")
+    if not heads:
+        return None
+    if chunk_rows is not None:
+        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, (int, torch.SymInt)):
+            raise TypeError(f"chunk_rows: expected an int or None; got {type(chunk_rows).__name__}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows: expected at least 1; got {chunk_rows}")
+    if compact_rows is not None:
+        check_type("compact_rows", compact_rows, bool)
+    if logits_dtype not in (None, torch.float32):
+        raise TypeError(f"logits_dtype: expected torch.float32 or None (as the products' factors); got {logits_dtype}")
+    device = student.device.type
+    autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    for name, x in heads.items():
+        # Autocast casts all but fp64; what is sharded is cast as it is gathered.
+        cast = autocast_dtype is not None and torch.float64 not in (x.hidden.dtype, x.weight.dtype)
+        cast = cast or is_sharded(x.weight)
+        if x.hidden.dtype != x.weight.dtype and not cast:
+            raise TypeError(
+                f"{name}: expected hidden and weight of one dtype outside autocast; "
+                f"got {x.hidden.dtype} and {x.weight.dtype}"
+            )
+    compact_rows = device == "cpu" if compact_rows is None else compact_rows
+    return HeadOptions(autocast_dtype, logits_dtype, chunk_rows or 0, compact_rows)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):

@@ -10,6 +10,7 @@ import sys
 import torch
 
 from . import backends
+from .distributions import LinearLogits
 from .divergences import CATALOGUE
 from .functional import fused_divergence
 from .options import STATISTICS
@@ -20,6 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((5, 1), (5, 1000), (5, 50_001))
 GPU_SHAPES = ((5, 1), (8000, 1000), (500, 50_001), (250, 128_256))
 INTERPRETED_SHAPES = ((5, 1), (5, 1000), (5, 5001))
+# (rows, classes, width) of heads: several chunks.
+HEAD_SHAPE, GPU_HEAD_SHAPE = (30, 1001, 64), (1500, 32_001, 256)
 PADDING = 8  # columns past the classes, which hold NaN
 
 
@@ -93,6 +96,45 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
     return tuple(worst)
 
 
+def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, backend: str, logits_dtype=None):
+    """Of heads with a bias, scale and cap, in chunks: errors of the loss and of all gradients, in norm, as parts of
+    those of eager PyTorch in the same dtype (that of fp32 logits being another rounding of the gradient alone)."""
+    rows, classes, width = shape
+    generator = torch.Generator().manual_seed(width)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    tensors = [normal(rows, width), normal(classes, width) / width**0.5, normal(classes), normal(rows, width),
+               normal(classes, width) / width**0.5]  # fmt: skip
+    mask = torch.arange(rows, device=device) % 5 != 4
+
+    def one_call(tensors, to_logits=None, **options):
+        tensors = [x.detach().requires_grad_(i < 3) for i, x in enumerate(tensors)]
+        student = LinearLogits(*tensors[:3], scale=2.0, softcap=5.0)
+        teacher = LinearLogits(*tensors[3:], scale=2.0)
+        if to_logits:
+            student, teacher = to_logits(student), to_logits(teacher)
+        loss = 2 * fused_divergence(student, teacher, "js", mask=mask, reduction="sum", **options)
+        return loss.detach(), *torch.autograd.grad(loss, tensors[:3])
+
+    def eager_logits(head):
+        logits = head.scale * torch.nn.functional.linear(head.hidden, head.weight, head.bias)
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+    want = one_call([x.double() for x in tensors], backend="reference")
+    eager = one_call(tensors, eager_logits, backend="reference")
+    rounding = tolerance(dtype)
+    worst = [0.0, 0.0]
+    for gradient in ("forward", "backward"):
+        got = one_call(tensors, backend=backend, gradient=gradient, chunk_rows=rows // 3, logits_dtype=logits_dtype)
+        for i, (x, y, z) in enumerate(zip(got, want, eager, strict=True)):
+            of_eager = 0 if logits_dtype else 1.5 * (z - y).norm()
+            part = (x - y).norm() / (of_eager + 2 * rounding * y.norm())
+            worst[min(i, 1)] = max(worst[min(i, 1)], float(part.nan_to_num(torch.inf)))
+    return tuple(worst)
+
+
 def check(device: str) -> bool:
     x = torch.empty(1, 1, device=device)
     served = []
@@ -108,7 +150,7 @@ def check(device: str) -> bool:
         return False
     print(f"\nerrors on {device}, in parts of what is allowed (1.00 fails)")
     print(
-        f"{'backend':8} {'divergence':16} {'dtype':9} {'N':>5} {'V':>7} {'loss':>6} {'gradient':>9} {'statistics':>11}"
+        f"{'backend':8} {'divergence':17} {'dtype':9} {'N':>5} {'V':>7} {'loss':>6} {'gradient':>9} {'statistics':>11}"
     )
     right = True
     for backend in served:
@@ -119,8 +161,17 @@ def check(device: str) -> bool:
                     found = errors(divergence, dtype, shape, device, backend)
                     wrong = not all(e < 1 for e in found)
                     right &= not wrong
-                    print(f"{backend:8} {divergence:16} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
+                    print(f"{backend:8} {divergence:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
                           f"{found[1]:9.2f} {found[2]:11.2f}{'  WRONG' if wrong else ''}")  # fmt: skip
+        for dtype in DTYPES:
+            for logits_dtype in (None,) if dtype == torch.float32 else (None, torch.float32):
+                shape = GPU_HEAD_SHAPE if device != "cpu" else HEAD_SHAPE
+                found = head_errors(dtype, shape, device, backend, logits_dtype)
+                wrong = not all(e < 1 for e in found)
+                right &= not wrong
+                name = "head, fp32 logits" if logits_dtype else "head"
+                print(f"{backend:8} {name:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
+                      f"{found[1]:9.2f} {'':>11}{'  WRONG' if wrong else ''}")  # fmt: skip
     print("\nall right" if right else "\nWRONG: see above")
     return right
 

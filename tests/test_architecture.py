@@ -12,7 +12,7 @@ import torch
 
 import kdkernels
 from kdkernels import CATALOGUE, backends
-from kdkernels.backends import native, reference
+from kdkernels.backends import linear, native, reference
 
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -27,12 +27,17 @@ LAYERS = {
     "kdkernels.autograd": 6,
     "kdkernels.options": 6,
     "kdkernels.ops": 5,
+    "kdkernels.backends.triton.kernels": 4,
+    "kdkernels.backends.triton.linear": 3,
     "kdkernels.backends.triton.rows": 3,
+    "kdkernels.backends.triton.launch": 2,
     "kdkernels.backends.triton": 2,
+    "kdkernels.backends.linear": 2,
     "kdkernels.backends.triton.table": 2,
     "kdkernels.backends.native": 2,
     "kdkernels.backends.reference": 2,
     "kdkernels.backends": 1,
+    "kdkernels.distributions": 0,
     "kdkernels.divergences": 0,
     "kdkernels._native": 0,
 }
@@ -139,9 +144,14 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     assert selftest.check("cpu")
     assert "all right" in capsys.readouterr().out
     right = reference.TABLE["js"]
-    monkeypatch.setitem(reference.TABLE, "js", lambda *args: 1.001 * right(*args))
+    with monkeypatch.context() as patch:
+        patch.setitem(reference.TABLE, "js", lambda *args: 1.001 * right(*args))
+        assert not selftest.check("cpu")
+        assert "WRONG" in capsys.readouterr().out
+    project = linear._project
+    monkeypatch.setattr(linear, "_project", lambda hidden, *others: project(1.1 * hidden, *others))
     assert not selftest.check("cpu")
-    assert "WRONG" in capsys.readouterr().out
+    assert all("WRONG" in line for line in capsys.readouterr().out.splitlines() if " head" in line)
 
 
 def test_build_record_is_there():

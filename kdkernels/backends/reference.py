@@ -104,6 +104,17 @@ class _WholeRowOrNaN(torch.autograd.Function):
         return torch.where(finite, gradient, torch.nan)
 
 
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None,
+    row_scale: Tensor, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """softcap * tanh(scale * (hidden weight^T + bias) / softcap) in `dtype`, of [outer, inner, H]: the definition."""
+    kept = (row_scale != 0).view(hidden.shape[:-1])[..., None]
+    hidden = torch.where(kept, hidden.to(dtype), 0)  # a skipped row may hold anything
+    logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def rows(
     student: Tensor,
     teacher: Tensor,

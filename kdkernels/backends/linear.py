@@ -1,0 +1,358 @@
+"""Heads: logits that are made by a matrix product, swept in place, and turned into gradients, some rows at a time.
+
+For each chunk of rows::
+
+    logits   = softcap(scale * (hidden weight^T + bias))     of each side that is a head
+    dlogits                                                  the row sweeps of the dense family, in the logits' place
+    dhidden  = scale * dlogits weight
+    dweight += scale * dlogits^T hidden                      summed in fp32
+    dbias   += scale * the sum of dlogits over the rows      summed in fp32
+
+The products are torch's, the sweeps a backend's: this loop is the same for all of them. A product whose factors have 16
+bits is summed over chunks in fp32: where the library writes products in fp32 (CUDA), it adds them too; elsewhere a slab
+of the product is made at a time, which is added while it lies in a cache.
+"""
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ROW_STATISTICS, ROW_TOP1, check_values, compute_dtype, values_are_checked
+
+_budget = 256 << 20  # bytes of a chunk's buffers
+_SLAB = 4 << 20  # bytes of a product that is added while it lies in a cache
+_ALIGNMENT = 8  # columns of a buffer's row, in which 16-bit rows begin at multiples of 16 bytes
+_ROUND = 64  # rows to a multiple of which chunks are rounded
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class chunk_budget:
+    """Sets the bytes that a call's chunk buffers may take where `chunk_rows` is None: 256 MiB unless set.
+
+    ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` for a block.
+    Raises TypeError for what is no int, ValueError below 1.
+    """
+
+    def __init__(self, bytes: int):
+        global _budget
+        if isinstance(bytes, bool) or not isinstance(bytes, int):
+            raise TypeError(f"chunk_budget: expected an int (bytes); got {type(bytes).__name__}")
+        if bytes < 1:
+            raise ValueError(f"chunk_budget: expected at least 1 byte; got {bytes}")
+        self._before, _budget = _budget, bytes
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        global _budget
+        _budget = self._before
+
+
+def current_budget() -> int:
+    return _budget
+
+
+def product_dtype(dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
+    """Of the factors of the products of hidden states of `dtype`. Autocast casts all but fp64."""
+    return dtype if autocast_dtype is None or dtype == torch.float64 else autocast_dtype
+
+
+class Side(NamedTuple):
+    """Student or teacher: logits [outer, inner, columns], or (with a weight) hidden states [outer, inner, H]."""
+
+    data: Tensor
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float
+    softcap: float | None
+
+
+class RowOptions(NamedTuple):
+    """What a row has of its own: [rows], or [1] where one number serves all rows."""
+
+    row_scale: Tensor
+    labels: Tensor | None
+    temperature: Tensor
+    hard_weight: Tensor | None
+
+    def of(self, chunk) -> "RowOptions":
+        rows = self.row_scale.shape[0]
+        return RowOptions(*(x if x is None or x.shape[0] != rows else x[chunk] for x in self))
+
+
+class Wanted(NamedTuple):
+    """Which gradients to find: of the student's data (logits or hidden states), its weight and its bias."""
+
+    data: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+@torch.no_grad()
+def linear_rows(
+    kernels,
+    student: Side,
+    teacher: Side,
+    options: RowOptions,
+    parameters: Tensor,
+    divergence: str,
+    vocab_size: int,
+    temperature_squared: bool,
+    autocast_dtype: torch.dtype | None,
+    logits_dtype: torch.dtype | None,
+    chunk_rows: int,
+    budget: int,
+    compact_rows: bool,
+    wanted: Wanted,
+    statistics: bool,
+):
+    """Losses [rows], the gradients of student, weight and bias, statistics and top-1: `ops.linear_rows`."""
+    row_scale = options.row_scale
+    if row_scale.device.type == "cpu" or values_are_checked():
+        check_values(*options, vocab_size)
+    rows = row_scale.shape[0]
+    kept = row_scale.nonzero()[:, 0] if compact_rows else None
+    if kept is not None and kept.shape[0] == rows:
+        kept = None
+    count = rows if kept is None else kept.shape[0]
+    gradient = any(wanted)
+    every = kept is None and rows > 0  # all rows are written below
+
+    def source(side: Side, wanted: Wanted):
+        if side.weight is None:
+            return _Stored(kernels, side, wanted, kept is not None)
+        return _Head(kernels, side, wanted, vocab_size, autocast_dtype, logits_dtype)
+
+    sources = source(student, wanted), source(teacher, Wanted())
+    size = _chunk_size(count, chunk_rows, budget, sum(x.row_bytes for x in sources))
+    for x in sources:
+        x.allocate(size, chunks=-(-count // size), every=every)
+
+    new = torch.empty if every else torch.zeros
+    dtype, device = compute_dtype(student.data, teacher.data), row_scale.device
+    loss = new(rows, dtype=dtype, device=device)
+    row_statistics = new(len(ROW_STATISTICS) if statistics else 0, rows, dtype=dtype, device=device)
+    top1 = new(len(ROW_TOP1) if statistics else 0, rows, dtype=torch.int64, device=device)
+    for first in range(0, count, size):
+        chunk = slice(first, min(first + size, count))
+        chunk = chunk if kept is None else kept[chunk]
+        own = options.of(chunk)
+        student_logits, teacher_logits = (x.logits(chunk, own.row_scale)[None] for x in sources)
+        into = sources[0].gradient_target(chunk)[None] if gradient else None
+        loss[chunk], _, _, _, row_statistics[:, chunk], top1[:, chunk] = kernels.rows(
+            student_logits, teacher_logits, *own, parameters, divergence, vocab_size,
+            temperature_squared, gradient, statistics, into,
+        )  # fmt: skip
+        if gradient:
+            sources[0].add_gradients(chunk)
+    return loss, *sources[0].gradients(), row_statistics, top1
+
+
+def _chunk_size(count: int, chunk_rows: int, budget: int, row_bytes: int) -> int:
+    """Rows of a chunk: as asked for, or as many as the budget holds, spread evenly over the chunks."""
+    if chunk_rows:
+        return chunk_rows
+    most = budget // row_bytes if row_bytes else count
+    if most < 1 and count:
+        warnings.warn(
+            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes}: chunks have one row "
+            "(kdkernels.chunk_budget sets the budget)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    most = max(most, 1)
+    size = -(-count // max(-(-count // most), 1))
+    rounded = -(-size // _ROUND) * _ROUND
+    return max(rounded if rounded <= most else size, 1)
+
+
+def _rows_of(x: Tensor, chunk) -> Tensor:
+    """Rows of [outer, inner, width] as [n, width]: a view where they lie at one stride, else a copy."""
+    if isinstance(chunk, slice):
+        if _at_one_stride(x):
+            return x.flatten(0, 1)[chunk]
+        chunk = torch.arange(chunk.start, chunk.stop, device=x.device)
+    return x[chunk // x.shape[1], chunk % x.shape[1]]
+
+
+def _at_one_stride(x: Tensor) -> bool:
+    return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+class _Stored:
+    """Logits that the caller has."""
+
+    def __init__(self, kernels, side: Side, wanted: Wanted, gathered: bool):
+        self.kernels, self.data, self.wanted, self.gathered = kernels, side.data, wanted, gathered
+        copies = (gathered or not _at_one_stride(side.data)) + (gathered and wanted.data)
+        self.row_bytes = copies * side.data.shape[-1] * side.data.element_size()
+
+    def allocate(self, size: int, chunks: int, every: bool):
+        if not self.wanted.data:
+            return
+        outer, inner, columns = self.data.shape
+        new = {"dtype": self.data.dtype, "device": self.data.device}
+        self.gradient = self.kernels.empty(outer * inner, columns, **new)
+        if not every:
+            self.gradient.zero_()
+        self.part = self.kernels.empty(size, columns, **new) if self.gathered else None
+
+    def logits(self, chunk, row_scale: Tensor) -> Tensor:
+        return _rows_of(self.data, chunk)
+
+    def gradient_target(self, chunk) -> Tensor:
+        return self.gradient[chunk] if isinstance(chunk, slice) else self.part[: chunk.shape[0]]
+
+    def add_gradients(self, chunk):
+        if not isinstance(chunk, slice):
+            self.gradient[chunk] = self.part[: chunk.shape[0]]
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        data = self.gradient.view(self.data.shape) if self.wanted.data else self.data.new_empty(0)
+        return data, self.data.new_empty(0), self.data.new_empty(0)
+
+
+class _Head:
+    """Logits made from hidden states, in a buffer of a chunk's rows, which their gradient takes over."""
+
+    def __init__(self, kernels, side: Side, wanted: Wanted, classes: int, autocast_dtype, logits_dtype):
+        self.kernels, self.side, self.wanted, self.classes = kernels, side, wanted, classes
+        self.dtype = product_dtype(side.data.dtype, autocast_dtype)
+        self.logits_dtype = logits_dtype if logits_dtype is not None and self.dtype in _HALVES else self.dtype
+        self.weight = side.weight[:classes].to(self.dtype)
+        self.bias = None if side.bias is None else side.bias[:classes].to(self.dtype)
+        self.columns = -(-classes // _ALIGNMENT) * _ALIGNMENT
+        # The gradient needs a buffer of its own where the capped logits must outlive it; where it is fp32, the products
+        # need it rounded.
+        self.apart = any(wanted) and side.softcap is not None
+        self.rounded = any(wanted) and self.logits_dtype != self.dtype
+        logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
+        self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
+        self.row_bytes += side.data.shape[-1] * factor_bytes
+
+    def allocate(self, size: int, chunks: int, every: bool):
+        def new(*shape, dtype):
+            return self.kernels.empty(*shape, dtype=dtype, device=self.side.data.device)
+
+        self.buffer = new(size, self.columns, dtype=self.logits_dtype)
+        self.gradient_buffer = new(size, self.columns, dtype=self.logits_dtype) if self.apart else self.buffer
+        self.factor = new(size, self.columns, dtype=self.dtype) if self.rounded else self.gradient_buffer
+        outer, inner, width = self.side.data.shape
+        self.data_gradient = self.weight_sum = self.bias_sum = None
+        if self.wanted.data:
+            self.data_gradient = new(outer * inner, width, dtype=self.side.data.dtype)
+            if not every:
+                self.data_gradient.zero_()
+        if self.wanted.weight:
+            self.weight_sum = _ProductSum(self.kernels, self.side.weight, self.classes, self.dtype, chunks)
+        if self.wanted.bias:
+            total = torch.promote_types(self.dtype, torch.float32)
+            self.bias_sum = torch.zeros(self.side.bias.shape, dtype=total, device=self.side.bias.device)
+
+    def logits(self, chunk, row_scale: Tensor) -> Tensor:
+        hidden = _rows_of(self.side.data, chunk).to(self.dtype)
+        if self.wanted.weight and isinstance(chunk, slice):
+            # A skipped row may hold anything: its dlogits are 0, and would make NaN of that in the weight's gradient.
+            hidden = torch.where(row_scale[:, None] == 0, 0, hidden)
+        self.hidden = hidden
+        out = self.buffer[: hidden.shape[0]]
+        _project(hidden, self.weight, self.bias, self.side.scale, out[:, : self.classes])
+        if self.side.softcap is not None:
+            self.kernels.softcap_(out, self.side.softcap)
+        return out
+
+    def gradient_target(self, chunk) -> Tensor:
+        return self.gradient_buffer[: self.hidden.shape[0]]
+
+    def add_gradients(self, chunk):
+        n, scale = self.hidden.shape[0], self.side.scale
+        gradient, factor = self.gradient_buffer[:n], self.factor[:n]
+        if self.apart:
+            self.kernels.softcap_gradient_(gradient, self.buffer[:n], self.side.softcap)
+        if self.rounded:
+            factor.copy_(gradient)
+        factor = factor[:, : self.classes]
+        if self.data_gradient is not None:
+            if isinstance(chunk, slice) and self.data_gradient.dtype == self.dtype:
+                _product(factor, self.weight, scale, out=self.data_gradient[chunk])
+            else:
+                self.data_gradient[chunk] = _product(factor, self.weight, scale, out=torch.empty_like(self.hidden))
+        if self.weight_sum is not None:
+            self.weight_sum.add(factor, self.hidden, scale)
+        if self.bias_sum is not None:
+            self.bias_sum[: self.classes].add_(factor.sum(0), alpha=scale)  # sum() rounds what it added in fp32
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        # The buffers go before the gradients take the dtype of what they are gradients of.
+        self.buffer = self.gradient_buffer = self.factor = self.weight = self.hidden = None
+        data = self.side.data
+        return (
+            data.new_empty(0) if self.data_gradient is None else self.data_gradient.view(data.shape),
+            data.new_empty(0) if self.weight_sum is None else self.weight_sum.result(),
+            data.new_empty(0) if self.bias_sum is None else self.bias_sum.to(self.side.bias.dtype),
+        )
+
+
+class _ProductSum:
+    """The sum over chunks of scale * a^T b: the gradient of a weight, whose rows past `classes` are 0."""
+
+    def __init__(self, kernels, weight: Tensor, classes: int, dtype: torch.dtype, chunks: int):
+        self.kernels, self.weight = kernels, weight
+        one = chunks == 1 and weight.dtype == dtype
+        total = dtype if one else torch.promote_types(dtype, torch.float32)
+        self.total = kernels.empty(*weight.shape, dtype=total, device=weight.device)
+        self.total[classes if chunks else 0 :].zero_()
+        self.active = self.total[:classes]
+        self.started = False
+
+    def add(self, a: Tensor, b: Tensor, scale: float):
+        """a is [n, classes], b is [n, H]."""
+        beta, self.started, total = 1 if self.started else 0, True, self.active
+        if total.dtype == a.dtype:
+            torch.addmm(total, a.t(), b, beta=beta, alpha=scale, out=total)
+        elif writes_fp32(a.device):
+            torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+        else:
+            step = max(_SLAB // (b.shape[1] * b.element_size()), 1)
+            slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=a.dtype, device=a.device)
+            for first in range(0, total.shape[0], step):
+                target = total[first : first + step]
+                part = _product(a[:, first : first + step].t(), b, scale, out=slab[: target.shape[0]])
+                if beta:
+                    self.kernels.accumulate_(target, part)
+                else:
+                    target.copy_(part)
+
+    def result(self) -> Tensor:
+        return self.total.to(self.weight.dtype)
+
+
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
+    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def writes_fp32(device: torch.device) -> bool:
+    """Whether the library writes products of 16-bit factors in fp32."""
+    return device.type == "cuda"
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor):
+    """out = scale * (hidden weight^T + bias), rounded once."""
+    add, beta = (out, 0) if bias is None else (bias.to(out.dtype), scale)
+    if out.dtype == hidden.dtype:
+        torch.addmm(add, hidden, weight.t(), beta=beta, alpha=scale, out=out)
+    elif writes_fp32(out.device):
+        if bias is not None:
+            out.copy_(add)  # with out_dtype, addmm broadcasts nothing
+        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+    else:
+        hidden = hidden.to(out.dtype)
+        step = max(_SLAB // (weight.shape[1] * out.element_size()), 1)
+        for first in range(0, weight.shape[0], step):
+            slab = slice(first, first + step)
+            add = out[:, slab] if bias is None else bias[slab].to(out.dtype)
+            factor = weight[slab].to(out.dtype)
+            torch.addmm(add, hidden, factor.t(), beta=beta, alpha=scale, out=out[:, slab])

@@ -1,0 +1,189 @@
+"""What may stand in the place of logits: a leaf module, of which a loss takes the tensors.
+
+A distribution has the shape, dtype, device and requires_grad of the logits that it stands for.
+"""
+
+import math
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import Tensor
+
+_REGISTER = (
+    "call the loss inside a method of the model that torch.distributed.fsdp.register_fsdp_forward_method(model, "
+    "'method') names, so that its parameters are gathered first"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearLogits:
+    """Logits that a head makes of hidden states, and that are never stored.
+
+    ::
+
+        logits = softcap * tanh(scale * (hidden weight^T + bias) / softcap)      with softcap
+        logits = scale * (hidden weight^T + bias)                                without
+
+    It may stand for the student, the teacher or both, in every loss that takes logits; the loss makes the logits of
+    some rows at a time, within a memory budget (`kdkernels.chunk_budget`). As the student it gets the gradients of
+    hidden, weight and bias, of those that require grad; the weight's is summed in fp32. Under autocast, and nowhere
+    else, the products follow autocast's dtype; otherwise hidden and weight must have one dtype when the loss is called.
+    The weight of a module that FSDP2 shards may be passed as it is: the loss gathers it, once a call.
+
+    Args:
+        hidden: the last hidden states [..., H], after the model's final norm; fp32, bf16, fp16 or fp64.
+        weight: [V, H]; `lm_head.weight`, or the embedding's where the two are tied (their gradients add up).
+        bias: [V], of the weight's dtype.
+        scale: multiplies the product (Cohere's logit_scale, Falcon-H1's lm_head_multiplier, one over Granite's
+            logits_scaling). A constant of the model: finite, not 0.
+        softcap: > 0 (Gemma 2 and later, final_logit_softcapping).
+
+    Raises:
+        TypeError, ValueError: for what does not fit, saying what was expected and what came.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self):
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if x is None and name == "bias":
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
+            if not x.is_floating_point():
+                hint = "; the weight of a quantised head has to be dequantised" if name == "weight" else ""
+                raise TypeError(f"{name}: expected a floating-point dtype; got {x.dtype}{hint}")
+            if x.layout != torch.strided:
+                raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
+        if is_sharded(hidden):
+            raise TypeError("hidden: expected a plain tensor; got a DTensor; pass hidden.to_local() or full_tensor()")
+        if hidden.dim() == 0:
+            raise ValueError("hidden: expected hidden states of shape [..., H]; got a 0-d tensor")
+        if weight.dim() != 2 or (weight.numel() == 0 and hidden.shape[-1] > 0):
+            hint = ""
+            if weight.dim() == 1 or weight.numel() == 0:
+                hint = f"; where it is a parameter that is sharded outside of its module's forward, {_REGISTER}"
+            raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}]; got {list(weight.shape)}{hint}")
+        if weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(
+                f"hidden and weight must agree in their last dimension; got {list(hidden.shape)} and "
+                f"{list(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"bias: expected shape [{weight.shape[0]}], a number of each class; got {list(bias.shape)}"
+            )
+        if bias is not None and bias.dtype != weight.dtype:
+            raise TypeError(f"bias: expected the weight's dtype {weight.dtype}; got {bias.dtype}")
+        for name, x in (("weight", weight), ("bias", bias)):
+            if x is not None and x.device != hidden.device:
+                raise ValueError(f"{name}: expected on the hidden states' device {hidden.device}; got {x.device}")
+        _check_number("scale", self.scale)
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale: expected finite and not 0; got {self.scale}")
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap)
+            if not 0 < self.softcap < math.inf:
+                raise ValueError(f"softcap: expected finite and > 0, or None; got {self.softcap}")
+
+    @classmethod
+    def from_module(cls, hidden: Tensor, lm_head: torch.nn.Linear, config) -> "LinearLogits":
+        """Of a head, with the scale and cap that a transformers config gives its logits.
+
+        Reads logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1), which multiply; logits_scaling,
+        which divides (Granite; but multiplies in HyperCLOVA X); final_logit_softcapping (Gemma 2 and later) and
+        output_logit_soft_cap (xLSTM), which cap. What is absent or None does nothing. A config that holds one of a
+        text model is read there.
+
+        `hidden` is what the model hands to its head but for the scale: the last hidden state after the final norm.
+
+        Raises TypeError for a head that is more than a linear map: one wrapped by PEFT, whose weight is that of the
+        base alone, a quantised one, any with a forward of its own.
+        """
+        _check_linear(lm_head)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+
+        def read(name):
+            return getattr(config, name, None)
+
+        scale = 1.0
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if read(name) is not None:
+                scale *= read(name)
+        if read("logits_scaling") is not None:
+            multiplies = "hyperclovax" in str(read("model_type"))
+            scale = scale * read("logits_scaling") if multiplies else scale / read("logits_scaling")
+        caps = [read(name) for name in ("final_logit_softcapping", "output_logit_soft_cap") if read(name) is not None]
+        return cls(hidden, lm_head.weight, lm_head.bias, scale=scale, softcap=caps[0] if caps else None)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+
+    def detach(self) -> "LinearLogits":
+        bias = None if self.bias is None else self.bias.detach()
+        return LinearLogits(self.hidden.detach(), self.weight.detach(), bias, scale=self.scale, softcap=self.softcap)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether it is a DTensor, without importing what makes one."""
+    return hasattr(x, "device_mesh")
+
+
+def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A DTensor as a whole and plain tensor of `dtype`; another tensor as it is.
+
+    The whole is used with rows of this rank alone, so that what comes back is a part of its gradient, and the gradient
+    is the mean of the ranks' parts, as it is in FSDP2's own forward. Without that, full_tensor() takes it for the same
+    on all ranks.
+    """
+    if not is_sharded(x):
+        return x
+    from torch.distributed.tensor import Partial
+
+    if x.device_mesh.get_coordinate() is None:
+        raise RuntimeError(f"a DTensor of {x.device_mesh} cannot be gathered on a rank outside of it; {_REGISTER}")
+    return x.to(dtype).full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+def _check_number(name: str, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, a constant of the model; got {type(value).__name__}")
+
+
+def _check_linear(lm_head):
+    if hasattr(lm_head, "base_layer"):
+        raise TypeError(
+            f"lm_head: {type(lm_head).__name__} wraps a base layer, whose weight lacks the adapter; merge it "
+            "(merge_and_unload), or leave the head out of target_modules"
+        )
+    if hasattr(lm_head, "modules_to_save"):
+        raise TypeError(
+            f"lm_head: {type(lm_head).__name__} holds a module of each adapter beside the original; pass "
+            "lm_head.modules_to_save[<adapter>]"
+        )
+    if not isinstance(lm_head, torch.nn.Linear):
+        raise TypeError(f"lm_head: expected a torch.nn.Linear; got {type(lm_head).__name__}")
+    if type(lm_head).forward is not torch.nn.Linear.forward:
+        raise TypeError(
+            f"lm_head: expected a plain torch.nn.Linear; {type(lm_head).__name__} has a forward of its own, which "
+            "LinearLogits(hidden, weight, bias) would leave out"
+        )
