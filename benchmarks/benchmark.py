@@ -58,6 +58,7 @@ class Benchmark(ABC):
     small_call_limit: float | None = None
     import_limit: float | None = None
     import_repeats = 7
+    judged = True  # whether the targets are meant for this machine
     note_on_targets = ""
 
     def __init__(self, device: str, quick: bool, rounds: int, screen, output: Path):
@@ -93,7 +94,7 @@ class Benchmark(ABC):
                 self.screen.print(f"{name}: {now - phase_start:.0f} s, {now - start:.0f} s in all")
 
     def target(self, what: str, value: float, limit: float | None, **options) -> None:
-        self.results.targets.append(Target(what, value, limit, **options))
+        self.results.targets.append(Target(what, value, limit, **{"judged": self.judged, **options}))
 
     def leave_out(self, skipped: dict[str, str]) -> None:
         for name, why in skipped.items():

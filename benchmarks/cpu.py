@@ -3,6 +3,7 @@
 import statistics
 from pathlib import Path
 
+import heads
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import (
@@ -17,7 +18,7 @@ from contenders import (
     reason,
     trl_loss,
 )
-from data import real_or_synthetic, synthetic_logits
+from data import real_or_synthetic, real_or_synthetic_heads, synthetic_logits
 from isolated import in_own_process
 from timing import floor_seconds, interleaved, ratio, training_steps
 
@@ -44,6 +45,8 @@ class CpuBenchmark(Benchmark):
             ("sweep V", lambda: self.sweep("V", [(self.rows // 2, v) for v in (32_768, 65_536, 131_072, 262_144)])),
             ("sweep N", lambda: self.sweep("N", [(self.rows * factor // 4, 65_536) for factor in (1, 2, 4, 8)])),
             ("memory", self.memory),
+            ("heads", self.heads),
+            ("heads: memory", self.head_memory),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -180,6 +183,23 @@ class CpuBenchmark(Benchmark):
             student, teacher = synthetic_logits(rows, vocabulary, torch.bfloat16)
             losses = {"kdkernels": kdkernels_loss("kl"), "eager": eager_loss("kl")}
             self.measure(f"sweep {axis}", "kl", losses, student, teacher, rounds=min(self.rounds, 7))
+
+    def heads(self) -> None:
+        """kl from hidden states, the logits never stored, beside its matrix products."""
+        plan = heads.CPU_QUICK if self.quick else heads.CPU
+        student, teacher, source = real_or_synthetic_heads(plan.rows, plan.width, plan.vocabulary)
+        self.results.remark(f"Hidden states and heads: {source}.")
+        heads.measure(self, plan, student, teacher)
+
+    def head_memory(self) -> None:
+        plan = heads.CPU_QUICK if self.quick else heads.CPU
+        names = [row["contender"] for row in self.results.select("heads") if row["contender"] != heads.PRODUCTS]
+
+        def peak_bytes(name: str, rows: int) -> int:
+            return in_own_process("head-memory", contenders=name, rows=rows, width=plan.width,
+                                  vocabulary=plan.vocabulary)  # fmt: skip
+
+        heads.measure_memory(self, plan, names, peak_bytes)
 
     def memory(self) -> None:
         """Peak beyond the inputs of one loss with gradient, each in a process of its own."""

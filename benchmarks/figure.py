@@ -12,14 +12,14 @@ from report import Results, distinct
 Rows = list[dict[str, object]]
 
 
-def bars(axis, rows: Rows, title: str, floor_ms: float | None = None) -> None:
+def bars(axis, rows: Rows, title: str, floor_ms: float | None = None, floor="copying the same bytes") -> None:
     """The time of each contender, the shortest on top."""
     rows = sorted(rows, key=lambda row: -row["median_ms"])
     colors = ["tab:blue" if row["contender"].startswith("kdkernels") else "tab:gray" for row in rows]
     bar = axis.barh([row["contender"] for row in rows], [row["median_ms"] for row in rows], color=colors)
     axis.bar_label(bar, fmt="%.3g", padding=3)
     if floor_ms is not None:
-        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"copying the same bytes: {floor_ms:.3g}")
+        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"{floor}: {floor_ms:.3g}")
         axis.legend(loc="upper right", fontsize="small")
     axis.set(xscale="log", xlabel="loss and gradient, ms", title=title)
     axis.margins(x=0.15)
@@ -58,7 +58,7 @@ def lines(axis, rows: Rows, against: str, value: str, series: tuple[str, ...], *
 
 
 def new_figure(results: Results, where: str):
-    figure, axes = plt.subplots(2, 3, figsize=(18, 9), layout="constrained")
+    figure, axes = plt.subplots(3, 3, figsize=(18, 13), layout="constrained")
     machine = results.machine
     figure.suptitle(f"kdkernels {machine['kdkernels']} ({machine['backend']}) · torch {machine['torch']} · {where}")
     return figure, axes
@@ -72,6 +72,24 @@ def save(figure, path: Path) -> None:
 def draw_memory(axis, rows: Rows) -> None:
     xlabel = "peak memory beyond the inputs, MiB (the gradient is in it)"
     grouped_bars(axis, rows, "contender", "dtype", "peak_extra_MiB", "%.0f", xlabel=xlabel, title="memory")
+
+
+def draw_heads(axes, results: Results) -> None:
+    """Time beside the matrix products alone, and memory beside everyone's and over the rows."""
+    rows = results.select("heads")
+    most = max(row["N"] for row in rows)
+    rows = [row for row in rows if row["N"] == most]
+    products = next(row for row in rows if row["over_products"] == 1.0)
+    title = f"kl from hidden states, bfloat16, N = {most:,}, H = {products['H']:,}, V = {products['V']:,}"
+    others = [row for row in rows if row is not products]
+    bars(axes[0], others, title, products["median_ms"], "the four matrix products alone")
+    memory = results.select("heads: memory")
+    xlabel = "peak memory beyond the inputs, MiB (the gradients are in it)"
+    of_most = [row for row in memory if row["N"] == most]
+    grouped_bars(axes[1], of_most, "contender", "dtype", "peak_extra_MiB", "%.0f", xlabel=xlabel, title="heads: memory")
+    grown = [row for row in memory if row["contender"] in ("kdkernels", "eager")]
+    texts = {"yscale": "log", "ylabel": "peak memory beyond the inputs, MiB", "title": "heads: memory over the rows"}
+    lines(axes[2], grown, "N", "peak_extra_MiB", ("contender",), **texts)
 
 
 def draw_cpu(results: Results, path: Path, main_case: str) -> None:
@@ -88,6 +106,7 @@ def draw_cpu(results: Results, path: Path, main_case: str) -> None:
         texts = {"yscale": "log", "ylabel": "loss and gradient, ms", "title": f"kl, bfloat16, over the {name}"}
         lines(axis, results.select(f"sweep {against}"), against, "median_ms", ("contender",), **texts)
     draw_memory(axes[1, 2], results.select("memory"))
+    draw_heads(axes[2], results)
     save(figure, path)
 
 
@@ -109,4 +128,5 @@ def draw_gpu(results: Results, path: Path, contender: str, rows: int, vocabulary
         of_contenders = results.select("contenders", divergence=divergence, work="loss and gradient", **shape)
         bars(axis, of_contenders, f"{divergence}, bfloat16, N = {rows:,}, V = {vocabulary:,}")
     draw_memory(axes[1, 2], results.select("memory"))
+    draw_heads(axes[2], results)
     save(figure, path)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import heads
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import CATALOGUE, NOT_COMPARED, available_backends, kdkernels_loss, label, operator, peers, reason
 from data import real_or_synthetic, synthetic_logits
-from timing import Timing, free_bytes, peak_extra_bytes, queued, ratio, synchronize
+from timing import Timing, free_bytes, peak_extra_bytes, queued, ratio, synchronize, training_steps
 
 from kdkernels.backends import NAMES, refuse
 
@@ -45,6 +46,7 @@ class Plan:
     copied: int = GiB  # takes far longer than the host needs to queue a step, and more than fits a cache
     seconds: float = 0.12  # for each step of a case
     rounds: tuple[int, int] = (10, 100)
+    of_heads: heads.Plan = heads.GPU
 
 
 FULL = Plan(
@@ -110,6 +112,7 @@ class GpuBenchmark(Benchmark):
             *of_dtype(first),
             *((f"contenders, {name}", lambda name=name: self.contenders(name)) for name in self.plan.contended),
             *(phase for dtype in others for phase in of_dtype(dtype)),
+            ("heads", self.heads),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -166,8 +169,23 @@ class GpuBenchmark(Benchmark):
 
     def memory(self, names: list[str], others: dict, student, teacher) -> None:
         losses = {ours(name): kdkernels_loss("kl", name) for name in self.backends} | others
-        peaks = {name: peak_extra_bytes(losses[name], student, teacher) for name in names}
+        steps, drop_gradient = training_steps({name: losses[name] for name in names}, student, teacher)
+        peaks = {name: peak_extra_bytes(steps[name], drop_gradient, self.device) for name in names}
         self.record_memory(peaks, self.baseline, dtype_name(student), len(student))
+
+    def heads(self) -> None:
+        """kl from hidden states beside its matrix products; the memory of each, and as the rows grow."""
+        plan = self.plan.of_heads
+        pair = heads.synthetic_heads(max(plan.rows, plan.slow_rows), plan.width, plan.vocabulary, device=self.device)
+        heads.measure(self, plan, *pair)
+        measured = [row["contender"] for row in self.results.select("heads")]
+        losses, _ = heads.head_losses(self.device, None, not self.quick)
+
+        def peak_bytes(name: str, rows: int) -> int:
+            leaves = heads.Leaves(*heads.synthetic_heads(rows, plan.width, plan.vocabulary, device=self.device))
+            return peak_extra_bytes(leaves.step(losses[name]), leaves.drop_gradients, self.device)
+
+        heads.measure_memory(self, plan, [name for name in measured if name in losses], peak_bytes)
 
     def where_it_fits(self, rows: int, vocabulary: int, dtype: str, use: Callable) -> None:
         """`use(student, teacher)`, if there is room for them, the gradient, and a tenth more for fragments."""
@@ -272,4 +290,4 @@ class GpuBenchmark(Benchmark):
             what = f"{label(divergence)} bfloat16 [{rows:,}, {vocabulary:,}], {work}"
             if work == WITH_GRADIENT and OPERATOR in reached:
                 what += f" ({OPERATOR}: {reached[OPERATOR]:.3g} %)"
-            self.target(what, reached[work], limit, at_least=True, unit="% of copy", judged=self.judged)
+            self.target(what, reached[work], limit, at_least=True, unit="% of copy")

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import heads
 import timing
 import torch
 from contenders import kdkernels_loss, peers
@@ -31,15 +32,22 @@ def in_own_process(measurement: str, *, environment: dict[str, str] | None = Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measurement", choices=["memory", "rounds"])
+    parser.add_argument("measurement", choices=["memory", "head-memory", "rounds"])
     parser.add_argument("--contenders", help="names, separated by commas")
     parser.add_argument("--divergence", default="kl")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--width", type=int, help="of the hidden states of a head")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=0)
     arguments = parser.parse_args()
 
+    if arguments.measurement == "head-memory":
+        losses, _ = heads.head_losses("cpu", None)
+        leaves = heads.Leaves(*heads.synthetic_heads(arguments.rows, arguments.width, arguments.vocabulary))
+        step = leaves.step(losses[arguments.contenders])
+        print(json.dumps(timing.peak_extra_bytes(step, leaves.drop_gradients, "cpu")))
+        return
     names = arguments.contenders.split(",")
     losses = {"kdkernels": kdkernels_loss(arguments.divergence)}
     if set(names) - set(losses):
@@ -47,10 +55,11 @@ def main() -> None:
     losses = {name: losses[name] for name in names}
     dtype = getattr(torch, arguments.dtype)
     student, teacher = synthetic_logits(arguments.rows, arguments.vocabulary, dtype)
+    steps, drop_gradient = timing.training_steps(losses, student, teacher)
     if arguments.measurement == "memory":
-        result = timing.peak_extra_bytes(losses[names[0]], student, teacher)
+        del steps["copy"]  # which holds memory
+        result = timing.peak_extra_bytes(steps[names[0]], drop_gradient, "cpu")
     else:
-        steps, drop_gradient = timing.training_steps(losses, student, teacher)
         result = timing.interleaved(steps, arguments.rounds, "cpu", before=drop_gradient)
     print(json.dumps(result))
 

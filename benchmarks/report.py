@@ -16,6 +16,7 @@ COLUMNS = {
     "divergence": "{}",
     "dtype": "{}",
     "N": "{:,}",
+    "H": "{:,}",
     "V": "{:,}",
     "contender": "{}",
     "work": "{}",
@@ -24,11 +25,15 @@ COLUMNS = {
     "ratio_to_kdkernels": "{:.2f}",
     "over_kl": "{:.2f}",
     "over_floor": "{:.2f}",
+    "over_products": "{:.2f}",
+    "loss_error": "{:.1e}",
+    "gradient_error": "{:.1e}",
     "GB_per_s": "{:.0f}",
     "copy_GB_per_s": "{:.0f}",
     "percent_of_floor": "{:.1f}",
     "host_bound_percent": "{:.0f}",
     "peak_extra_MiB": "{:.0f}",
+    "allowed_MiB": "{:.0f}",
 }
 
 

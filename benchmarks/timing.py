@@ -5,7 +5,6 @@ On a CPU a step is timed by the clock (`interleaved`), on a GPU by events in the
 
 import gc
 import os
-import resource
 import statistics
 import sys
 import time
@@ -15,6 +14,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import memory
 
 
 def synchronize(device: str) -> None:
@@ -160,43 +162,24 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
-def peak_extra_bytes(loss, student: torch.Tensor, teacher: torch.Tensor) -> int:
+def peak_extra_bytes(step: Callable[[], None], drop_gradient: Callable[[], None], device: str) -> int:
     """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own, with psutil."""
-    steps, drop_gradient = training_steps({"measured": loss}, student, teacher)
-    del steps["copy"]
-    steps["measured"]()  # what a first call sets up (thread pools, compiled code) is not the step's memory
+    step()  # what a first call sets up (thread pools, compiled code) is not the step's memory
     drop_gradient()
     gc.collect()
-    if student.is_cuda:
+    if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         resident = torch.cuda.memory_allocated()
-        steps["measured"]()
+        step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - resident
     import psutil
 
-    reset_peak()
+    memory.reset_peak()
     resident = psutil.Process().memory_info().rss
-    steps["measured"]()
-    return max(0, peak_resident_bytes() - resident)
-
-
-def reset_peak() -> None:
-    """Linux forgets the peak when 5 is written here; elsewhere the equal one of the warm-up step stays."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-
-
-def peak_resident_bytes() -> int:
-    # Not ru_maxrss on Linux: a child starts there with the peak of its parent.
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    step()
+    return max(0, memory.peak_resident_bytes() - resident)
 
 
 def free_bytes(device: str) -> int:

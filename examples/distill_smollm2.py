@@ -2,11 +2,12 @@
 
     python examples/distill_smollm2.py                       # forward KL with kdkernels
     python examples/distill_smollm2.py --loss js --steps 30  # any divergence of the catalogue
+    python examples/distill_smollm2.py --head                # from hidden states: no logits are stored
     python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
 
 Teacher: SmolLM2-135M, 30 layers. Student: its first layers, with its embedding, final norm and head. Text:
 CPython's reference manual, its last tenth held out. The curves of a run are kept in the output folder, so
-that the same run with the other loss is drawn, and compared, with it.
+that the same run in another way is drawn, and compared, with it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import eager
 import matplotlib
+import memory
 import smollm2
 import torch
 from tqdm import trange
@@ -29,40 +31,41 @@ import matplotlib.pyplot as plt
 
 BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits, from each model
 HELD_OUT_BLOCKS = 8
+CHUNK_BUDGET = 64 * 2**20  # of --head: a third of what the logits of a step take
 
 
 def main() -> None:
     options = parse()
     torch.manual_seed(0)
+    kdkernels.chunk_budget(CHUNK_BUDGET)
     teacher, tokenizer = smollm2.load(torch.bfloat16)
     student = smollm2.first_layers(teacher, options.layers, torch.float32)
     blocks = smollm2.text_blocks(tokenizer, LENGTH)
     train, held_out = blocks[: len(blocks) * 9 // 10], blocks[-HELD_OUT_BLOCKS:]
 
+    def fused(student, teacher):
+        with torch.autocast("cpu", torch.bfloat16):  # of which only a head takes notice
+            return kdkernels.fused_divergence(student, teacher, options.loss, temperature=options.temperature)
+
     losses = {
-        "kdkernels": lambda student, teacher: kdkernels.fused_divergence(
-            student, teacher, options.loss, temperature=options.temperature
-        ),
+        "kdkernels": fused,
+        "head": fused,
         "eager": lambda student, teacher: eager.divergence_loss(
             student, teacher, options.loss, temperature=options.temperature
         ),
     }
-    trained_with = "eager" if options.eager else "kdkernels"
+    trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
-    step_seconds, loss_seconds, gaps, training = [], {name: [] for name in losses}, [], []
+    step_seconds, loss_seconds, gaps, training = [], {name: [] for name in ("kdkernels", "eager")}, [], []
     validation = [(0, *evaluate(student, teacher, held_out))]
 
     for step in (bar := trange(1, options.steps + 1, desc=f"{options.loss}, {trained_with}")):
         batch = train[torch.randint(len(train), (BATCH,))]
 
         started = time.perf_counter()
-        with torch.no_grad():
-            teacher_logits = teacher(batch, use_cache=False).logits
-        with torch.autocast("cpu", torch.bfloat16):
-            student_logits = student(batch, use_cache=False).logits
-        loss = losses[trained_with](student_logits, teacher_logits)
+        loss = losses[trained_with](*sides_of(student, teacher, batch, options.head))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -72,16 +75,21 @@ def main() -> None:
         training.append(loss.item())
         bar.set_postfix(loss=f"{training[-1]:.3f}", heldout_kl=f"{validation[-1][1]:.3f}")
         if step % max(1, options.steps // 8) == 0 or step == options.steps:
-            gaps.append(compare_losses(losses, student_logits.detach(), teacher_logits, loss_seconds))
+            with torch.no_grad():
+                logits = sides_of(student, teacher, batch)
+            gaps.append(compare_losses(losses, *logits, loss_seconds))
             validation.append((step, *evaluate(student, teacher, held_out)))
 
     report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps)
+    report_memory(losses, student, teacher, batch)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--loss", choices=list(eager.DIVERGENCES), default="kl")
-    parser.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--head", action="store_true", help="train from hidden states: no logits are stored")
+    way.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="decoder layers of the student (default 6 of 30)")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -109,10 +117,26 @@ def evaluate(student, teacher, blocks) -> tuple[float, float]:
     return statistics.mean(kl), torch.stack(cross_entropy).mean().exp().item()
 
 
+def sides_of(student, teacher, batch, as_heads: bool = False):
+    """What a loss takes of student and teacher: logits, or hidden states with their heads."""
+    with torch.no_grad():
+        if as_heads:
+            hidden = teacher.model(batch, use_cache=False).last_hidden_state
+            of_teacher = kdkernels.LinearLogits.from_module(hidden, teacher.lm_head, teacher.config)
+        else:
+            of_teacher = teacher(batch, use_cache=False).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        if not as_heads:
+            return student(batch, use_cache=False).logits, of_teacher
+        hidden = student.model(batch, use_cache=False).last_hidden_state
+        return kdkernels.LinearLogits.from_module(hidden, student.lm_head, student.config), of_teacher
+
+
 def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
     """Time both losses with their gradients on these logits; return their relative difference."""
     values = {}
-    for name, loss_of in losses.items():
+    for name in seconds:
+        loss_of = losses[name]
         logits = student_logits.clone().requires_grad_()
         started = time.perf_counter()
         loss = loss_of(logits, teacher_logits)
@@ -125,11 +149,11 @@ def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
 def report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps) -> None:
     """Keep the curves, draw them, and print what was measured."""
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("eager", "output")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("eager", "head", "output")}
     run = {"settings": settings, "training": training, "validation": validation}
     (options.output / f"{options.loss}_{trained_with}.json").write_text(json.dumps(run))
     runs = {}
-    for name in loss_seconds:
+    for name in ("kdkernels", "head", "eager"):
         path = options.output / f"{options.loss}_{name}.json"
         if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
             runs[name] = kept
@@ -148,23 +172,36 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
     print(f"their values differ by at most {max(gaps):.1e} of themselves.")
 
     step = statistics.median(step_seconds)
-    other = "kdkernels" if options.eager else "eager"
-    other_step = step - loss[trained_with] + loss[other]
-    print(
-        f"Training step: {step:.2f} s with {trained_with} ({loss[trained_with] / step:.0%} of it the loss);",
-        end=" ",
-    )
-    print(f"with the {other} loss in its place {other_step:.2f} s ({loss[other] / other_step:.0%}).")
+    print(f"Training step: {step:.2f} s with {trained_with}", end="")
+    if trained_with in loss:
+        other = "kdkernels" if options.eager else "eager"
+        other_step = step - loss[trained_with] + loss[other]
+        print(f" ({loss[trained_with] / step:.0%} of it the loss);", end=" ")
+        print(f"with the {other} loss in its place {other_step:.2f} s ({loss[other] / other_step:.0%})", end="")
+    print(".")
 
-    if len(runs) == 2:
-        apart = max(
-            abs(a / b - 1) for a, b in zip(runs["kdkernels"]["training"], runs["eager"]["training"], strict=True)
-        )
-        final = [kept["validation"][-1][1] for kept in runs.values()]
-        print(f"The two runs: training loss at most {apart:.1e} of itself apart at any step,", end=" ")
-        print(f"held-out KL at the end {final[0]:.3f} (kdkernels) and {final[1]:.3f} (eager).")
-    else:
-        print(f"Run again {'without' if options.eager else 'with'} --eager to compare the curves.")
+    for name, kept in runs.items():
+        if name == trained_with:
+            continue
+        apart = max(abs(a / b - 1) for a, b in zip(training, kept["training"], strict=True))
+        print(f"Beside the run with {name}: training loss at most {apart:.1e} of itself apart at any step,", end=" ")
+        print(f"held-out KL at the end {kl_after:.3f} ({trained_with}) and {kept['validation'][-1][1]:.3f} ({name}).")
+    if len(runs) == 1:
+        print("Run again with --head, with --eager, or without either to compare the curves.")
+
+
+def report_memory(losses, student, teacher, batch) -> None:
+    """The most that forward and backward of one step hold, beyond what is there before: resident pages."""
+    peaks = {}
+    for name in ("head", "kdkernels", "eager"):
+        memory.reset_peak()
+        before = memory.resident_bytes()
+        losses[name](*sides_of(student, teacher, batch, name == "head")).backward()
+        peaks[name] = (memory.peak_resident_bytes() - before) / 2**20
+        student.zero_grad()
+    print("Peak memory of one step's forward and backward, activations and gradients of the model included:", end=" ")
+    print(f"{peaks['head']:,.0f} MiB from hidden states (--head), {peaks['kdkernels']:,.0f} MiB from logits,", end=" ")
+    print(f"{peaks['eager']:,.0f} MiB with the eager loss.")
 
 
 def draw(runs, options) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import contenders
 import data
 import gpu
+import heads
 import run
 import screen
 import timing
@@ -34,6 +36,7 @@ TINY = gpu.Plan(
     copied=2**12,
     seconds=1e-4,
     rounds=(2, 3),
+    of_heads=heads.Plan(48, 32, 600, 16, 40, 3, memory_rows=(48, 96), eager_memory_rows=(48,)),
 )
 
 
@@ -44,6 +47,7 @@ def tiny(tmp_path, monkeypatch):
         gpu, "real_or_synthetic", lambda rows: (*data.synthetic_logits(rows, 300, torch.bfloat16), "drawn")
     )
     monkeypatch.setattr(contenders, "compiled_loss", contenders.eager_loss)
+    monkeypatch.setattr(heads, "liger_loss", partial(heads.liger_loss, compiled=False))
     monkeypatch.setattr(gpu, "peak_extra_bytes", lambda *_: 1000)  # on a CPU the process is too coarse a measure
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other over tensors this small
@@ -84,8 +88,46 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     shown = capsys.readouterr().out
     assert "kl over V and N, bfloat16:" in shown and "cut-cross-entropy is left out" in shown
     # Every divergence is judged at its two vocabularies, kl without a gradient too; not a verdict on this card.
-    assert len([target for target in tiny.results.targets if target.limit]) == 2 * (len(contenders.CATALOGUE) + 1)
+    of_copy = [target for target in tiny.results.targets if target.limit and "copy" in target.unit]
+    assert len(of_copy) == 2 * (len(contenders.CATALOGUE) + 1)
     assert "PASS" not in shown and "MISS" not in shown
+
+
+def test_heads_are_measured_beside_their_products(tiny, monkeypatch, capsys):
+    peers, _ = heads.head_losses("cpu", None)
+    monkeypatch.setattr(heads, "head_losses", lambda *_: (peers, {"fla": "it is not here"}))
+    tiny.heads()
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    rows = tiny.results.rows
+    timed = {row["contender"]: row for row in rows if row["case"] == "heads"}
+    assert set(peers) | {heads.PRODUCTS} == set(timed)
+    for row in timed.values():
+        assert (row["N"], row["H"], row["V"]) == (48, 32, 600) and row["median_ms"] > 0
+    assert timed[heads.PRODUCTS]["over_products"] == 1 and timed["kdkernels"]["ratio_to_kdkernels"] == 1
+    errors = {row["contender"]: row["gradient_error"] for row in rows if "errors" in row["case"]}
+    assert set(errors) >= {"kdkernels", "kdkernels, fp32 logits", "eager"}
+    assert errors["kdkernels, fp32 logits"] < errors["kdkernels"] < 0.1
+    memory = [(row["contender"], row["N"]) for row in rows if row["case"] == "heads: memory"]
+    assert {("kdkernels", 48), ("kdkernels", 96), ("eager", 48)} <= set(memory) and len(memory) == len(set(memory))
+    assert "fla (heads) is left out: it is not here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_a_wrong_gradient_of_a_head_fails_the_run(tiny, monkeypatch, capsys, fault):
+    def broken(student, teacher, backend="auto", **options):
+        if backend == "reference":
+            return real(student, teacher, backend=backend)
+        if fault == "raises":
+            raise RuntimeError("cublas: no\nmore")
+        return 1.1 * real(student, teacher, **options)
+
+    real = heads.fused_kl
+    monkeypatch.setattr(heads, "fused_kl", broken)
+    tiny.heads()
+    assert run.conclude(tiny) == 1
+    shown = capsys.readouterr().out
+    assert ("WRONG kdkernels kl from hidden states: errors" in shown) == (fault == "wrong")
+    assert ("WRONG kdkernels, heads: RuntimeError: cublas: no" in shown) == (fault == "raises")
 
 
 def test_the_figure_draws_what_the_plan_measured(tiny, tmp_path):
@@ -202,7 +244,8 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu, run, screen
 from pathlib import Path
 gpu.real_or_synthetic = lambda rows: (*gpu.synthetic_logits(rows, 300, gpu.torch.bfloat16), "drawn")
-plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), 3, 4096, 1e-4, (2, 2))
+of_heads = gpu.heads.Plan(48, 32, 600, 16, 40, 2, memory_rows=(48,))
+plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), 3, 4096, 1e-4, (2, 2), of_heads)
 gpu.peak_extra_bytes = lambda *arguments: 1000  # on a CPU it needs psutil
 benchmark = gpu.GpuBenchmark(True, 2, screen.screen(), Path({str(tmp_path)!r}), plan, "cpu")
 with benchmark.screen:
