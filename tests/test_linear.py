@@ -377,6 +377,24 @@ def test_peak_memory_is_the_budget_and_the_gradients(dtype, gradient):
         assert peak >= gradients, "the profiler saw what was allocated"
 
 
+def test_large_chunks_take_no_more_than_the_rows():
+    student, teacher = example((4,), 2000, 16)
+    torch.use_deterministic_algorithms(False)
+    with torch.no_grad():
+        assert peak_bytes(lambda: fused_kl(student, teacher, chunk_rows=10**6, backend="cpu")) < 400_000
+
+
+def test_the_chunk_s_buffers_go_before_the_weight_s_gradient_is_rounded():
+    torch.use_deterministic_algorithms(False)
+    vocab, width, budget = 4000, 512, 4 << 20
+    student, teacher = example((1000,), vocab, width, torch.bfloat16)
+    leaves = mapped(student, lambda x: x.requires_grad_())
+    with chunk_budget(budget):
+        peak = peak_bytes(lambda: fused_kl(leaves, teacher, backend="cpu"))
+    fp32, rounded = 4 * vocab * width, 2 * vocab * width  # of which the second is made when the budget is free again
+    assert peak < fp32 + 2 * 1000 * width + max(rounded, budget) + (4 << 20)
+
+
 def test_evaluation_keeps_nothing():
     student, teacher = example((64,), 2000, 16)
     torch.use_deterministic_algorithms(False)

@@ -136,9 +136,8 @@ def linear_rows(
     loss = new(rows, dtype=dtype, device=device)
     row_statistics = new(len(ROW_STATISTICS) if statistics else 0, rows, dtype=dtype, device=device)
     top1 = new(len(ROW_TOP1) if statistics else 0, rows, dtype=torch.int64, device=device)
-    for first in range(0, count, size):
-        chunk = slice(first, min(first + size, count))
-        chunk = chunk if kept is None else kept[chunk]
+
+    def sweep(chunk):
         own = options.of(chunk)
         student_logits, teacher_logits = (x.logits(chunk, own.row_scale)[None] for x in sources)
         into = sources[0].gradient_target(chunk)[None] if gradient else None
@@ -148,13 +147,19 @@ def linear_rows(
         )  # fmt: skip
         if gradient:
             sources[0].add_gradients(chunk)
+
+    for first in range(0, count, size):
+        chunk = slice(first, min(first + size, count))
+        sweep(chunk if kept is None else kept[chunk])
+    for x in sources:
+        x.release()
     return loss, *sources[0].gradients(), row_statistics, top1
 
 
 def _chunk_size(count: int, chunk_rows: int, budget: int, row_bytes: int) -> int:
     """Rows of a chunk: as asked for, or as many as the budget holds, spread evenly over the chunks."""
     if chunk_rows:
-        return chunk_rows
+        return max(min(chunk_rows, count), 1)
     most = budget // row_bytes if row_bytes else count
     if most < 1 and count:
         warnings.warn(
@@ -209,6 +214,9 @@ class _Stored:
     def add_gradients(self, chunk):
         if not isinstance(chunk, slice):
             self.gradient[chunk] = self.part[: chunk.shape[0]]
+
+    def release(self):
+        self.part = None
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         data = self.gradient.view(self.data.shape) if self.wanted.data else self.data.new_empty(0)
@@ -285,9 +293,11 @@ class _Head:
         if self.bias_sum is not None:
             self.bias_sum[: self.classes].add_(factor.sum(0), alpha=scale)  # sum() rounds what it added in fp32
 
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        # The buffers go before the gradients take the dtype of what they are gradients of.
+    def release(self):
+        """Drops what the chunks needed, before the gradients take the dtypes of what they are gradients of."""
         self.buffer = self.gradient_buffer = self.factor = self.weight = self.hidden = None
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         data = self.side.data
         return (
             data.new_empty(0) if self.data_gradient is None else self.data_gradient.view(data.shape),
