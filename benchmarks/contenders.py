@@ -31,7 +31,7 @@ SPECULATORS_LOSSES = {
 # Packages of fused losses whose work is another: there is no fair comparison.
 NOT_COMPARED = {
     "cut-cross-entropy": "it computes a cross-entropy with labels, from hidden states: no teacher's distribution",
-    "fla-core": "its fused_kl_div_loss starts from hidden states of both sides and multiplies by both heads itself",
+    "fla-core": "its fused_kl_div_loss starts from hidden states of both sides: it is measured among the heads",
 }
 
 

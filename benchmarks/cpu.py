@@ -193,13 +193,12 @@ class CpuBenchmark(Benchmark):
 
     def head_memory(self) -> None:
         plan = heads.CPU_QUICK if self.quick else heads.CPU
-        names = [row["contender"] for row in self.results.select("heads") if row["contender"] != heads.PRODUCTS]
 
         def peak_bytes(name: str, rows: int) -> int:
-            return in_own_process("head-memory", contenders=name, rows=rows, width=plan.width,
-                                  vocabulary=plan.vocabulary)  # fmt: skip
+            shape = {"rows": rows, "width": plan.width, "vocabulary": plan.vocabulary}
+            return in_own_process("head-memory", contenders=name, **shape)
 
-        heads.measure_memory(self, plan, names, peak_bytes)
+        heads.measure_memory(self, plan, peak_bytes)
 
     def memory(self) -> None:
         """Peak beyond the inputs of one loss with gradient, each in a process of its own."""

@@ -11,7 +11,6 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import smollm2
-from heads import synthetic_heads
 
 from kdkernels import LinearLogits
 
@@ -49,6 +48,19 @@ def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str
     shape = (rows, vocabulary)
     teacher = torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(2)
     return torch.randn(shape, generator=generator, device=device, dtype=dtype).add_(teacher), teacher
+
+
+def synthetic_heads(rows: int, width: int, vocabulary: int, dtype=torch.bfloat16, device: str = "cpu"):
+    """Student and teacher: the teacher's logits have the scale 2, the student's agree with them in part."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, device=device)
+
+    hidden, weight = normal(rows, width), 2 * normal(vocabulary, width) / width**0.5
+    teacher = LinearLogits(hidden.to(dtype), weight.to(dtype))
+    hidden, weight = hidden + 0.3 * normal(rows, width), weight + 0.6 * normal(vocabulary, width) / width**0.5
+    return LinearLogits(hidden.to(dtype), weight.to(dtype)), teacher
 
 
 def real_or_synthetic(rows: int) -> tuple[torch.Tensor, torch.Tensor, str]:

@@ -6,6 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from head_contenders import EAGER, OURS, PRODUCTS
+from heads import CASE, MEMORY
 from matplotlib.ticker import StrMethodFormatter
 from report import Results, distinct
 
@@ -76,18 +78,21 @@ def draw_memory(axis, rows: Rows) -> None:
 
 def draw_heads(axes, results: Results) -> None:
     """Time beside the matrix products alone, and memory beside everyone's and over the rows."""
-    rows = results.select("heads")
+    rows = results.select(CASE)
+    if not rows:  # they failed
+        return
     most = max(row["N"] for row in rows)
     rows = [row for row in rows if row["N"] == most]
-    products = next(row for row in rows if row["over_products"] == 1.0)
+    products = next(row for row in rows if row["contender"] == PRODUCTS)
     title = f"kl from hidden states, bfloat16, N = {most:,}, H = {products['H']:,}, V = {products['V']:,}"
-    others = [row for row in rows if row is not products]
-    bars(axes[0], others, title, products["median_ms"], "the four matrix products alone")
-    memory = results.select("heads: memory")
-    xlabel = "peak memory beyond the inputs, MiB (the gradients are in it)"
+    bars(axes[0], [row for row in rows if row is not products], title, products["median_ms"], PRODUCTS)
+    memory = results.select(MEMORY)
+    texts = {"xlabel": "peak memory beyond the inputs, MiB (the gradients are in it)", "title": f"heads, N = {most:,}"}
     of_most = [row for row in memory if row["N"] == most]
-    grouped_bars(axes[1], of_most, "contender", "dtype", "peak_extra_MiB", "%.0f", xlabel=xlabel, title="heads: memory")
-    grown = [row for row in memory if row["contender"] in ("kdkernels", "eager")]
+    grouped_bars(axes[1], of_most, "contender", "dtype", "peak_extra_MiB", "%.0f", **texts)
+    ours = [row for row in memory if row["contender"] == OURS]
+    allowed = [row | {"contender": "gradients and budget", "peak_extra_MiB": row["allowed_MiB"]} for row in ours]
+    grown = ours + allowed + [row for row in memory if row["contender"] == EAGER]
     texts = {"yscale": "log", "ylabel": "peak memory beyond the inputs, MiB", "title": "heads: memory over the rows"}
     lines(axes[2], grown, "N", "peak_extra_MiB", ("contender",), **texts)
 

@@ -13,7 +13,8 @@ import heads
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import CATALOGUE, NOT_COMPARED, available_backends, kdkernels_loss, label, operator, peers, reason
-from data import real_or_synthetic, synthetic_logits
+from data import real_or_synthetic, synthetic_heads, synthetic_logits
+from head_contenders import Leaves, head_losses
 from timing import Timing, free_bytes, peak_extra_bytes, queued, ratio, synchronize, training_steps
 
 from kdkernels.backends import NAMES, refuse
@@ -176,16 +177,14 @@ class GpuBenchmark(Benchmark):
     def heads(self) -> None:
         """kl from hidden states beside its matrix products; the memory of each, and as the rows grow."""
         plan = self.plan.of_heads
-        pair = heads.synthetic_heads(max(plan.rows, plan.slow_rows), plan.width, plan.vocabulary, device=self.device)
-        heads.measure(self, plan, *pair)
-        measured = [row["contender"] for row in self.results.select("heads")]
-        losses, _ = heads.head_losses(self.device, None, not self.quick)
+        heads.measure(self, plan, *synthetic_heads(plan.rows, plan.width, plan.vocabulary, device=self.device))
+        losses, _ = head_losses(self.device, not self.quick)
 
         def peak_bytes(name: str, rows: int) -> int:
-            leaves = heads.Leaves(*heads.synthetic_heads(rows, plan.width, plan.vocabulary, device=self.device))
+            leaves = Leaves(*synthetic_heads(rows, plan.width, plan.vocabulary, device=self.device))
             return peak_extra_bytes(leaves.step(losses[name]), leaves.drop_gradients, self.device)
 
-        heads.measure_memory(self, plan, [name for name in measured if name in losses], peak_bytes)
+        heads.measure_memory(self, plan, peak_bytes)
 
     def where_it_fits(self, rows: int, vocabulary: int, dtype: str, use: Callable) -> None:
         """`use(student, teacher)`, if there is room for them, the gradient, and a tenth more for fragments."""

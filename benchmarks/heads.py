@@ -1,27 +1,39 @@
-"""Heads: a loss and all gradients from hidden states, beside the matrix products that it cannot do without.
+"""Heads: kl with the gradients of hidden states and weight, beside the matrix products that it cannot do without.
 
 Those are four of 2 N H V operations: the logits of both sides, and the gradients of hidden states and weight. The floor
 is the time of these alone, in the chunks of rows that kdkernels makes, into memory that is there.
 """
 
+import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from contenders import eager_loss, installed, reason, trl_loss
+from contenders import reason
+from head_contenders import (
+    EAGER,
+    LIGER,
+    LIGER_KL,
+    OTHER_LOSSES,
+    OURS,
+    PRODUCTS,
+    TRL_HEAD,
+    HeadLoss,
+    Leaves,
+    exact_loss,
+    head_losses,
+)
 from report import MiB
 from timing import interleaved, ratio
 
-from kdkernels import LinearLogits, fused_kl
+from kdkernels import LinearLogits
 from kdkernels.backends import linear
 
-HeadLoss = Callable[[LinearLogits, LinearLogits], torch.Tensor]
-PRODUCTS = "products alone"
-LIGER, LIGER_MATCHED, TRL_HEAD = "Liger, its defaults", "Liger, kl alone", "TRL, from hidden states"
-# Other losses than kl: no answers to compare. Liger's default is half a JS and half a cross-entropy.
-NOT_KL = (LIGER,)
+CASE, ERRORS, MEMORY = "heads", "heads: errors against fp64 from the hidden states, in norm", "heads: memory"
+ERROR_COLUMNS = ("loss_error", "hidden_gradient_error", "weight_gradient_error")
+# What a 16-bit gradient's rounding makes of the same error from one run to the next.
+CHANCE = 1.02
 
 
 @dataclass(frozen=True)
@@ -29,257 +41,211 @@ class Plan:
     rows: int
     width: int
     vocabulary: int
-    chunk_rows: int  # what the default budget makes of this shape
+    chunk_rows: int  # that the default budget gives
     checked_rows: int
     rounds: int
-    slow: tuple[str, ...] = ()  # measured on `slow_rows`
+    slow: tuple[str, ...] = ()  # measured on `slow_rows`, once
     slow_rows: int = 1024
     memory_rows: tuple[int, ...] = ()  # of kdkernels
     eager_memory_rows: tuple[int, ...] = ()
-    over_products: float = 1.25  # targets: at most so many times the products
+    over_products: float | None = None  # targets: at most so many times the products' time,
+    percent_of_products: float | None = None  # or at least so much of their speed;
     over_eager: float | None = None  # at least so many times faster
     over_liger: float | None = None
 
 
-CPU = Plan(4096, 576, 49_152, 1024, 256, 5, (TRL_HEAD,), memory_rows=(1024, 2048, 4096, 8192, 16_384, 32_768),
-           eager_memory_rows=(1024, 2048, 4096), over_eager=2.4, over_liger=1.6)  # fmt: skip
-CPU_QUICK = Plan(1024, 576, 49_152, 1024, 64, 2, (TRL_HEAD,), 256, (1024, 2048), (1024,))
-GPU = Plan(8192, 4096, 128_256, 512, 512, 20, memory_rows=(1024, 4096, 8192, 16_384, 32_768),
-           eager_memory_rows=(1024, 4096), over_products=1 / 0.85)  # fmt: skip
+CPU = Plan(
+    rows=4096,
+    width=576,  # SmolLM2-135M
+    vocabulary=49_152,
+    chunk_rows=1024,
+    checked_rows=256,
+    rounds=5,
+    slow=(TRL_HEAD,),
+    memory_rows=(1024, 2048, 8192, 32_768),
+    eager_memory_rows=(1024, 2048),
+    over_products=1.25,
+    over_eager=2.4,
+    over_liger=1.6,
+)
+CPU_QUICK = replace(CPU, rows=1024, checked_rows=64, rounds=2, memory_rows=(2048,), eager_memory_rows=())
+GPU = Plan(
+    rows=8192,
+    width=4096,  # Llama 3 8B
+    vocabulary=128_256,
+    chunk_rows=512,
+    checked_rows=512,
+    rounds=20,
+    memory_rows=(1024, 4096, 16_384, 32_768),
+    eager_memory_rows=(1024, 4096, 16_384),
+    percent_of_products=85,
+)
 
 
-def synthetic_heads(rows: int, width: int, vocabulary: int, dtype=torch.bfloat16, device="cpu"):
-    """Student and teacher, whose logits have the scale 2 and agree in part."""
-    generator = torch.Generator(device).manual_seed(0)
+def measure(benchmark, plan: Plan, student: LinearLogits, teacher: LinearLogits) -> None:
+    """Check the answers, then time everyone in the same rounds."""
+    losses, skipped = head_losses(benchmark.device, not benchmark.quick)
+    check(benchmark, plan, losses, skipped, student, teacher)
+    if OURS not in losses:
+        return
+    torch.compiler.reset()  # what is compiled from here on is for the shapes that are timed, and for no other
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, device=device)
+    fast = {name: loss for name, loss in losses.items() if name not in plan.slow}
+    seconds = timed(benchmark, plan, plan.rows, plan.rounds, fast, skipped, student, teacher)
+    if slow := {name: losses[name] for name in plan.slow if name in losses}:
+        benchmark.results.remark(f"{', '.join(slow)}: timed once, on {plan.slow_rows:,} rows.")
+        timed(benchmark, plan, plan.slow_rows, 1, {OURS: losses[OURS]} | slow, skipped, student, teacher)
+    benchmark.leave_out({f"{name} (heads)": why for name, why in skipped.items()})
+    if OURS not in seconds:
+        return
 
-    hidden, weight = normal(rows, width), 2 * normal(vocabulary, width) / width**0.5
-    teacher = LinearLogits(hidden.to(dtype), weight.to(dtype))
-    hidden, weight = hidden + 0.3 * normal(rows, width), weight + 0.6 * normal(vocabulary, width) / width**0.5
-    return LinearLogits(hidden.to(dtype), weight.to(dtype)), teacher
-
-
-# ---- what is compared
-
-
-def eager_logits(head: LinearLogits) -> torch.Tensor:
-    return F.linear(head.hidden, head.weight)
-
-
-def on_logits(loss) -> HeadLoss:
-    def from_heads(student, teacher):
-        with torch.no_grad():
-            teacher_logits = eager_logits(teacher)
-        return loss(eager_logits(student), teacher_logits)
-
-    return from_heads
-
-
-def liger_loss(**options) -> HeadLoss:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    criterion = LigerFusedLinearJSDLoss(**options)
-
-    def loss(student, teacher):
-        labels = torch.zeros(len(student.hidden), dtype=torch.int64, device=student.device)
-        return criterion(student.hidden, student.weight, teacher.hidden, teacher.weight, labels)
-
-    return loss
-
-
-def trl_head_loss() -> HeadLoss:
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    def loss(student, teacher):  # beta 0: forward KL, of each token
-        of_tokens = ChunkedDivergenceFunction.apply(
-            student.hidden, student.weight, None, teacher.hidden, teacher.weight, None, 0.0
+    ours = seconds[OURS]
+    what = f"kl from {plan.rows:,} hidden states:"
+    benchmark.target(f"{what} over the matrix products alone", ratio(ours, seconds[PRODUCTS]), plan.over_products)
+    if plan.percent_of_products:
+        percent = 100 * ratio(seconds[PRODUCTS], ours)
+        benchmark.target(f"{what} speed", percent, plan.percent_of_products, at_least=True, unit="% of the products'")
+    for name, limit in ((EAGER, plan.over_eager), (LIGER, plan.over_liger), (LIGER_KL, plan.over_liger)):
+        if name in seconds:
+            benchmark.target(f"{what} faster than {name}", ratio(seconds[name], ours), limit, at_least=True)
+    if LIGER in seconds:
+        benchmark.results.remark(
+            f"{LIGER}: LigerFusedLinearJSDLoss as it comes, half a JS and half a cross-entropy; {LIGER_KL}: with "
+            "weight_hard_loss=0, weight_soft_loss=1, beta=0, which is kl. Both with its torch.compile."
         )
-        return of_tokens[0].mean()
-
-    return loss
 
 
-def fla_loss() -> HeadLoss:
-    from fla.modules.fused_kl_div import fused_kl_div_loss
-
-    return lambda student, teacher: fused_kl_div_loss(student.hidden, teacher.hidden, student.weight, teacher.weight)
-
-
-def head_losses(device: str, chunk_rows: int | None, peers: bool = True) -> tuple[dict[str, HeadLoss], dict[str, str]]:
-    """kl from hidden states by everyone who is here, and why others are not."""
-    losses = {"kdkernels": partial(fused_kl, chunk_rows=chunk_rows), "eager": on_logits(eager_loss("kl"))}
-    skipped = {}
-    for name, module, factory in (
-        (LIGER, "liger_kernel", liger_loss),
-        # A JS whose beta is 0 is the forward KL there.
-        (LIGER_MATCHED, "liger_kernel", lambda: liger_loss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)),
-        (TRL_HEAD, "trl", trl_head_loss),
-        ("TRL, on logits", "trl", lambda: on_logits(trl_loss("kl"))),
-        ("fla", "fla", fla_loss),
-    ):
-        if not peers:
-            skipped[name] = "--quick"
-        elif not installed(module):
-            skipped[name] = f"{module} is not installed"
-        elif name == "fla" and device == "cpu":
-            skipped[name] = "its kernels are Triton and need a GPU"
-        else:
-            try:
-                losses[name] = factory()
-            except Exception as error:  # of another package's import
-                skipped[name] = reason(error)
-    return losses, skipped
-
-
-class Leaves:
-    """Hidden states and weight that get gradients, and steps over them."""
-
-    def __init__(self, student: LinearLogits, teacher: LinearLogits):
-        self.student = LinearLogits(*(x.detach().clone().requires_grad_() for x in (student.hidden, student.weight)))
-        self.teacher = teacher
-
-    def drop_gradients(self) -> None:
-        self.student.hidden.grad = self.student.weight.grad = None
-
-    def step(self, loss: HeadLoss) -> Callable[[], None]:
-        return lambda: loss(self.student, self.teacher).backward()
-
-    def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.student.hidden.grad, self.student.weight.grad
-
-    def products(self, chunk_rows: int) -> Callable[[], None]:
-        """The four matrix products of each chunk, and nothing else."""
-        hidden, weight = self.student.hidden.detach(), self.student.weight.detach()
-        teacher = self.teacher
-        shape = min(chunk_rows, len(hidden)), len(weight)
-        student_logits, teacher_logits = (torch.zeros(shape, dtype=x.dtype, device=x.device) for x in (hidden, weight))
-        of_hidden, of_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
-
-        def run():
-            for first in range(0, len(hidden), chunk_rows):
-                rows = slice(first, first + chunk_rows)
-                n = len(hidden[rows])
-                torch.mm(hidden[rows], weight.t(), out=student_logits[:n])
-                torch.mm(teacher.hidden[rows], teacher.weight.t(), out=teacher_logits[:n])
-                torch.mm(student_logits[:n], weight, out=of_hidden[rows])
-                torch.mm(student_logits[:n].t(), hidden[rows], out=of_weight)
-
-        return run
-
-
-# ---- the measurements
+def add(benchmark, case: str, name: str, plan: Plan, rows: int, **columns) -> None:
+    shape = {"dtype": "bfloat16", "N": rows, "H": plan.width, "V": plan.vocabulary}
+    benchmark.results.add(case, name, divergence=OTHER_LOSSES.get(name, "kl"), **shape, **columns)
 
 
 def rows_of(head: LinearLogits, count: int) -> LinearLogits:
     return LinearLogits(head.hidden[:count], head.weight)
 
 
-def check(benchmark, plan: Plan, losses: dict[str, HeadLoss], student: LinearLogits, teacher: LinearLogits) -> None:
-    """Loss and gradients against fp64 from the hidden states, in norm. kdkernels must be as near as eager PyTorch."""
+def loss_and_gradients(loss: HeadLoss, student: LinearLogits, teacher: LinearLogits) -> list[torch.Tensor]:
+    """In fp64."""
+    leaves = Leaves(student, teacher)
+    value = loss(leaves.student, teacher)
+    value.backward()
+    return [x.double() for x in (value.detach(), leaves.student.hidden.grad, leaves.student.weight.grad)]
+
+
+def check(benchmark, plan: Plan, losses: dict[str, HeadLoss], skipped: dict[str, str], student, teacher) -> None:
+    """Loss and gradients of everyone against fp64. kdkernels must be as near as eager PyTorch.
+
+    One that raises goes from `losses` to `skipped`. Where kdkernels raises or is wrong the run fails, and it is taken
+    from `losses`: it is not timed.
+    """
     student, teacher = rows_of(student, plan.checked_rows), rows_of(teacher, plan.checked_rows)
-
-    def found(loss, dtype):
-        leaves = Leaves(*(LinearLogits(x.hidden.to(dtype), x.weight.to(dtype)) for x in (student, teacher)))
-        value = loss(leaves.student, leaves.teacher)
-        value.backward()
-        return value.double().item(), *(x.double() for x in leaves.gradients())
-
+    wide = (LinearLogits(x.hidden.double(), x.weight.double()) for x in (student, teacher))
+    truth = loss_and_gradients(exact_loss, *wide)
     # In several chunks, as the full number of rows has.
-    ours = partial(fused_kl, chunk_rows=-(-plan.checked_rows // 3))
-    losses = losses | {"kdkernels": ours, "kdkernels, fp32 logits": partial(ours, logits_dtype=torch.float32)}
-    truth = found(partial(fused_kl, backend="reference"), torch.float64)
-    errors = {}
-    for name, loss in losses.items():
-        if name in NOT_KL:
+    in_chunks = partial(losses[OURS], chunk_rows=-(-plan.checked_rows // 3))
+    fp32_logits = f"{OURS}, fp32 logits"
+    checked = {**losses, OURS: in_chunks, fp32_logits: partial(in_chunks, logits_dtype=torch.float32)}
+    advance = benchmark.screen.task("heads: answers", total=len(checked))
+    errors: dict[str, list[float]] = {}
+    for name, loss in checked.items():
+        advance()
+        if name in OTHER_LOSSES:
             continue
-        value, *gradients = found(loss, student.dtype)
-        worst = max(((x - y).norm() / y.norm()).item() for x, y in zip(gradients, truth[1:], strict=True))
-        errors[name] = abs(value / truth[0] - 1), worst
-        benchmark.results.add(
-            "heads: errors against fp64 from the hidden states, in norm", name, divergence="kl",
-            dtype=str(student.dtype).removeprefix("torch."), N=plan.checked_rows, H=student.hidden.shape[1],
-            V=len(student.weight), loss_error=errors[name][0], gradient_error=worst,
-        )  # fmt: skip
-    (loss_error, gradient_error), (of_eager, gradient_of_eager) = errors["kdkernels"], errors["eager"]
-    benchmark.target("heads: gradient error over eager's", gradient_error / gradient_of_eager, 1.0)
-    if not (loss_error <= 2 * of_eager + 1e-4 and gradient_error <= 1.02 * gradient_of_eager):
-        benchmark.results.failures.append(
-            f"kdkernels kl from hidden states: errors {loss_error:.1e} / {gradient_error:.1e}, "
-            f"eager's {of_eager:.1e} / {gradient_of_eager:.1e}"
-        )
-
-
-def measure(benchmark, plan: Plan, student: LinearLogits, teacher: LinearLogits) -> None:
-    """Check the answers, then time everyone in the same rounds."""
-    losses, skipped = head_losses(benchmark.device, None, not benchmark.quick)
-    losses = usable(benchmark, losses, skipped, student, teacher)
-    benchmark.leave_out({f"{name} (heads)": why for name, why in skipped.items()})
-    if "kdkernels" not in losses:
-        return
-    check(benchmark, plan, losses, student, teacher)
-    slow = {name: losses.pop(name) for name in plan.slow if name in losses}
-
-    seconds = timed(benchmark, plan, plan.rows, plan.rounds, losses, student, teacher)
-    ours = seconds["kdkernels"]
-    what = f"kl from hidden states, {len(student.hidden):,} rows"
-    benchmark.target(f"{what}: over its matrix products", ratio(ours, seconds[PRODUCTS]), plan.over_products)
-    for name, limit in (("eager", plan.over_eager), (LIGER, plan.over_liger), (LIGER_MATCHED, plan.over_liger)):
-        if name in seconds:
-            benchmark.target(f"{what}: faster than {name}", ratio(seconds[name], ours), limit, at_least=True)
-    if slow:
-        losses = {"kdkernels": losses["kdkernels"]} | slow
-        timed(benchmark, plan, plan.slow_rows, 2, losses, student, teacher)
-
-
-def usable(benchmark, losses, skipped: dict[str, str], student, teacher) -> dict[str, HeadLoss]:
-    """Those that run, after a first run on few rows; why another does not goes to `skipped`, or fails the run."""
-    running = {}
-    for name, loss in losses.items():
         try:
-            Leaves(rows_of(student, 8), rows_of(teacher, 8)).step(loss)()
-            running[name] = loss
+            found = loss_and_gradients(loss, student, teacher)
         except Exception as error:
+            if name == EAGER:  # without it nothing is known of what is allowed
+                raise
+            losses.pop(name, None)
             skipped[name] = reason(error)
-            if name == "kdkernels":
-                benchmark.results.failures.append(f"kdkernels, heads: {skipped[name]}")
-    return running
+            if name.startswith(OURS):
+                benchmark.results.failures.append(f"{name}, heads: {skipped[name]}")
+            continue
+        errors[name] = [((x - y).norm() / y.norm()).item() for x, y in zip(found, truth, strict=True)]
+        columns = dict(zip(ERROR_COLUMNS, errors[name], strict=True))
+        add(benchmark, ERRORS, name, plan, plan.checked_rows, **columns)
+
+    _, *of_eager = errors[EAGER]
+    # The mean of losses that have each the rounding of bf16 logits.
+    allowed = [2 * errors[EAGER][0] + 1e-4, *(CHANCE * error for error in of_eager)]
+    for name in (OURS, fp32_logits):
+        # `not all`: an error that is NaN is above none.
+        if name in errors and not all(error <= most for error, most in zip(errors[name], allowed, strict=True)):
+            came, most = (" / ".join(f"{x:.1e}" for x in errors) for errors in (errors[name], allowed))
+            benchmark.results.failures.append(f"{name}, heads: errors {came}, allowed {most}")
+            losses.pop(OURS, None)
+    if OURS in errors:
+        worst = max(a / b for a, b in zip(errors[OURS][1:], of_eager, strict=True))
+        benchmark.target("kl from hidden states: gradient error over eager's", worst, 1.0)
 
 
-def timed(benchmark, plan: Plan, rows: int, rounds: int, losses, student, teacher) -> dict[str, list[float]]:
-    leaves = Leaves(rows_of(student, rows), rows_of(teacher, rows))
-    steps = {name: leaves.step(loss) for name, loss in losses.items()} | {PRODUCTS: leaves.products(plan.chunk_rows)}
-    advance = benchmark.screen.task(f"heads: kl from {rows:,} hidden states", total=rounds)
-    seconds = interleaved(steps, rounds, benchmark.device, before=leaves.drop_gradients, after_round=advance)
+def timed(benchmark, plan: Plan, rows: int, rounds: int, losses, skipped, student, teacher) -> dict[str, list[float]]:
+    """Seconds of everyone who runs, and of the products, in the same rounds. Who does not run goes to `skipped`."""
+    student, teacher = rows_of(student, rows), rows_of(teacher, rows)
+    leaves = Leaves(student, teacher)
+    advance = benchmark.screen.task(f"heads: kl from {rows:,} hidden states", total=rounds + 1)
+    steps = {PRODUCTS: leaves.products(plan.chunk_rows)}
+    for name, loss in losses.items():
+        leaves.drop_gradients()
+        try:
+            leaves.step(loss)()  # compiles, and takes the memory
+            steps[name] = leaves.step(loss)
+        except Exception as error:
+            skipped[f"{name}, {rows:,} rows"] = reason(error)
+            if name == OURS:
+                benchmark.results.failures.append(f"{name}, heads, {rows:,} rows: {reason(error)}")
+    steps[PRODUCTS]()
+    advance()
+    if OURS not in steps:
+        return {}
+    seconds = interleaved(steps, rounds, benchmark.device, leaves.drop_gradients, advance, warmed_up=True)
     for name in steps:
-        benchmark.results.add(
-            "heads", name, divergence="kl", dtype=str(student.dtype).removeprefix("torch."), N=rows,
-            H=student.hidden.shape[1], V=len(student.weight), median_ms=1e3 * sorted(seconds[name])[rounds // 2],
-            ratio_to_kdkernels=ratio(seconds[name], seconds["kdkernels"]),
+        add(
+            benchmark,
+            CASE,
+            name,
+            plan,
+            rows,
+            median_ms=1e3 * statistics.median(seconds[name]),
+            ratio_to_kdkernels=ratio(seconds[name], seconds[OURS]),
             over_products=ratio(seconds[name], seconds[PRODUCTS]),
-        )  # fmt: skip
+        )
     return seconds
 
 
-def measure_memory(benchmark, plan: Plan, names, peak_bytes: Callable[[str, int], int]) -> None:
-    """The peak beyond the inputs of one step: of `names` on the plan's rows, and as the rows grow."""
-    if "kdkernels" not in names:
+def measure_memory(benchmark, plan: Plan, peak_bytes: Callable[[str, int], int]) -> None:
+    """The peak beyond the inputs of one step: of everyone who was timed, and of some as the rows grow."""
+    timed_at = [(row["contender"], row["N"]) for row in benchmark.results.select(CASE)]
+    if (OURS, plan.rows) not in timed_at:
         return
-    wanted = [(name, plan.slow_rows if name in plan.slow else plan.rows) for name in names]
-    wanted += [("kdkernels", rows) for rows in plan.memory_rows] + [("eager", rows) for rows in plan.eager_memory_rows]
+    wanted = [(name, rows) for name, rows in timed_at if name != PRODUCTS]
+    wanted += [(OURS, rows) for rows in plan.memory_rows] + [(EAGER, rows) for rows in plan.eager_memory_rows]
+    wanted = list(dict.fromkeys(wanted))
     advance = benchmark.screen.task("heads: memory", total=len(wanted))
-    for name, rows in dict.fromkeys(wanted):
-        peak = peak_bytes(name, rows)
-        most = allowed_bytes(plan, rows) if name == "kdkernels" else None
-        benchmark.results.add("heads: memory", name, divergence="kl", dtype="bfloat16", N=rows, H=plan.width,
-                              V=plan.vocabulary, peak_extra_MiB=peak / MiB,
-                              allowed_MiB=most / MiB if most else None)  # fmt: skip
-        if most and rows == plan.rows:
-            benchmark.target("kl from hidden states: peak over dWeight in fp32 + dHidden + budget", peak / most, 1.0)
-        advance()
+    over_allowed = []
+    # Ours first: others are held against it.
+    for name, rows in sorted(wanted, key=lambda pair: (pair[0] != OURS, wanted.index(pair))):
+        try:
+            peak = peak_bytes(name, rows)
+        except torch.OutOfMemoryError as error:
+            benchmark.leave_out({f"{name}, {rows:,} rows (heads: memory)": reason(error)})
+            continue
+        finally:
+            advance()
+        columns = {"peak_extra_MiB": peak / MiB}
+        if name == OURS:
+            allowed = allowed_bytes(plan, rows)
+            columns["allowed_MiB"] = allowed / MiB
+            over_allowed.append(peak / allowed)
+        of_ours = [row["peak_extra_MiB"] for row in benchmark.results.select(MEMORY, contender=OURS, N=rows)]
+        if of_ours and of_ours[0]:
+            columns["ratio_to_kdkernels"] = peak / MiB / of_ours[0]
+        add(benchmark, MEMORY, name, plan, rows, **columns)
+    if over_allowed:
+        what = "kl from hidden states, any number of rows: peak memory over dWeight in fp32 + dHidden + chunk budget"
+        benchmark.target(what, max(over_allowed), 1.0)
 
 
 def allowed_bytes(plan: Plan, rows: int) -> int:
-    """The weight's gradient in fp32, that of the hidden states in bf16, and the budget."""
+    """The weight's gradient in fp32, that of the hidden states in bf16, and the budget of the chunks."""
     return 4 * plan.vocabulary * plan.width + 2 * rows * plan.width + linear.current_budget()

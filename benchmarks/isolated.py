@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 
-import heads
 import timing
 import torch
 from contenders import kdkernels_loss, peers
-from data import synthetic_logits
+from data import synthetic_heads, synthetic_logits
+from head_contenders import Leaves, head_losses
 
 
 def in_own_process(measurement: str, *, environment: dict[str, str] | None = None, **options):
@@ -43,8 +43,8 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.measurement == "head-memory":
-        losses, _ = heads.head_losses("cpu", None)
-        leaves = heads.Leaves(*heads.synthetic_heads(arguments.rows, arguments.width, arguments.vocabulary))
+        losses, _ = head_losses("cpu")
+        leaves = Leaves(*synthetic_heads(arguments.rows, arguments.width, arguments.vocabulary))
         step = leaves.step(losses[arguments.contenders])
         print(json.dumps(timing.peak_extra_bytes(step, leaves.drop_gradients, "cpu")))
         return

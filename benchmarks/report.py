@@ -28,6 +28,8 @@ COLUMNS = {
     "over_products": "{:.2f}",
     "loss_error": "{:.1e}",
     "gradient_error": "{:.1e}",
+    "hidden_gradient_error": "{:.1e}",
+    "weight_gradient_error": "{:.1e}",
     "GB_per_s": "{:.0f}",
     "copy_GB_per_s": "{:.0f}",
     "percent_of_floor": "{:.1f}",

@@ -28,14 +28,22 @@ def rotated(names: list, by: int) -> list:
     return names[by % len(names) :] + names[: by % len(names)]
 
 
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int, device: str, before=lambda: None, after_round=None):
+def interleaved(
+    steps: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str,
+    before=lambda: None,
+    after_round=None,
+    warmed_up: bool = False,
+) -> dict[str, list[float]]:
     """Seconds of every step in every round: {name: [seconds of round 0, ...]}.
 
     Each round runs every step once and starts with another one, so that a disturbance of the machine meets
-    all of them alike and no step always runs after the same one. `before` runs untimed before each step.
+    all of them alike and no step always runs after the same one. `before` runs untimed before each step. Unless they
+    are `warmed_up`, each runs once untimed.
     """
     names = list(steps)
-    for name in names:
+    for name in [] if warmed_up else names:
         before()
         steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -163,7 +171,7 @@ def ratio(seconds: list[float], baseline: list[float]) -> float:
 
 
 def peak_extra_bytes(step: Callable[[], None], drop_gradient: Callable[[], None], device: str) -> int:
-    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own, with psutil."""
+    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own."""
     step()  # what a first call sets up (thread pools, compiled code) is not the step's memory
     drop_gradient()
     gc.collect()
@@ -174,10 +182,8 @@ def peak_extra_bytes(step: Callable[[], None], drop_gradient: Callable[[], None]
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - resident
-    import psutil
-
     memory.reset_peak()
-    resident = psutil.Process().memory_info().rss
+    resident = memory.resident_bytes()
     step()
     return max(0, memory.peak_resident_bytes() - resident)
 

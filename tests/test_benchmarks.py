@@ -15,12 +15,15 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import contenders
 import data
 import gpu
+import head_contenders
 import heads
 import run
 import screen
 import timing
+from torch.utils.flop_counter import FlopCounterMode
 
-from kdkernels.backends import native
+import kdkernels
+from kdkernels.backends import linear, native
 
 pytestmark = pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
 
@@ -36,7 +39,20 @@ TINY = gpu.Plan(
     copied=2**12,
     seconds=1e-4,
     rounds=(2, 3),
-    of_heads=heads.Plan(48, 32, 600, 16, 40, 3, memory_rows=(48, 96), eager_memory_rows=(48,)),
+    of_heads=heads.Plan(
+        rows=48,
+        width=32,
+        vocabulary=600,
+        chunk_rows=16,
+        checked_rows=40,
+        rounds=3,
+        slow=("TRL, head",),
+        slow_rows=20,
+        memory_rows=(96,),
+        eager_memory_rows=(24,),
+        over_products=1.25,
+        percent_of_products=85,
+    ),
 )
 
 
@@ -47,7 +63,7 @@ def tiny(tmp_path, monkeypatch):
         gpu, "real_or_synthetic", lambda rows: (*data.synthetic_logits(rows, 300, torch.bfloat16), "drawn")
     )
     monkeypatch.setattr(contenders, "compiled_loss", contenders.eager_loss)
-    monkeypatch.setattr(heads, "liger_loss", partial(heads.liger_loss, compiled=False))
+    monkeypatch.setattr(head_contenders, "liger_loss", partial(head_contenders.liger_loss, compiled=False))
     monkeypatch.setattr(gpu, "peak_extra_bytes", lambda *_: 1000)  # on a CPU the process is too coarse a measure
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other over tensors this small
@@ -93,41 +109,75 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     assert "PASS" not in shown and "MISS" not in shown
 
 
-def test_heads_are_measured_beside_their_products(tiny, monkeypatch, capsys):
-    peers, _ = heads.head_losses("cpu", None)
-    monkeypatch.setattr(heads, "head_losses", lambda *_: (peers, {"fla": "it is not here"}))
+def test_heads_are_measured_beside_their_products(tiny, capsys):
+    tiny.quick = False
     tiny.heads()
     assert run.conclude(tiny) == 0, tiny.results.failures
+    losses, _ = heads.head_losses("cpu")
     rows = tiny.results.rows
-    timed = {row["contender"]: row for row in rows if row["case"] == "heads"}
-    assert set(peers) | {heads.PRODUCTS} == set(timed)
+    timed = {(row["contender"], row["N"]): row for row in rows if row["case"] == "heads"}
+    slow = {heads.TRL_HEAD} & set(losses)
+    assert set(timed) == {(name, 48) for name in {*losses, heads.PRODUCTS} - slow} | (
+        {(name, 20) for name in {heads.OURS, heads.PRODUCTS, *slow}} if slow else set()
+    )
     for row in timed.values():
-        assert (row["N"], row["H"], row["V"]) == (48, 32, 600) and row["median_ms"] > 0
-    assert timed[heads.PRODUCTS]["over_products"] == 1 and timed["kdkernels"]["ratio_to_kdkernels"] == 1
-    errors = {row["contender"]: row["gradient_error"] for row in rows if "errors" in row["case"]}
-    assert set(errors) >= {"kdkernels", "kdkernels, fp32 logits", "eager"}
-    assert errors["kdkernels, fp32 logits"] < errors["kdkernels"] < 0.1
+        assert (row["H"], row["V"]) == (32, 600) and row["median_ms"] > 0
+    assert timed[heads.PRODUCTS, 48]["over_products"] == 1 and timed[heads.OURS, 48]["ratio_to_kdkernels"] == 1
+    errors = {row["contender"]: row for row in rows if row["case"] == heads.ERRORS}
+    assert set(errors) == {*losses, "kdkernels, fp32 logits"} - {heads.LIGER}  # which has another loss
+    for column in heads.ERROR_COLUMNS[1:]:
+        of_ours = errors[heads.OURS][column]
+        assert errors["kdkernels, fp32 logits"][column] < of_ours <= 1.02 * errors[heads.EAGER][column] < 0.1
+        assert all(row[column] < 0.1 for row in errors.values())  # all of them have found the gradient of kl
     memory = [(row["contender"], row["N"]) for row in rows if row["case"] == "heads: memory"]
-    assert {("kdkernels", 48), ("kdkernels", 96), ("eager", 48)} <= set(memory) and len(memory) == len(set(memory))
-    assert "fla (heads) is left out: it is not here" in capsys.readouterr().out
+    assert {(heads.OURS, 96), (heads.EAGER, 24)} <= set(memory) and len(memory) == len(set(memory))
+    assert set(timed) - set(memory) == {(heads.PRODUCTS, n) for name, n in timed if name == heads.PRODUCTS}
+    assert "fla (heads) is left out:" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["wrong", "raises"])
-def test_a_wrong_gradient_of_a_head_fails_the_run(tiny, monkeypatch, capsys, fault):
-    def broken(student, teacher, backend="auto", **options):
-        if backend == "reference":
-            return real(student, teacher, backend=backend)
+def test_the_products_are_those_of_the_loss():
+    """All of the logits of both sides and of the gradients of hidden states, in chunks of which the last is short."""
+    leaves = head_contenders.Leaves(*data.synthetic_heads(40, 8, 20, torch.float32))
+    counted = FlopCounterMode(display=False)
+    with counted:
+        leaves.products(16)()
+    assert counted.get_total_flops() == 4 * 2 * 40 * 8 * 20
+
+
+@pytest.mark.parametrize("plan", [heads.CPU, heads.CPU_QUICK, heads.GPU], ids=["cpu", "cpu quick", "gpu"])
+def test_the_products_have_the_chunks_of_the_loss(plan):
+    row_bytes = 2 * 2 * plan.vocabulary  # student's and teacher's logits in bf16
+    assert plan.chunk_rows == linear._chunk_size(plan.rows, 0, linear.current_budget(), row_bytes)
+
+
+@pytest.mark.parametrize("fault", ["of the loss", "of the weight", "raises"])
+def test_a_wrong_answer_of_a_head_stops_the_run(tiny, monkeypatch, capsys, fault):
+    def broken(student, teacher, **options):
         if fault == "raises":
             raise RuntimeError("cublas: no\nmore")
-        return 1.1 * real(student, teacher, **options)
+        if fault == "of the loss":
+            return real(student, teacher, **options) + 0.1
+        detached = kdkernels.LinearLogits(student.hidden, student.weight.detach())
+        return real(detached, teacher, **options) + 0 * student.weight.sum()
 
-    real = heads.fused_kl
-    monkeypatch.setattr(heads, "fused_kl", broken)
+    real = head_contenders.fused_kl
+    monkeypatch.setattr(head_contenders, "fused_kl", broken)
     tiny.heads()
     assert run.conclude(tiny) == 1
+    assert not tiny.results.select("heads")  # no time of what is wrong
     shown = capsys.readouterr().out
-    assert ("WRONG kdkernels kl from hidden states: errors" in shown) == (fault == "wrong")
+    assert ("WRONG kdkernels, heads: errors" in shown) == (fault != "raises")
     assert ("WRONG kdkernels, heads: RuntimeError: cublas: no" in shown) == (fault == "raises")
+
+
+def test_a_head_without_room_is_left_out(tiny, monkeypatch, capsys):
+    def peak(step, drop_gradients, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "peak_extra_bytes", peak)
+    tiny.heads()
+    assert run.conclude(tiny) == 0
+    assert "eager, 48 rows (heads: memory) is left out: OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_the_figure_draws_what_the_plan_measured(tiny, tmp_path):
@@ -244,9 +294,9 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu, run, screen
 from pathlib import Path
 gpu.real_or_synthetic = lambda rows: (*gpu.synthetic_logits(rows, 300, gpu.torch.bfloat16), "drawn")
-of_heads = gpu.heads.Plan(48, 32, 600, 16, 40, 2, memory_rows=(48,))
+of_heads = gpu.heads.Plan(rows=48, width=32, vocabulary=600, chunk_rows=16, checked_rows=40, rounds=2)
 plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), 3, 4096, 1e-4, (2, 2), of_heads)
-gpu.peak_extra_bytes = lambda *arguments: 1000  # on a CPU it needs psutil
+gpu.peak_extra_bytes = lambda *arguments: 1000
 benchmark = gpu.GpuBenchmark(True, 2, screen.screen(), Path({str(tmp_path)!r}), plan, "cpu")
 with benchmark.screen:
     benchmark.run()
