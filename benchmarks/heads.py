@@ -60,7 +60,7 @@ CPU = Plan(
     vocabulary=49_152,
     chunk_rows=1024,
     checked_rows=256,
-    rounds=5,
+    rounds=4,
     slow=(TRL_HEAD,),
     memory_rows=(1024, 2048, 8192, 32_768),
     eager_memory_rows=(1024, 2048),
@@ -198,7 +198,7 @@ def timed(benchmark, plan: Plan, rows: int, rounds: int, losses, skipped, studen
     advance()
     if OURS not in steps:
         return {}
-    seconds = interleaved(steps, rounds, benchmark.device, leaves.drop_gradients, advance, warmed_up=True)
+    seconds = interleaved(steps, rounds, benchmark.device, leaves.drop_gradients, advance, settled=True)
     for name in steps:
         add(
             benchmark,

@@ -34,21 +34,26 @@ def interleaved(
     device: str,
     before=lambda: None,
     after_round=None,
-    warmed_up: bool = False,
+    settled: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round: {name: [seconds of round 0, ...]}.
 
     Each round runs every step once and starts with another one, so that a disturbance of the machine meets
-    all of them alike and no step always runs after the same one. `before` runs untimed before each step. Unless they
-    are `warmed_up`, each runs once untimed.
+    all of them alike and no step always runs after the same one. `before` runs untimed before each step. `settled`:
+    each step runs untimed just before it is timed, and so finds the memory as its own last step left it, as in
+    training; pages that another has freed may have to be given back to the process by the host of a virtual machine.
+    Otherwise each runs untimed once.
     """
     names = list(steps)
-    for name in [] if warmed_up else names:
+    for name in [] if settled else names:
         before()
         steps[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for i in range(rounds):
         for name in rotated(names, i):
+            if settled:
+                before()
+                steps[name]()
             before()
             synchronize(device)
             start = time.perf_counter()

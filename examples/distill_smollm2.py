@@ -199,7 +199,8 @@ def report_memory(losses, student, teacher, batch) -> None:
         losses[name](*sides_of(student, teacher, batch, name == "head")).backward()
         peaks[name] = (memory.peak_resident_bytes() - before) / 2**20
         student.zero_grad()
-    print("Peak memory of one step's forward and backward, activations and gradients of the model included:", end=" ")
+    print("Peak of one step's forward and backward, in resident pages beyond those before it (the model's", end=" ")
+    print("activations and gradients included):", end=" ")
     print(f"{peaks['head']:,.0f} MiB from hidden states (--head), {peaks['kdkernels']:,.0f} MiB from logits,", end=" ")
     print(f"{peaks['eager']:,.0f} MiB with the eager loss.")
 

@@ -26,9 +26,11 @@ class LinearLogits:
 
     It may stand for the student, the teacher or both, in every loss that takes logits; the loss makes the logits of
     some rows at a time, within a memory budget (`kdkernels.chunk_budget`). As the student it gets the gradients of
-    hidden, weight and bias, of those that require grad; the weight's is summed in fp32. Under autocast, and nowhere
-    else, the products follow autocast's dtype; otherwise hidden and weight must have one dtype when the loss is called.
-    The weight of a module that FSDP2 shards may be passed as it is: the loss gathers it, once a call.
+    hidden, weight and bias, of those that require grad; the weight's is summed over chunks in fp32. The products follow
+    autocast's dtype where it is on (for which each call casts the whole weight once); otherwise hidden and weight must
+    have one dtype when the loss is called. The weight of a module that FSDP2 shards may be passed as it is: the loss
+    casts it to the products' dtype and gathers it, once a call. A row that is NaN makes the weight's gradient NaN,
+    which is of all rows.
 
     Args:
         hidden: the last hidden states [..., H], after the model's final norm; fp32, bf16, fp16 or fp64.
@@ -56,9 +58,9 @@ class LinearLogits:
                 continue
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
-            if not x.is_floating_point():
+            if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
                 hint = "; the weight of a quantised head has to be dequantised" if name == "weight" else ""
-                raise TypeError(f"{name}: expected a floating-point dtype; got {x.dtype}{hint}")
+                raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64; got {x.dtype}{hint}")
             if x.layout != torch.strided:
                 raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
         if is_sharded(hidden):
@@ -85,7 +87,7 @@ class LinearLogits:
             if x is not None and x.device != hidden.device:
                 raise ValueError(f"{name}: expected on the hidden states' device {hidden.device}; got {x.device}")
         _check_number("scale", self.scale)
-        if not math.isfinite(self.scale) or self.scale == 0:
+        if not -math.inf < self.scale < math.inf or self.scale == 0:
             raise ValueError(f"scale: expected finite and not 0; got {self.scale}")
         if self.softcap is not None:
             _check_number("softcap", self.softcap)
@@ -96,30 +98,35 @@ class LinearLogits:
     def from_module(cls, hidden: Tensor, lm_head: torch.nn.Linear, config) -> "LinearLogits":
         """Of a head, with the scale and cap that a transformers config gives its logits.
 
-        Reads logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1), which multiply; logits_scaling,
-        which divides (Granite; but multiplies in HyperCLOVA X); final_logit_softcapping (Gemma 2 and later) and
-        output_logit_soft_cap (xLSTM), which cap. What is absent or None does nothing. A config that holds one of a
-        text model is read there.
+        Reads logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1), which multiply; logits_scaling
+        (Granite, MiniCPM3; in HyperCLOVA X it multiplies) and logits_mup_width_multiplier (Inkling), which divide;
+        final_logit_softcapping (Gemma 2 and later), logits_soft_cap (RecurrentGemma) and output_logit_soft_cap (xLSTM),
+        which cap. What is absent or None does nothing. A config that holds one of a text model is read there. A model
+        that scales or caps its logits by other names (T5 by its width) needs LinearLogits(..., scale=, softcap=).
 
-        `hidden` is what the model hands to its head but for the scale: the last hidden state after the final norm.
+        `hidden` is the backbone's last hidden state, after the final norm: what a model scales on the way to its head
+        is in the names above.
 
         Raises TypeError for a head that is more than a linear map: one wrapped by PEFT, whose weight is that of the
-        base alone, a quantised one, any with a forward of its own.
+        base alone, a quantised one, any with a forward of its own; and for a config that is none. Hooks of the head
+        are not run.
         """
         _check_linear(lm_head)
+        if config is None or isinstance(config, dict):
+            raise TypeError(f"config: expected a transformers config, of attributes; got {type(config).__name__}")
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
 
-        def read(name):
-            return getattr(config, name, None)
+        def read(*names):
+            return [value for name in names if (value := getattr(config, name, None)) is not None]
 
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            if read(name) is not None:
-                scale *= read(name)
-        if read("logits_scaling") is not None:
-            multiplies = "hyperclovax" in str(read("model_type"))
-            scale = scale * read("logits_scaling") if multiplies else scale / read("logits_scaling")
-        caps = [read(name) for name in ("final_logit_softcapping", "output_logit_soft_cap") if read(name) is not None]
+        multiplies = read("logit_scale", "output_multiplier", "lm_head_multiplier")
+        divides = read("logits_mup_width_multiplier")
+        of_hyperclova = "hyperclovax" in str(getattr(config, "model_type", ""))
+        (multiplies if of_hyperclova else divides).extend(read("logits_scaling"))
+        if 0 in divides:
+            raise ValueError("config: expected a logits_scaling that is not 0; got 0")
+        scale = math.prod(multiplies) / math.prod(divides)
+        caps = read("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
         return cls(hidden, lm_head.weight, lm_head.bias, scale=scale, softcap=caps[0] if caps else None)
 
     @property
@@ -182,7 +189,8 @@ def _check_linear(lm_head):
         )
     if not isinstance(lm_head, torch.nn.Linear):
         raise TypeError(f"lm_head: expected a torch.nn.Linear; got {type(lm_head).__name__}")
-    if type(lm_head).forward is not torch.nn.Linear.forward:
+    # Hooks are not refused: FSDP2 and Accelerate have theirs on every module, which change no logits.
+    if type(lm_head).forward is not torch.nn.Linear.forward or "forward" in vars(lm_head):
         raise TypeError(
             f"lm_head: expected a plain torch.nn.Linear; {type(lm_head).__name__} has a forward of its own, which "
             "LinearLogits(hidden, weight, bias) would leave out"

@@ -217,7 +217,10 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
     if backend == "reference":
         dtype, row_scale = compute_dtype(student, teacher), row_numbers[0]
         with torch.autocast(student.device.type, enabled=False):
-            logits = [x.data if x.weight is None else reference.linear_logits(*x, row_scale, dtype) for x in sides]
+            vocab_size = static[1]
+            logits = [
+                x.data if x.weight is None else reference.linear_logits(*x, row_scale, vocab_size, dtype) for x in sides
+            ]
         return _row_losses((*logits, *row_numbers), static, statistics, reduction, gradient, backend)
 
     tensors = [x for side in sides for x in (side.data, side.weight, side.bias)]
@@ -236,7 +239,7 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
         )
         return loss, row_statistics, top1
     of_weight = sides[0].weight is not None
-    if gradient == "forward" and reduction == "none" and of_weight:
+    if gradient == "forward" and reduction == "none" and any(wanted[1:]):
         raise ValueError(
             "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
             "expected gradient='backward' or 'auto'"
@@ -251,11 +254,13 @@ def _side(x: Tensor | LinearLogits, heads: options.HeadOptions) -> linear.Side:
     if isinstance(x, Tensor):
         return linear.Side(x, None, None, 1.0, None)
     dtype = linear.product_dtype(x.hidden.dtype, heads.autocast_dtype)
-    hidden = x.hidden
-    if not torch.compiler.is_compiling() and hidden.is_inference():
-        hidden = hidden.clone()  # what is made in inference mode cannot be saved for backward
-    bias = None if x.bias is None else gathered(x.bias, dtype)
-    return linear.Side(hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
+
+    def kept(tensor):  # what is made in inference mode cannot be saved for backward
+        inference = not torch.compiler.is_compiling() and tensor.is_inference()
+        return tensor.clone() if inference else tensor
+
+    bias = None if x.bias is None else kept(gathered(x.bias, dtype))
+    return linear.Side(kept(x.hidden), kept(gathered(x.weight, dtype)), bias, x.scale, x.softcap)
 
 
 def _refuse_transforms(student: Tensor, backend: str):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from . import divergences
+from .distributions import LinearLogits
 from .functional import LossOutput, fused_divergence
 
 
@@ -33,7 +34,7 @@ class Divergence(torch.nn.Module):
         """kl at beta = 0, reverse_kl at 1, js between: `kdkernels.Divergence.gkd`."""
         return Divergence(divergences.Divergence.gkd(beta), **options)
 
-    def forward(self, student: Tensor, teacher: Tensor, **options) -> Tensor | LossOutput:
+    def forward(self, student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, **options) -> Tensor | LossOutput:
         return fused_divergence(student, teacher, self.divergence, **{**self.options, **options})
 
     def extra_repr(self) -> str:

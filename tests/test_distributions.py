@@ -56,7 +56,8 @@ REGISTER = r"register_fsdp_forward_method\(model, 'method'\)"
         ((HIDDEN, WEIGHT.to("meta")), {}, ValueError, "weight: expected on the hidden states' device cpu; got meta"),
         ((HIDDEN, WEIGHT, torch.randn(7, device="meta")), {}, ValueError, "bias: expected on.*cpu; got meta"),
         ((HIDDEN, torch.ones(7, 4, dtype=torch.int8)), {}, TypeError, "weight.*torch.int8.*dequantised"),
-        ((torch.ones(3, 4, dtype=torch.int64), WEIGHT), {}, TypeError, "hidden.*floating-point.*torch.int64"),
+        ((torch.ones(3, 4, dtype=torch.int64), WEIGHT), {}, TypeError, "hidden: expected fp32.*torch.int64"),
+        ((HIDDEN, WEIGHT.to(torch.float8_e4m3fn)), {}, TypeError, "weight: expected fp32.*float8"),
         ((HIDDEN, WEIGHT.to_sparse()), {}, TypeError, "weight: expected a dense tensor; got layout torch.sparse_coo"),
         ((HIDDEN, WEIGHT), {"scale": 0}, ValueError, "scale: expected finite and not 0; got 0"),
         ((HIDDEN, WEIGHT), {"scale": float("nan")}, ValueError, "scale.*got nan"),
@@ -98,6 +99,8 @@ def test_a_sharded_tensor_of_hidden_states_is_refused():
         ({"output_multiplier": 0.5, "final_logit_softcapping": 30.0}, 0.5, 30.0),
         ({"final_logit_softcapping": 30.0}, 1.0, 30.0),  # Gemma 2
         ({"output_logit_soft_cap": 15.0}, 1.0, 15.0),  # xLSTM
+        ({"logits_soft_cap": 30.0}, 1.0, 30.0),  # RecurrentGemma
+        ({"logits_mup_width_multiplier": 24.0}, 1 / 24, None),  # Inkling
     ],
 )
 def test_from_module_reads_scale_and_cap(config, scale, softcap):
@@ -126,16 +129,23 @@ class ScaledHead(nn.Linear):
 
 
 def test_from_module_refuses_what_is_more_than_a_linear_map():
-    linear = nn.Linear(4, 7)
+    linear, patched = nn.Linear(4, 7), nn.Linear(4, 7)
+    patched.forward = lambda x: 2 * x
     for head, expected in (
         (Adapter(base_layer=linear), "lacks the adapter; merge it"),
         (Adapter(original_module=linear, modules_to_save=nn.ModuleDict()), r"modules_to_save\[<adapter>\]"),
         (ScaledHead(4, 7), "ScaledHead has a forward of its own"),
         (nn.Embedding(7, 4), "expected a torch.nn.Linear; got Embedding"),
         (linear.weight, "expected a torch.nn.Linear; got Parameter"),
+        (patched, "Linear has a forward of its own"),
     ):
         with pytest.raises(TypeError, match=expected):
             LinearLogits.from_module(HIDDEN, head, SimpleNamespace())
+    for config in (None, {"logit_scale": 0.5}):
+        with pytest.raises(TypeError, match="config: expected a transformers config"):
+            LinearLogits.from_module(HIDDEN, linear, config)
+    with pytest.raises(ValueError, match="logits_scaling that is not 0"):
+        LinearLogits.from_module(HIDDEN, linear, SimpleNamespace(logits_scaling=0))
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -40,6 +40,28 @@ def test_class_that_is_minus_infinity_on_both_sides_contributes_nothing(divergen
     assert not got.gradient[:, :10].any()
 
 
+@each_backend
+@each_gradient
+@pytest.mark.parametrize("value", [math.nan, INF, -INF])
+def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, value):
+    """A row weight, what comes back for a row's loss, or a normalizer of 0: without labels, and with."""
+    device = device_of(backend)
+    student, teacher = torch.randn(3, 50, device=device), torch.randn(3, 50, device=device)
+    bad = torch.tensor([1.0, value, 1.0], device=device)
+    labels = {"labels": torch.tensor([1, 2, 3], device=device), "hard_weight": 0.5}
+    for more in ({}, labels):
+        options = {"gradient": gradient, "backend": backend, **more}
+        want = run(student, teacher, "js", **options)
+        for got in (
+            run(student, teacher, "js", row_weight=bad, **options),
+            run(student, teacher, "js", grad_output=bad, **options),
+        ):
+            torch.testing.assert_close(got.gradient[[0, 2]], want.gradient[[0, 2]])
+            assert not got.gradient[1].isfinite().any()
+        whole = run(student, teacher, "js", reduction="mean", normalizer=0, **options)
+        assert not whole.loss.isfinite() and not whole.gradient.isfinite().any()
+
+
 @each_divergence
 @each_backend
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])

@@ -497,6 +497,66 @@ def test_masked_rows_may_hold_anything(backend, compact):
 
 
 @each_backend
+def test_weights_of_padding_classes_may_hold_anything(backend):
+    device = device_of(backend)
+    student, teacher = example(vocab=43, device=device)
+    student = LinearLogits(student.hidden, student.weight, torch.randn(43, device=device), softcap=5.0)
+    want = run(student, teacher, vocab_size=40, backend=backend)
+    for side in (student, teacher):
+        side.weight[40:] = torch.nan
+    student.bias[40:] = torch.inf
+    got = run(student, teacher, vocab_size=40, backend=backend)
+    for x, y in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@kernel_backends
+@pytest.mark.parametrize("compact", [True, False])
+def test_masked_rows_have_no_gradient_whatever_the_weight_is(backend, compact):
+    device = device_of(backend)
+    student, teacher = example(device=device)
+    student.weight[3] = torch.inf
+    mask = torch.arange(12, device=device) % 3 > 0
+    _, gradients, _ = run(student, teacher, mask=mask, compact_rows=compact, chunk_rows=5, backend=backend)
+    assert not gradients[0][~mask].any()
+
+
+@kernel_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_inference_mode_made_can_be_the_teacher(backend, reduction):
+    device = device_of(backend)
+    student, made = example(device=device)
+    made = LinearLogits(made.hidden, made.weight, torch.randn(40, device=device))
+    with torch.inference_mode():
+        teacher = LinearLogits(made.hidden.clone(), made.weight.clone(), made.bias.clone())
+    options = {"grad_output": torch.rand(12, device=device)} if reduction == "none" else {}
+    got = run(student, teacher, reduction=reduction, backend=backend, **options)
+    want = run(student, made, reduction=reduction, backend=backend, **options)
+    for x, y in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_scale_that_changes_compiles(fresh_compiler):
+    compiled = torch.compile(
+        lambda h, w, t, scale, cap: fused_kl(LinearLogits(h, w, scale=scale, softcap=cap), t, backend="cpu"),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    student, teacher = example()
+    for scale, cap in ((0.5, 3.0), (0.25, 4.0), (2.0, 5.0)):
+        want = fused_kl(LinearLogits(student.hidden, student.weight, scale=scale, softcap=cap), teacher, backend="cpu")
+        torch.testing.assert_close(compiled(student.hidden, student.weight, teacher, scale, cap), want)
+
+
+def test_a_budget_object_serves_several_blocks():
+    with chunk_budget(7000):
+        budget = chunk_budget(5000)
+        for _ in range(2):
+            with budget:
+                assert linear.current_budget() == 5000
+            assert linear.current_budget() == 7000
+
+
+@each_backend
 def test_no_kept_rows(backend):
     device = device_of(backend)
     for leading, mask in (((4,), torch.zeros(4, dtype=torch.bool, device=device)), ((0,), None), ((2, 0), None)):
@@ -753,7 +813,8 @@ def test_bad_input_raises():
         (lambda: fused_kl((hidden, weight), teacher), TypeError, "student: expected a tensor of logits or a Linear"),
         (lambda: fused_kl(LinearLogits(hidden.requires_grad_(), weight), logits, reduction="none",
                           gradient="forward"), ValueError, "reduction='none'.*gradient='backward'"),
-        (lambda: chunk_budget(0), ValueError, "at least 1 byte; got 0"),
+        (lambda: chunk_budget(0), ValueError, "from 1 byte.*got 0"),
+        (lambda: chunk_budget(2**63), ValueError, "from 1 byte"),
         (lambda: chunk_budget(1e9), TypeError, "expected an int"),
     ):  # fmt: skip
         before = linear.current_budget()

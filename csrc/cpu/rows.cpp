@@ -397,7 +397,8 @@ template <class T> struct Row {
     T* out = direct ? (T*)to : gradient_buffer;
 
     T factor = call.temperature_squared ? temperature : inverse_temperature;
-    T soft = scale * (1 - hard_weight()) * factor, hard = scale * hard_weight();
+    // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
+    T soft = scale * (1 - hard_weight()) * factor, hard = hard_weight() == 0 ? T(0) : scale * hard_weight();
     T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
     auto soft_term = [=](int i) { return soft == 0 ? T(0) : soft * (psi_of_class[i] - q[i] * slope_sum); };
     if (hard == 0) {

@@ -39,11 +39,14 @@ class chunk_budget:
         global _budget
         if isinstance(bytes, bool) or not isinstance(bytes, int):
             raise TypeError(f"chunk_budget: expected an int (bytes); got {type(bytes).__name__}")
-        if bytes < 1:
-            raise ValueError(f"chunk_budget: expected at least 1 byte; got {bytes}")
-        self._before, _budget = _budget, bytes
+        if not 1 <= bytes < 2**63:
+            raise ValueError(f"chunk_budget: expected from 1 byte to 2**63 - 1; got {bytes}")
+        self._before, self._bytes = _budget, bytes
+        _budget = bytes
 
     def __enter__(self):
+        global _budget
+        _budget = self._bytes  # again, where the block is not the first
         return self
 
     def __exit__(self, *_):
@@ -262,9 +265,10 @@ class _Head:
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
         hidden = _rows_of(self.side.data, chunk).to(self.dtype)
-        if self.wanted.weight and isinstance(chunk, slice):
-            # A skipped row may hold anything: its dlogits are 0, and would make NaN of that in the weight's gradient.
-            hidden = torch.where(row_scale[:, None] == 0, 0, hidden)
+        # A skipped row may hold anything, and so may a weight: their products with dlogits of 0 would be NaN.
+        self.skipped = (row_scale == 0)[:, None] if isinstance(chunk, slice) else None
+        if self.wanted.weight and self.skipped is not None:
+            hidden = hidden.masked_fill(self.skipped, 0)
         self.hidden = hidden
         out = self.buffer[: hidden.shape[0]]
         _project(hidden, self.weight, self.bias, self.side.scale, out[:, : self.classes])
@@ -288,6 +292,8 @@ class _Head:
                 _product(factor, self.weight, scale, out=self.data_gradient[chunk])
             else:
                 self.data_gradient[chunk] = _product(factor, self.weight, scale, out=torch.empty_like(self.hidden))
+            if self.skipped is not None:
+                self.data_gradient[chunk].masked_fill_(self.skipped, 0)
         if self.weight_sum is not None:
             self.weight_sum.add(factor, self.hidden, scale)
         if self.bias_sum is not None:
@@ -337,7 +343,11 @@ class _ProductSum:
                     target.copy_(part)
 
     def result(self) -> Tensor:
-        return self.total.to(self.weight.dtype)
+        if self.total.dtype == self.weight.dtype:
+            return self.total
+        return self.kernels.empty(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device).copy_(
+            self.total
+        )
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -345,8 +355,8 @@ def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
 
 
 def writes_fp32(device: torch.device) -> bool:
-    """Whether the library writes products of 16-bit factors in fp32."""
-    return device.type == "cuda"
+    """Whether the library writes products of 16-bit factors in fp32: cuBLAS does; of ROCm's not all do."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor):
