@@ -239,7 +239,7 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
         )
         return loss, row_statistics, top1
     of_weight = sides[0].weight is not None
-    if gradient == "forward" and reduction == "none" and any(wanted[1:]):
+    if gradient == "forward" and reduction == "none" and of_weight:
         raise ValueError(
             "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
             "expected gradient='backward' or 'auto'"
