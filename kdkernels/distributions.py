@@ -14,6 +14,13 @@ _REGISTER = (
     "'method') names, so that its parameters are gathered first"
 )
 
+# What transformers' models do with what their head gives, by names in their configs.
+_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
+_CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+# Models that scale by other rules: T5's family by its width where weights are tied, MPT's own code by logit_scale.
+_BY_OTHER_RULES = ("longt5", "mpt", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
+
 
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
@@ -72,6 +79,11 @@ class LinearLogits:
             if weight.dim() == 1 or weight.numel() == 0:
                 hint = f"; where it is a parameter that is sharded outside of its module's forward, {_REGISTER}"
             raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}]; got {list(weight.shape)}{hint}")
+        if _is_freed(weight):
+            raise ValueError(
+                f"weight: expected a tensor with its memory; that of {list(weight.shape)} was freed, as FSDP does "
+                f"after a forward; {_REGISTER}"
+            )
         if weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
                 f"hidden and weight must agree in their last dimension; got {list(hidden.shape)} and "
@@ -101,33 +113,21 @@ class LinearLogits:
         Reads logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1), which multiply; logits_scaling
         (Granite, MiniCPM3; in HyperCLOVA X it multiplies) and logits_mup_width_multiplier (Inkling), which divide;
         final_logit_softcapping (Gemma 2 and later), logits_soft_cap (RecurrentGemma) and output_logit_soft_cap (xLSTM),
-        which cap. What is absent or None does nothing. A config that holds one of a text model is read there. A model
-        that scales or caps its logits by other names (T5 by its width) needs LinearLogits(..., scale=, softcap=).
+        which cap. What is absent or None does nothing. A model from outside transformers that scales or caps its
+        logits by other names needs LinearLogits(..., scale=, softcap=).
 
         `hidden` is the backbone's last hidden state, after the final norm: what a model scales on the way to its head
-        is in the names above.
+        is in the names above. Hooks of the head are not run.
 
-        Raises TypeError for a head that is more than a linear map: one wrapped by PEFT, whose weight is that of the
-        base alone, a quantised one, any with a forward of its own; and for a config that is none. Hooks of the head
-        are not run.
+        Raises:
+            TypeError: for a head that is more than a linear map: one wrapped by PEFT, whose weight is that of the base
+                alone, a quantised one, any with a forward of its own; for a config that is none.
+            ValueError: where the config does not tell: of T5's family and MPT, and where the scale or cap stands in the
+                config of a text model within another, which many (Llava around Cohere, say) do not heed.
         """
         _check_linear(lm_head)
-        if config is None or isinstance(config, dict):
-            raise TypeError(f"config: expected a transformers config, of attributes; got {type(config).__name__}")
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-
-        def read(*names):
-            return [value for name in names if (value := getattr(config, name, None)) is not None]
-
-        multiplies = read("logit_scale", "output_multiplier", "lm_head_multiplier")
-        divides = read("logits_mup_width_multiplier")
-        of_hyperclova = "hyperclovax" in str(getattr(config, "model_type", ""))
-        (multiplies if of_hyperclova else divides).extend(read("logits_scaling"))
-        if 0 in divides:
-            raise ValueError("config: expected a logits_scaling that is not 0; got 0")
-        scale = math.prod(multiplies) / math.prod(divides)
-        caps = read("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-        return cls(hidden, lm_head.weight, lm_head.bias, scale=scale, softcap=caps[0] if caps else None)
+        scale, softcap = _scale_and_cap(config)
+        return cls(hidden, lm_head.weight, lm_head.bias, scale=scale, softcap=softcap)
 
     @property
     def shape(self) -> torch.Size:
@@ -171,6 +171,16 @@ def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
+def _is_freed(x: Tensor) -> bool:
+    """Whether it has outlived its memory, as an FSDP module's parameters do after its forward."""
+    if torch.compiler.is_compiling() or is_sharded(x):
+        return False
+    try:
+        return x.numel() > 0 and x.untyped_storage().size() == 0
+    except NotImplementedError:  # the wrappers of torch.func have no storage
+        return False
+
+
 def _check_number(name: str, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, a constant of the model; got {type(value).__name__}")
@@ -189,9 +199,46 @@ def _check_linear(lm_head):
         )
     if not isinstance(lm_head, torch.nn.Linear):
         raise TypeError(f"lm_head: expected a torch.nn.Linear; got {type(lm_head).__name__}")
-    # Hooks are not refused: FSDP2 and Accelerate have theirs on every module, which change no logits.
-    if type(lm_head).forward is not torch.nn.Linear.forward or "forward" in vars(lm_head):
+    # Hooks are not refused: FSDP2 and Accelerate have theirs on every module, which change no logits. Accelerate's are
+    # in the instance's forward, around the one that it had.
+    own = vars(lm_head)
+    own_forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
+    replaced = own_forward is not None and getattr(own_forward, "__func__", None) is not torch.nn.Linear.forward
+    if type(lm_head).forward is not torch.nn.Linear.forward or replaced:
         raise TypeError(
             f"lm_head: expected a plain torch.nn.Linear; {type(lm_head).__name__} has a forward of its own, which "
             "LinearLogits(hidden, weight, bias) would leave out"
         )
+
+
+def _scale_and_cap(config) -> tuple[float, float | None]:
+    """What a transformers config says of the logits: see `LinearLogits.from_module`."""
+    if config is None or isinstance(config, (dict, torch.nn.Module)):
+        raise TypeError(f"config: expected a transformers config, of attributes; got {type(config).__name__}")
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    model_type = getattr(text, "model_type", None)
+    if model_type in _BY_OTHER_RULES:
+        raise ValueError(
+            f"config: what {model_type} does to its logits stands in its code; give LinearLogits scale and softcap"
+        )
+
+    def read(names: tuple[str, ...]) -> dict[str, float]:
+        return {name: value for name in names if (value := getattr(text, name, None)) is not None}
+
+    multiply, divide, cap = read(_MULTIPLY), read(_DIVIDE), read(_CAP)
+    scale = 1.0
+    for name, value in (multiply | divide).items():
+        _check_number(f"config.{name}", value)
+        if not -math.inf < value < math.inf or value == 0:
+            raise ValueError(f"config.{name}: expected finite and not 0; got {value}")
+        multiplies = name in multiply or "hyperclovax" in str(model_type)
+        scale = scale * value if multiplies else scale / value
+    if len(cap) > 1:
+        raise ValueError(f"config: expected one cap of the logits; got {cap}")
+    softcap = next(iter(cap.values()), None)
+    if text is not config and (scale != 1 or softcap is not None):
+        raise ValueError(
+            f"config: {type(config).__name__} holds {multiply | divide | cap} of a text model, and not all such models "
+            "heed that; pass config.get_text_config() if this one does, else LinearLogits(hidden, weight, bias)"
+        )
+    return scale, softcap

@@ -1,7 +1,7 @@
 """torch.library operators of the row and linear families: schema, fake, and dispatch to a backend's function.
 
-They mutate nothing and return fresh tensors (`scale_` excepted), take no floats (a float argument recompiles at every
-new value), and know nothing of autograd: autograd.py stands outside.
+They mutate nothing and return fresh tensors (`scale_` excepted), take no floats that change from call to call (a float
+argument recompiles at every new value), and know nothing of autograd: autograd.py stands outside.
 
 Shapes: student and teacher are [outer, inner, columns] views with unit stride in the last dimension; rows = outer *
 inner; every per-row tensor is contiguous [rows], or [1] where one number serves all rows, in the compute dtype.

@@ -10,21 +10,13 @@ import torch
 from torch import Tensor
 
 from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
+from .backends.linear import RowOptions
 from .distributions import LinearLogits, is_sharded
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
 STATISTICS = (*ROW_STATISTICS, *ROW_TOP1)
 NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_prob")
-
-
-class RowOptions(NamedTuple):
-    """Per-row tensors are contiguous, [rows] or (temperature, hard_weight) [1], in the compute dtype."""
-
-    row_scale: Tensor
-    labels: Tensor | None
-    temperature: Tensor
-    hard_weight: Tensor | None
 
 
 def check_logits(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:

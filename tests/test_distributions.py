@@ -93,6 +93,7 @@ def test_a_sharded_tensor_of_hidden_states_is_refused():
         ({}, 1.0, None),
         ({"logit_scale": None, "final_logit_softcapping": None}, 1.0, None),
         ({"logit_scale": 0.0625}, 0.0625, None),  # Cohere
+        ({"logit_scale": -0.5, "logits_scaling": 2}, -0.25, None),
         ({"logits_scaling": 8.0}, 0.125, None),  # Granite
         ({"logits_scaling": 8.0, "model_type": "hyperclovax"}, 8.0, None),
         ({"lm_head_multiplier": 0.04}, 0.04, None),  # Falcon-H1
@@ -106,10 +107,16 @@ def test_a_sharded_tensor_of_hidden_states_is_refused():
 def test_from_module_reads_scale_and_cap(config, scale, softcap):
     lm_head = nn.Linear(4, 7)
     text = SimpleNamespace(**config)
-    for outer in (text, SimpleNamespace(get_text_config=lambda: text, logit_scale=2.6592)):  # an image model's own
-        head = LinearLogits.from_module(HIDDEN, lm_head, outer)
-        assert head.weight is lm_head.weight and head.bias is lm_head.bias
-        assert (head.scale, head.softcap) == (scale, softcap)
+    text.get_text_config = lambda: text
+    head = LinearLogits.from_module(HIDDEN, lm_head, text)
+    assert head.weight is lm_head.weight and head.bias is lm_head.bias
+    assert (head.scale, head.softcap) == (scale, softcap)
+    around = SimpleNamespace(get_text_config=lambda: text, logit_scale=2.6592)  # of an image model
+    if (scale, softcap) == (1.0, None):
+        assert LinearLogits.from_module(HIDDEN, lm_head, around).scale == 1
+    else:
+        with pytest.raises(ValueError, match=r"of a text model, and not all such models heed that; pass config\.get"):
+            LinearLogits.from_module(HIDDEN, lm_head, around)
     assert LinearLogits.from_module(HIDDEN, nn.Linear(4, 7, bias=False), text).bias is None
 
 
@@ -141,11 +148,37 @@ def test_from_module_refuses_what_is_more_than_a_linear_map():
     ):
         with pytest.raises(TypeError, match=expected):
             LinearLogits.from_module(HIDDEN, head, SimpleNamespace())
-    for config in (None, {"logit_scale": 0.5}):
+    for config in (None, {"logit_scale": 0.5}, nn.Linear(1, 1)):
         with pytest.raises(TypeError, match="config: expected a transformers config"):
             LinearLogits.from_module(HIDDEN, linear, config)
-    with pytest.raises(ValueError, match="logits_scaling that is not 0"):
-        LinearLogits.from_module(HIDDEN, linear, SimpleNamespace(logits_scaling=0))
+    for config, error, expected in (
+        ({"logits_scaling": 0}, ValueError, "config.logits_scaling: expected finite and not 0; got 0"),
+        ({"logit_scale": float("inf")}, ValueError, "config.logit_scale: expected finite.*got inf"),
+        ({"logit_scale": "inv_sqrt_d_model"}, TypeError, "config.logit_scale: expected a number.*str"),
+        ({"final_logit_softcapping": 30.0, "logits_soft_cap": 20.0}, ValueError, "expected one cap.*30.0.*20.0"),
+        ({"model_type": "t5"}, ValueError, "what t5 does to its logits stands in its code"),
+    ):
+        with pytest.raises(error, match=expected):
+            LinearLogits.from_module(HIDDEN, linear, SimpleNamespace(**config))
+
+
+def test_from_module_looks_through_the_hooks_of_accelerate():
+    """Which replace the instance's forward by one around it."""
+    linear, patched = nn.Linear(4, 7), nn.Linear(4, 7)
+    patched.forward = lambda x: 2 * x
+    for module in (linear, patched):
+        module._hf_hook, module._old_forward = object(), module.forward
+        module.forward = lambda x, old=module._old_forward: old(x)
+    assert LinearLogits.from_module(HIDDEN, linear, SimpleNamespace()).weight is linear.weight
+    with pytest.raises(TypeError, match="a forward of its own"):
+        LinearLogits.from_module(HIDDEN, patched, SimpleNamespace())
+
+
+def test_a_weight_whose_memory_was_freed_is_refused():
+    weight = torch.randn(7, 4)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"that of \[7, 4\] was freed, as FSDP does after a forward; .*{REGISTER}"):
+        LinearLogits(HIDDEN, weight)
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

@@ -9,8 +9,9 @@ For each chunk of rows::
     dbias   += scale * the sum of dlogits over the rows      summed in fp32
 
 The products are torch's, the sweeps a backend's: this loop is the same for all of them. A product whose factors have 16
-bits is summed over chunks in fp32: where the library writes products in fp32 (CUDA), it adds them too; elsewhere a slab
-of the product is made at a time, which is added while it lies in a cache.
+bits is summed over chunks in fp32: where the library writes products in fp32 (CUDA), it adds them too; elsewhere it
+rounds each chunk's to 16 bits, a slab at a time, which is added while it lies in a cache. (oneDNN writes fp32 from fp32
+factors alone; rounding those to bf16 itself, it takes 2.3 times as long.)
 """
 
 import warnings
@@ -22,9 +23,9 @@ from torch import Tensor
 from . import ROW_STATISTICS, ROW_TOP1, check_values, compute_dtype, values_are_checked
 
 _budget = 256 << 20  # bytes of a chunk's buffers
-_SLAB = 4 << 20  # bytes of a product that is added while it lies in a cache
+_SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache
 _ALIGNMENT = 8  # columns of a buffer's row, in which 16-bit rows begin at multiples of 16 bytes
-_ROUND = 64  # rows to a multiple of which chunks are rounded
+_ROUND = 64  # rows of a chunk are a multiple of it, where the budget holds so many
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -32,7 +33,7 @@ class chunk_budget:
     """Sets the bytes that a call's chunk buffers may take where `chunk_rows` is None: 256 MiB unless set.
 
     ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` for a block.
-    Raises TypeError for what is no int, ValueError below 1.
+    Raises TypeError for what is no int, ValueError below 1 and past 63 bits.
     """
 
     def __init__(self, bytes: int):
@@ -74,7 +75,7 @@ class Side(NamedTuple):
 
 
 class RowOptions(NamedTuple):
-    """What a row has of its own: [rows], or [1] where one number serves all rows."""
+    """What a row has of its own: contiguous [rows], or (temperature, hard_weight) [1], in the compute dtype."""
 
     row_scale: Tensor
     labels: Tensor | None
@@ -82,6 +83,7 @@ class RowOptions(NamedTuple):
     hard_weight: Tensor | None
 
     def of(self, chunk) -> "RowOptions":
+        """Those of some rows: a slice or indices."""
         rows = self.row_scale.shape[0]
         return RowOptions(*(x if x is None or x.shape[0] != rows else x[chunk] for x in self))
 
@@ -171,10 +173,9 @@ def _chunk_size(count: int, chunk_rows: int, budget: int, row_bytes: int) -> int
             RuntimeWarning,
             stacklevel=2,
         )
-    most = max(most, 1)
-    size = -(-count // max(-(-count // most), 1))
-    rounded = -(-size // _ROUND) * _ROUND
-    return max(rounded if rounded <= most else size, 1)
+    most = max(most // _ROUND * _ROUND or most, 1)
+    evenly = -(-count // max(-(-count // most), 1))
+    return max(min(-(-evenly // _ROUND) * _ROUND, most, count), 1)
 
 
 def _rows_of(x: Tensor, chunk) -> Tensor:
