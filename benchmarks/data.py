@@ -18,25 +18,26 @@ STUDENT_LAYERS = 28
 BLOCK = 256
 
 
-def real_logits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher logits [rows, 49152] in bf16, the dtype that the model runs in."""
+def real_models(rows: int):
+    """Student and teacher in bf16, the dtype that the model runs in, and token ids [blocks, BLOCK] of so many rows."""
     teacher, tokenizer = smollm2.load(torch.bfloat16)
     student = smollm2.first_layers(teacher, STUDENT_LAYERS, torch.bfloat16)
-    ids = smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
+    return (student, teacher), smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
+
+
+def real_logits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student and teacher logits [rows, 49152] in bf16."""
+    models, ids = real_models(rows)
     with torch.no_grad():
-        return tuple(
-            model(ids, use_cache=False).logits.flatten(0, 1)[:rows].contiguous() for model in (student, teacher)
-        )
+        return tuple(model(ids, use_cache=False).logits.flatten(0, 1)[:rows].contiguous() for model in models)
 
 
 def real_heads(rows: int) -> tuple[LinearLogits, LinearLogits]:
     """Student and teacher: last hidden states [rows, 576] and the head's weight [49152, 576], in bf16."""
-    teacher, tokenizer = smollm2.load(torch.bfloat16)
-    student = smollm2.first_layers(teacher, STUDENT_LAYERS, torch.bfloat16)
-    ids = smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
+    models, ids = real_models(rows)
     made = []
     with torch.no_grad():
-        for model in (student, teacher):
+        for model in models:
             hidden = torch.cat([model.model(batch, use_cache=False).last_hidden_state for batch in ids.split(4)])
             made.append(LinearLogits.from_module(hidden.flatten(0, 1)[:rows], model.lm_head, model.config).detach())
     return made[0], made[1]

@@ -58,7 +58,7 @@ class Target:
         return self.value >= self.limit if self.at_least else self.value <= self.limit
 
     def cells(self) -> list[str]:
-        measured = f"{self.value:.3g} {self.unit}"
+        measured = f"{self.value:.4g} {self.unit}"
         if self.limit is None:
             return [self.what, measured, "", ""]
         verdict = ("PASS" if self.met else "MISS") if self.judged else ""

@@ -39,10 +39,9 @@ def interleaved(
     """Seconds of every step in every round: {name: [seconds of round 0, ...]}.
 
     Each round runs every step once and starts with another one, so that a disturbance of the machine meets
-    all of them alike and no step always runs after the same one. `before` runs untimed before each step. `settled`:
-    each step runs untimed just before it is timed, and so finds the memory as its own last step left it, as in
-    training; pages that another has freed may have to be given back to the process by the host of a virtual machine.
-    Otherwise each runs untimed once.
+    all of them alike. `before` runs untimed before each step. `settled`:
+    each step runs untimed just before it is timed, and so finds the memory and the caches as its own last step left
+    them. Otherwise each runs untimed once, and then mostly after the same other.
     """
     names = list(steps)
     for name in [] if settled else names:

@@ -146,7 +146,7 @@ def test_the_products_are_those_of_the_loss():
 
 @pytest.mark.parametrize("plan", [heads.CPU, heads.CPU_QUICK, heads.GPU], ids=["cpu", "cpu quick", "gpu"])
 def test_the_products_have_the_chunks_of_the_loss(plan):
-    row_bytes = 2 * 2 * plan.vocabulary  # student's and teacher's logits in bf16
+    row_bytes = 2 * 2 * (plan.vocabulary + plan.width)  # student's and teacher's logits and hidden states in bf16
     assert plan.chunk_rows == linear._chunk_size(plan.rows, 0, linear.current_budget(), row_bytes)
 
 
