@@ -247,6 +247,8 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
     if gradient == "auto":
         dtype = linear.product_dtype(student.dtype, heads.autocast_dtype) if of_weight else student.dtype
         gradient = "backward" if reduction == "none" or dtype == torch.float16 else "forward"
+    if gradient == "backward":  # which keeps them
+        tensors = [x if x is None else options.savable(x) for x in tensors]
     return LinearRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
 
 
@@ -254,13 +256,8 @@ def _side(x: Tensor | LinearLogits, heads: options.HeadOptions) -> linear.Side:
     if isinstance(x, Tensor):
         return linear.Side(x, None, None, 1.0, None)
     dtype = linear.product_dtype(x.hidden.dtype, heads.autocast_dtype)
-
-    def kept(tensor):  # what is made in inference mode cannot be saved for backward
-        inference = not torch.compiler.is_compiling() and tensor.is_inference()
-        return tensor.clone() if inference else tensor
-
-    bias = None if x.bias is None else kept(gathered(x.bias, dtype))
-    return linear.Side(kept(x.hidden), kept(gathered(x.weight, dtype)), bias, x.scale, x.softcap)
+    bias = None if x.bias is None else gathered(x.bias, dtype)
+    return linear.Side(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
 
 
 def _refuse_transforms(student: Tensor, backend: str):

@@ -175,9 +175,7 @@ def resolve(
     if labels is not None:
         _check_per_row("labels", labels, leading, device, torch.int64)
         check_type("ignore_index", ignore_index, int)
-        labels = labels.reshape(-1).contiguous()
-        if not torch.compiler.is_compiling() and labels.is_inference():
-            labels = labels.clone()  # what is made in inference mode cannot be saved for backward
+        labels = savable(labels.reshape(-1).contiguous())
     if row_weight is not None:
         _check_per_row("row_weight", row_weight, leading, device)
 
@@ -281,7 +279,11 @@ def _check_real(name: str, x: Tensor):
 
 def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """To the device and dtype, without waiting where the target is a GPU. Never an inference tensor."""
-    x = x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
+    return savable(x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu"))
+
+
+def savable(x: Tensor) -> Tensor:
+    """Itself; or a copy of what was made in inference mode, which cannot be saved for backward."""
     return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 

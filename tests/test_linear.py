@@ -557,6 +557,11 @@ def test_what_inference_mode_made_can_be_the_teacher(backend, reduction):
     want = run(student, made, reduction=reduction, backend=backend, **options)
     for x, y in zip(got[1], want[1], strict=True):
         torch.testing.assert_close(x, y)
+    with torch.inference_mode():
+        logits = logits_of(teacher)
+    got = run(student, logits, reduction=reduction, backend=backend, **options)
+    for x, y in zip(got[1], want[1], strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_a_scale_that_changes_compiles(fresh_compiler):

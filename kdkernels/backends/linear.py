@@ -132,7 +132,8 @@ def linear_rows(
         return _Head(kernels, side, wanted, vocab_size, autocast_dtype, logits_dtype)
 
     sources = source(student, wanted), source(teacher, Wanted())
-    size = _chunk_size(count, chunk_rows, budget, sum(x.row_bytes for x in sources))
+    fixed_bytes, row_bytes = (sum(getattr(x, name) for x in sources) for name in ("fixed_bytes", "row_bytes"))
+    size = _chunk_size(count, chunk_rows, budget, fixed_bytes, row_bytes)
     for x in sources:
         x.allocate(size, chunks=-(-count // size), every=every)
 
@@ -161,15 +162,15 @@ def linear_rows(
     return loss, *sources[0].gradients(), row_statistics, top1
 
 
-def _chunk_size(count: int, chunk_rows: int, budget: int, row_bytes: int) -> int:
+def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_bytes: int) -> int:
     """Rows of a chunk: as asked for, or as many as the budget holds, spread evenly over the chunks."""
     if chunk_rows:
         return max(min(chunk_rows, count), 1)
-    most = budget // row_bytes if row_bytes else count
+    most = (budget - fixed_bytes) // row_bytes if row_bytes else count
     if most < 1 and count:
         warnings.warn(
-            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes}: chunks have one row "
-            "(kdkernels.chunk_budget sets the budget)",
+            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes} beside {fixed_bytes} of all: chunks "
+            "have one row (kdkernels.chunk_budget sets the budget)",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -198,6 +199,7 @@ class _Stored:
         self.kernels, self.data, self.wanted, self.gathered = kernels, side.data, wanted, gathered
         copies = (gathered or not _at_one_stride(side.data)) + (gathered and wanted.data)
         self.row_bytes = copies * side.data.shape[-1] * side.data.element_size()
+        self.fixed_bytes = 0
 
     def allocate(self, size: int, chunks: int, every: bool):
         if not self.wanted.data:
@@ -244,6 +246,8 @@ class _Head:
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
         self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
         self.row_bytes += side.data.shape[-1] * factor_bytes
+        slabs = wanted.weight and self.dtype in _HALVES and not writes_fp32(side.data.device)
+        self.fixed_bytes = min(_SLAB, self.weight.nbytes) if slabs else 0
 
     def allocate(self, size: int, chunks: int, every: bool):
         def new(*shape, dtype):
