@@ -169,8 +169,8 @@ def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_
     most = (budget - fixed_bytes) // row_bytes if row_bytes else count
     if most < 1 and count:
         warnings.warn(
-            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes} beside {fixed_bytes} of all: chunks "
-            "have one row (kdkernels.chunk_budget sets the budget)",
+            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes} beside {fixed_bytes} of all: "
+            "chunks have one row (kdkernels.chunk_budget sets the budget)",
             RuntimeWarning,
             stacklevel=2,
         )
