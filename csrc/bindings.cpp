@@ -10,6 +10,8 @@
 #include "arguments.h"
 #include "cpu/linear.h"
 #include "cpu/rows.h"
+#include "cpu/topk.h"
+#include "topk_arguments.h"
 #if defined(KDK_CUDA)
 #include "cuda/bindings.h"
 #endif
@@ -30,11 +32,20 @@ struct Cpu {
   void (*softcap)(void*, Dtype, int64_t, double, int) noexcept;
   void (*softcap_gradient)(void*, const void*, Dtype, int64_t, double, int) noexcept;
   void (*accumulate)(float*, const void*, Dtype, int64_t, int) noexcept;
+  void (*topk_rows)(const kdk::TopkRowsCall&) noexcept;
+  int64_t (*topk_rows_workspace_bytes)(int64_t, int64_t, bool, int) noexcept;
+  void (*sort_entries)(const kdk::SortEntriesCall&) noexcept;
+  int64_t (*sort_entries_workspace_bytes)(int64_t, int) noexcept;
+  void (*topk)(const kdk::TopkCall&) noexcept;
+  int64_t (*topk_workspace_bytes)(int64_t, int64_t, bool, int) noexcept;
 };
 
-#define KDK_CPU(isa)                                                                                        \
-  Cpu{#isa, kdk::isa::rows, kdk::isa::scale_rows, kdk::isa::workspace_bytes,                                \
-      kdk::isa::softcap, kdk::isa::softcap_gradient, kdk::isa::accumulate}
+#define KDK_CPU(isa)                                                                         \
+  Cpu{#isa, kdk::isa::rows, kdk::isa::scale_rows, kdk::isa::workspace_bytes,                 \
+      kdk::isa::softcap, kdk::isa::softcap_gradient, kdk::isa::accumulate,                   \
+      kdk::isa::topk_rows, kdk::isa::topk_rows_workspace_bytes,                              \
+      kdk::isa::sort_entries, kdk::isa::sort_entries_workspace_bytes,                        \
+      kdk::isa::topk, kdk::isa::topk_workspace_bytes}
 
 bool runs(const std::string& isa) {
 #if defined(KDK_X86)
@@ -109,6 +120,14 @@ void accumulate(uintptr_t total, uintptr_t part, int dtype, int64_t count, int t
   cpu.accumulate((float*)total, (const void*)part, (Dtype)dtype, count, threads);
 }
 
+template <class Call, void (*Cpu::*kernel)(const Call&) noexcept>
+void run(const Call& arguments, uintptr_t workspace, int threads) {
+  Call call = arguments;
+  call.workspace = (void*)workspace;
+  call.threads = threads;
+  (cpu.*kernel)(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -123,6 +142,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("workspace_bytes", [](int64_t columns, bool fp64, int threads) {
     return cpu.workspace_bytes(columns, fp64, threads);
+  });
+  m.def("topk_rows", kdk::taking_topk_rows_call(&run<kdk::TopkRowsCall, &Cpu::topk_rows>));
+  m.def("topk", kdk::taking_topk_call(&run<kdk::TopkCall, &Cpu::topk>));
+  m.def("sort_entries", kdk::taking_sort_entries_call(&run<kdk::SortEntriesCall, &Cpu::sort_entries>));
+  m.def("sort_entries_workspace_bytes", [](int64_t entries, int threads) {
+    return cpu.sort_entries_workspace_bytes(entries, threads);
+  });
+  m.def("topk_rows_workspace_bytes", [](int64_t columns, int64_t entries, bool fp64, int threads) {
+    return cpu.topk_rows_workspace_bytes(columns, entries, fp64, threads);
+  });
+  m.def("topk_workspace_bytes", [](int64_t columns, int64_t k, bool fp64, int threads) {
+    return cpu.topk_workspace_bytes(columns, k, fp64, threads);
   });
 #if defined(KDK_CUDA)
   kdk::bind_cuda(m);

@@ -80,18 +80,20 @@ class Rows(torch.autograd.Function):
 
 
 class LinearRows(torch.autograd.Function):
-    """Losses of rows of which a side is a head (`ops.linear_rows`), with row_scale folded in.
+    """Losses of rows that are made in chunks (`ops.linear_rows`), with row_scale folded in.
 
     `mode` is "forward" (the call that finds the loss finds the gradients; backward scales them) or "backward" (the
-    inputs are kept; backward does the products again). Returns the row losses [rows]; but their sum where mode
-    "forward" found the gradient of a weight, which one factor must serve.
+    inputs are kept; backward makes the rows again). Returns the row losses [rows]; but their sum where mode "forward"
+    found the gradient of a weight, which one factor must serve.
     """
 
     @staticmethod
     def forward(ctx, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
+                teacher_indices, tail_log_prob, source_temperature,
                 row_scale, labels, temperature, hard_weight, parameters, *static):  # fmt: skip
         *static, wanted, statistics, mode, backend = static
-        inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias)
+        inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
+                  teacher_indices, tail_log_prob, source_temperature)  # fmt: skip
         options = (labels, temperature, hard_weight, parameters)
         found = wanted if mode == "forward" else (False, False, False)
         loss, *gradients, row_statistics, top1 = ops.linear_rows(
@@ -119,8 +121,8 @@ class LinearRows(torch.autograd.Function):
                 for gradient, factor, wants in zip(saved, factors, wanted, strict=True)
             ]
         else:
-            inputs, options = saved[:6], saved[6:]
+            inputs, options = saved[:9], saved[9:]
             factor = torch.where(skipped, 0, row_scale * grad_loss)
             _, *gradients, _, _ = ops.linear_rows(*inputs, factor, *options, *static, wanted, False, backend)
             gradients = [gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)]
-        return *gradients, *(None,) * (len(static) + 12)
+        return *gradients, *(None,) * (len(static) + 15)

@@ -1,10 +1,10 @@
 """What may stand in the place of logits: a leaf module, of which a loss takes the tensors.
 
-A distribution has the shape, dtype, device and requires_grad of the logits that it stands for.
+A distribution has the leading shape, dtype, device and requires_grad of the logits that it stands for.
 """
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -148,6 +148,132 @@ class LinearLogits:
     def detach(self) -> "LinearLogits":
         bias = None if self.bias is None else self.bias.detach()
         return LinearLogits(self.hidden.detach(), self.weight.detach(), bias, scale=self.scale, softcap=self.softcap)
+
+
+# What becomes of the classes that a sparse teacher does not name: see SparseLogProbs.
+TAILS = ("bucket", "renormalize", "support", "uniform", "truncate")
+HAVE_TAIL_MASS = ("bucket", "uniform")
+
+
+@dataclass(frozen=True, eq=False)
+class SparseLogProbs:
+    """A teacher of which some classes are known: its top k, what a server returned of it, or samples.
+
+    Of each row: K classes and their log-probabilities, in any order. An entry whose index is negative or whose
+    log-probability is -inf is padding. With S the classes of a row, t_c = exp(log_probs) of c in S, q the student's
+    distribution, and a divergence's value of a row as in `kdkernels.divergences.CATALOGUE`, `tail` says what becomes of
+    the others. The gradient with respect to the student's logits s at temperature T is given for kl:
+
+    "bucket"
+        All other classes are one more class R on both sides, whose probability is exp(tail_log_prob) for the teacher
+        and q_R, the sum of q outside of S, for the student: found as a log-sum-exp over those classes, and exact where
+        1 - sum q rounds to 0. Every divergence. Gradient (q_c - t_c) / T in S, (q_R - t_R) (q_c / q_R) / T outside.
+    "renormalize"
+        The teacher is t / sum t in S and 0 outside; the student is whole. Gradient (q - t / sum t) / T.
+    "support"
+        Both are renormalised in S, and the student's other logits are neither read nor given a gradient (but for the
+        label's cross-entropy and the student's statistics, which are of all classes). Every divergence. Gradient
+        (q_c / q_S - t_c / sum t) / T in S, 0 outside.
+    "uniform"
+        The missing mass is spread evenly over the other classes: t_c = exp(tail_log_prob) / (V - |S|) outside of S.
+        Every divergence. Gradient (q - t) / T. The loss makes the teacher's row, some rows at a time.
+    "truncate"
+        The mass as it is given, M = sum t, with 0 outside of S: sum t (log t - log q), whose gradient is (M q - t) / T.
+        For teachers that are samples (`sampled_log_probs`). Indices that repeat add up, and M may be above 1.
+
+    Where the teacher has no mass outside ("renormalize", "truncate"), reverse_kl, mixed_kl with a weight below 1 and
+    alpha below 0 are infinite, and raise.
+
+    A row without any entry: in "bucket" the loss of the tail alone, which is 0 without a tail_log_prob; in the others
+    it is masked, and not counted. "support" and "renormalize" take values that are not normalised (the top k logits)
+    too.
+
+    Args:
+        indices: [..., K] int32 or int64, below the vocabulary's size. On a CPU, one that repeats in a row raises but in
+            "truncate"; on a GPU it is counted once.
+        log_probs: [..., K] fp32, fp16, bf16 or fp64, natural logarithms.
+        tail: one of the above.
+        tail_log_prob: [...], of "bucket" and "uniform": the log-probability of all other classes together. None: what
+            log_probs leave of 1, as -expm1 of the largest less the others, in fp64: exact as far as log_probs are, and
+            0 where no more is left than their rounding (reverse_kl of "bucket" is +inf there).
+        source_temperature: the temperature at which the teacher's logits were taken. At another temperature of the
+            loss, "support" and "renormalize" are tempered anew, exactly; in the others the loss raises.
+
+    Raises:
+        TypeError, ValueError: for what does not fit, saying what was expected and what came. What is wrong with the
+            values (an index out of range, mass above 1 beyond rounding) is raised by the loss on a CPU; on a GPU it
+            makes the row NaN, unless `kdkernels.checks(True)`.
+
+    Source: "bucket" is the ghost token of Sparse Logit Sampling (arXiv:2503.16870), and "truncate" its sampled teacher.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    _: KW_ONLY
+    tail: str = "bucket"
+    tail_log_prob: Tensor | None = None
+    source_temperature: float = 1.0
+
+    def __post_init__(self):
+        indices, log_probs, tail_log_prob = self.indices, self.log_probs, self.tail_log_prob
+        for name, x in (("indices", indices), ("log_probs", log_probs), ("tail_log_prob", tail_log_prob)):
+            if x is None and name == "tail_log_prob":
+                continue
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
+            if x.layout != torch.strided or is_sharded(x):
+                raise TypeError(f"{name}: expected a plain dense tensor; got {type(x).__name__} of layout {x.layout}")
+            if x.device != indices.device:
+                raise ValueError(f"{name}: expected on the indices' device {indices.device}; got {x.device}")
+            if name != "indices" and x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64; got {x.dtype}")
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"indices: expected int32 or int64; got {indices.dtype}")
+        if indices.shape != log_probs.shape:
+            raise ValueError(
+                f"indices and log_probs must have one shape; got {list(indices.shape)} and {list(log_probs.shape)}"
+            )
+        if indices.dim() == 0 or indices.shape[-1] == 0:
+            raise ValueError(f"indices: expected shape [..., K] with K from 1; got {list(indices.shape)}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail: expected one of {', '.join(map(repr, TAILS))}; got {self.tail!r}")
+        if tail_log_prob is not None and self.tail not in HAVE_TAIL_MASS:
+            raise ValueError(
+                f"tail_log_prob is of tail='bucket' and 'uniform': {self.tail!r} gives the other classes no mass; "
+                "pass tail_log_prob=None"
+            )
+        if tail_log_prob is not None and tail_log_prob.shape != indices.shape[:-1]:
+            raise ValueError(
+                f"tail_log_prob: expected the leading shape {list(indices.shape[:-1])}; got {list(tail_log_prob.shape)}"
+            )
+        _check_number("source_temperature", self.source_temperature)
+        if not 0 < self.source_temperature < math.inf:
+            raise ValueError(f"source_temperature: expected finite and > 0; got {self.source_temperature}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """[..., K]: the leading shape is that of the logits."""
+        return self.indices.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.log_probs.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_probs.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(x is not None and x.requires_grad for x in (self.log_probs, self.tail_log_prob))
+
+    def detach(self) -> "SparseLogProbs":
+        tail_log_prob = None if self.tail_log_prob is None else self.tail_log_prob.detach()
+        return replace(self, log_probs=self.log_probs.detach(), tail_log_prob=tail_log_prob)
+
+    def with_tail(self, tail: str) -> "SparseLogProbs":
+        """The same entries under another `tail`, without tail_log_prob where that has no use for it."""
+        return replace(self, tail=tail, tail_log_prob=self.tail_log_prob if tail in HAVE_TAIL_MASS else None)
 
 
 def is_sharded(x: Tensor) -> bool:

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from . import backends, ops, options
 from .autograd import LinearRows, Rows
-from .backends import ROW_STATISTICS, compute_dtype, linear, reference
-from .distributions import LinearLogits, gathered
+from .backends import ROW_STATISTICS, compute_dtype, linear, reference, topk
+from .backends.row_options import RowOptions
+from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence
 
 
@@ -22,7 +23,7 @@ class LossOutput:
 
 def fused_divergence(
     student: Tensor | LinearLogits,
-    teacher: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogProbs,
     divergence: str | Divergence = "kl",
     *,
     temperature: float | Tensor = 1.0,
@@ -57,8 +58,8 @@ def fused_divergence(
         student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Leading dimensions are free, and the last has
             stride 1; slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient. Or a
             `LinearLogits`, whose hidden states, weight and bias get theirs, and whose logits are never stored.
-        teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Must not require
-            grad.
+        teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Or a
+            `SparseLogProbs` of that leading shape: the top k of a teacher, or samples. Must not require grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
             alpha) or a `Divergence` with its parameter.
         temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, not the label term's.
@@ -84,7 +85,11 @@ def fused_divergence(
             rows: divergence (D alone), cross_entropy (of the label, at temperature 1), tv, student_entropy,
             teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
             teacher_label_log_prob, student_lse, teacher_lse (of logits / T) in the loss's dtype (but the
-            cross-entropy all at temperature T), and student_top1, teacher_top1 (int64, the first of equals).
+            cross-entropy all at temperature T), and student_top1, teacher_top1 (int64, the first of equals). With a
+            `SparseLogProbs` the student's are of all classes; tv and teacher_entropy are of what is compared (in
+            "bucket" the entries and one class more); teacher_top1 and teacher_max_log_prob of the entries;
+            teacher_label_log_prob is the tail's, as a whole, where no entry is the label; teacher_lse is the log of the
+            teacher's mass. "uniform" has those of the whole teacher that it stands for.
         gradient: "forward" finds the gradient in the call that finds the loss, and keeps one tensor of the student's
             shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
             for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
@@ -117,8 +122,9 @@ def fused_divergence(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of
-            range, and temperatures <= 0 and hard weights outside [0, 1] in a tensor, raise on a CPU; on a GPU they
-            make their row NaN, unless `kdkernels.checks(True)` asks for the synchronisation.
+            range, temperatures <= 0 and hard weights outside [0, 1] in a tensor, and entries of a `SparseLogProbs` that
+            do not fit, raise on a CPU; on a GPU they make their row NaN, unless `kdkernels.checks(True)` asks for the
+            synchronisation.
         RuntimeError: when the backend that was asked for cannot serve the call, with the reason; in backward, for
             second derivatives outside backend="reference"; under torch.func's transforms likewise, and under
             forward-mode AD everywhere.
@@ -136,8 +142,11 @@ def fused_divergence(
         ignore_index=ignore_index, hard_weight=hard_weight, reduction=reduction, normalizer=normalizer,
     )  # fmt: skip
     heads = options.resolve_heads(
-        student, teacher, chunk_rows=chunk_rows, compact_rows=compact_rows, logits_dtype=logits_dtype
+        student=student, teacher=teacher, chunk_rows=chunk_rows, compact_rows=compact_rows, logits_dtype=logits_dtype
     )
+    if isinstance(teacher, SparseLogProbs):
+        options.check_tail(divergence, teacher)
+        heads = heads or options.HeadOptions(None, None, 0, False)
     backend = backends.select(backend, student, teacher)
     parameters = torch.ones(1, dtype=compute_dtype(student, teacher), device=student.device)
     if CATALOGUE[divergence.name].parameter is not None:
@@ -158,7 +167,9 @@ def fused_divergence(
     return LossOutput(loss, {name: _statistic(name, row_statistics, top1, leading) for name in statistics})
 
 
-def fused_kl(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, **row_options) -> Tensor | LossOutput:
+def fused_kl(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, **row_options
+) -> Tensor | LossOutput:
     """KL(p‖q) = Σ p log(p/q), p = softmax(teacher / T), q = softmax(student / T): Hinton's distillation loss.
 
     The gradient with respect to the student's logits is (q − p) / T (times T**2 with temperature_squared=True).
@@ -168,7 +179,11 @@ def fused_kl(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, **r
 
 
 def fused_js(
-    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, *, beta: float = 0.5, **row_options
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogProbs,
+    *,
+    beta: float = 0.5,
+    **row_options,
 ) -> Tensor | LossOutput:
     """Generalised Jensen-Shannon divergence β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv:2306.13649, Eq. 1).
 
@@ -210,27 +225,18 @@ def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str
 
 
 def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics, reduction, gradient, backend):
-    """What `_row_losses` returns, where a side is a head; or the sum of the row losses."""
-    sides = [_side(x, heads) for x in (student, teacher)]
-    data = options.as_outer_inner(sides[0].data, sides[1].data)
-    sides = [side._replace(data=x) for side, x in zip(sides, data, strict=True)]
+    """What `_row_losses` returns, where a side is a head or the teacher sparse; or the sum of the row losses."""
+    of_student, of_teacher, *sparse, tail = _sides(student, teacher, heads, row_numbers[0].dtype)
     if backend == "reference":
-        dtype, row_scale = compute_dtype(student, teacher), row_numbers[0]
-        with torch.autocast(student.device.type, enabled=False):
-            vocab_size = static[1]
-            logits = [
-                x.data if x.weight is None else reference.linear_logits(*x, row_scale, vocab_size, dtype) for x in sides
-            ]
-        return _row_losses((*logits, *row_numbers), static, statistics, reduction, gradient, backend)
-
-    tensors = [x for side in sides for x in (side.data, side.weight, side.bias)]
+        return _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, statistics)
+    tensors = [x for side in (of_student, of_teacher) for x in (side.data, side.weight, side.bias)] + sparse
     for x in tensors:
         if x is not None:
             _refuse_transforms(x, backend)
-    numbers = [x for side in sides for x in (side.scale, side.softcap)]
+    numbers = [x for side in (of_student, of_teacher) for x in (side.scale, side.softcap)]
     budget = linear.current_budget()
     static = (
-        *static, *numbers, heads.autocast_dtype, heads.logits_dtype, heads.chunk_rows, budget, heads.compact_rows
+        *static, *numbers, tail, heads.autocast_dtype, heads.logits_dtype, heads.chunk_rows, budget, heads.compact_rows
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
     if not any(wanted):
@@ -238,7 +244,7 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
             *tensors, *row_numbers, *static, wanted, statistics, backend
         )
         return loss, row_statistics, top1
-    of_weight = sides[0].weight is not None
+    of_weight = of_student.weight is not None
     if gradient == "forward" and reduction == "none" and of_weight:
         raise ValueError(
             "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
@@ -252,12 +258,51 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
     return LinearRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
 
 
-def _side(x: Tensor | LinearLogits, heads: options.HeadOptions) -> linear.Side:
-    if isinstance(x, Tensor):
-        return linear.Side(x, None, None, 1.0, None)
-    dtype = linear.product_dtype(x.hidden.dtype, heads.autocast_dtype)
-    bias = None if x.bias is None else gathered(x.bias, dtype)
-    return linear.Side(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
+def _sides(student, teacher, heads: options.HeadOptions, dtype: torch.dtype):
+    """Both as [outer, inner, ...] sides; then, of a sparse teacher, whose side has its log-probabilities [rows, K], the
+    indices, the tail's log-probability and the source temperature, and what its tail is. Else None."""
+    of_student = options.side_of(student, heads)
+    if not isinstance(teacher, SparseLogProbs):
+        of_teacher = options.side_of(teacher, heads)
+        data = options.as_outer_inner(of_student.data, of_teacher.data)
+        return of_student._replace(data=data[0]), of_teacher._replace(data=data[1]), None, None, None, None
+    of_student = of_student._replace(data=options.as_outer_inner(of_student.data)[0])
+    entries = teacher.shape[-1]
+    of_teacher = linear.Side(teacher.log_probs.reshape(-1, entries), None, None, 1.0, None)
+    tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(-1)
+    source_temperature = torch.ones(1, dtype=dtype, device=teacher.device) * teacher.source_temperature
+    return of_student, of_teacher, teacher.indices.reshape(-1, entries), tail_log_prob, source_temperature, teacher.tail
+
+
+def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, statistics):
+    """The definition, of whole logits."""
+    *row, parameters = row_numbers
+    row, (divergence, vocab_size, temperature_squared) = RowOptions(*row), static
+    dtype, device = row.row_scale.dtype, row.row_scale.device
+
+    def logits_of(x):
+        return x.data if x.weight is None else reference.linear_logits(*x, row.row_scale, vocab_size, dtype)
+
+    with torch.autocast(device.type, enabled=False):
+        student = logits_of(of_student)
+        if tail is None:
+            return reference.rows(student, logits_of(of_teacher), *row_numbers, *static, statistics)
+        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        checked = (device.type == "cpu" or backends.values_are_checked()) and not transformed
+        entries, row_scale = topk.entries_of(topk.Sparse(of_teacher.data, *sparse, tail), row, vocab_size, checked)
+        row = row._replace(row_scale=row_scale)
+        if tail == "uniform":
+            teacher = torch.empty(row_scale.shape[0], vocab_size + 1, dtype=dtype, device=device)
+            topk.fill_uniform(entries, row.temperature.expand_as(row_scale), vocab_size, teacher)
+            teacher = teacher.view(*student.shape[:2], vocab_size + 1)
+            return reference.rows(student, teacher, *row, parameters, *static, statistics)
+        loss, row_statistics, top1 = reference.topk_rows(
+            student, *entries, *row, parameters, *static, tail == "support", statistics
+        )
+        if tail == "truncate":
+            offset = topk.tail_offset(divergence, parameters, entries.log_probs)
+            loss, row_statistics = topk.with_offset(offset, row, temperature_squared, loss, row_statistics)
+        return loss, row_statistics, top1
 
 
 def _refuse_transforms(student: Tensor, backend: str):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import divergences
-from .distributions import LinearLogits
+from .distributions import LinearLogits, SparseLogProbs
 from .functional import LossOutput, fused_divergence
 
 
@@ -34,7 +34,9 @@ class Divergence(torch.nn.Module):
         """kl at beta = 0, reverse_kl at 1, js between: `kdkernels.Divergence.gkd`."""
         return Divergence(divergences.Divergence.gkd(beta), **options)
 
-    def forward(self, student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, **options) -> Tensor | LossOutput:
+    def forward(
+        self, student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, **options
+    ) -> Tensor | LossOutput:
         return fused_divergence(student, teacher, self.divergence, **{**self.options, **options})
 
     def extra_repr(self) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from . import backends
 from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, compute_dtype, linear
+from .backends.row_options import RowOptions
+from .backends.topk import Sparse
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -113,23 +115,29 @@ row_gradient = _define(
 )
 
 
-def _linear_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, row_scale,
-                 labels, temperature, hard_weight, parameters, divergence, vocab_size, temperature_squared,
-                 student_scale, student_softcap, teacher_scale, teacher_softcap, autocast_dtype, logits_dtype,
-                 chunk_rows, chunk_budget, compact_rows, wanted, statistics):  # fmt: skip
+def _linear_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
+                 teacher_indices, tail_log_prob, source_temperature, row_scale, labels, temperature, hard_weight,
+                 parameters, divergence, vocab_size, temperature_squared, student_scale, student_softcap, teacher_scale,
+                 teacher_softcap, tail, autocast_dtype, logits_dtype, chunk_rows, chunk_budget, compact_rows, wanted,
+                 statistics):  # fmt: skip
+    if tail is None:
+        of_teacher = linear.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+    else:
+        of_teacher = Sparse(teacher, teacher_indices, tail_log_prob, source_temperature, tail)
     return linear.linear_rows(
         kernels,
         linear.Side(student, student_weight, student_bias, student_scale, student_softcap),
-        linear.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap),
-        linear.RowOptions(row_scale, labels, temperature, hard_weight),
+        of_teacher,
+        RowOptions(row_scale, labels, temperature, hard_weight),
         parameters, divergence, vocab_size, temperature_squared, autocast_dtype, logits_dtype, chunk_rows,
         chunk_budget, compact_rows, linear.Wanted(*wanted), statistics,
     )  # fmt: skip
 
 
-def _linear_rows_fake(student, student_weight, student_bias, teacher, teacher_weight, teacher_bias, row_scale, *others):
+def _linear_rows_fake(student, student_weight, student_bias, *others):
+    row_scale = others[6]
     wanted, statistics, _ = others[-3:]
-    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
+    count, dtype = row_scale.shape[0], row_scale.dtype
     return (
         _new(student, count, dtype=dtype),
         *(_gradient_like(x) if wants else _new(student, 0, dtype=student.dtype)
@@ -138,19 +146,47 @@ def _linear_rows_fake(student, student_weight, student_bias, teacher, teacher_we
     )  # fmt: skip
 
 
-# The same over logits that are made in chunks of rows: student and teacher are [outer, inner, columns], or, with a
-# weight, hidden states [outer, inner, H]. Loss [rows], the gradients of student, weight and bias (those that `wanted`
-# names, else empty), statistics and top-1. Scales and caps are constants of a model, and factors of products on the
-# host: floats. chunk_rows = 0: as many as the budget, in bytes, holds.
+# The same where not both sides are logits that are there: they are made in chunks of rows. student and teacher are
+# [outer, inner, columns]; or, with a weight, hidden states [outer, inner, H]; or, of a teacher with a tail
+# (distributions.TAILS), log-probabilities [rows, K] of its indices [rows, K]. Loss [rows], the gradients of student,
+# weight and bias (those that `wanted` names, else empty), statistics and top-1. Scales and caps are constants of a
+# model, and factors of products on the host: floats. chunk_rows = 0: as many as the budget, in bytes, holds.
 linear_rows = _define(
     "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, "
-    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, Tensor row_scale, "
+    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
+    "Tensor? teacher_indices, Tensor? tail_log_prob, Tensor? source_temperature, Tensor row_scale, "
     f"{_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
-    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, "
+    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, str? tail, "
     "ScalarType? autocast_dtype, ScalarType? logits_dtype, SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, "
     "bool[] wanted, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_rows,
     _linear_rows_fake,
+)
+
+
+def _topk_log_probs(kernels, data, weight, bias, row_scale, temperature, k, vocab_size, scale, softcap, *chunking):
+    side = linear.Side(data, weight, bias, scale, softcap)
+    return linear.topk_log_probs(kernels, side, row_scale, temperature, k, vocab_size, *chunking)
+
+
+def _topk_log_probs_fake(data, weight, bias, row_scale, temperature, k, *others):
+    count = row_scale.shape[0]
+    return (
+        _new(data, count, k, dtype=torch.int32),
+        _new(data, count, k, dtype=row_scale.dtype),
+        _new(data, count, dtype=row_scale.dtype),
+    )
+
+
+# The k most probable classes of logits [outer, inner, columns] or, with a weight, of hidden states: indices int32 and
+# log-probabilities [rows, k], descending, and the log-sum-exp of the others' [rows]. A row whose row_scale is 0 is not
+# read: indices -1, log-probabilities -inf, the others' 0.
+topk_log_probs = _define(
+    "topk_log_probs(Tensor data, Tensor? weight, Tensor? bias, Tensor row_scale, Tensor temperature, SymInt k, "
+    "SymInt vocab_size, float scale, float? softcap, ScalarType? autocast_dtype, ScalarType? logits_dtype, "
+    "SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, str backend) -> (Tensor, Tensor, Tensor)",
+    _topk_log_probs,
+    _topk_log_probs_fake,
 )
 
 # gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.

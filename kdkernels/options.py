@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
-from .backends.linear import RowOptions
-from .distributions import LinearLogits, is_sharded
+from .backends.linear import Side, product_dtype
+from .backends.row_options import RowOptions
+from .distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
+from .divergences import Divergence
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
@@ -19,15 +21,18 @@ STATISTICS = (*ROW_STATISTICS, *ROW_TOP1)
 NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_prob")
 
 
-def check_logits(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, vocab_size: int | None) -> int:
-    """Raises on logits, stored or of a head, that no backend takes; returns the number of classes that count."""
-    for name, x in (("student", student), ("teacher", teacher)):
+def check_logits(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, vocab_size: int | None
+) -> int:
+    """Raises on a student or teacher that no backend takes; returns the number of classes that count."""
+    if isinstance(student, SparseLogProbs):
+        raise TypeError("student: expected a tensor of logits or a LinearLogits; a SparseLogProbs is a teacher")
+    sides = {"student": student} if isinstance(teacher, SparseLogProbs) else {"student": student, "teacher": teacher}
+    for name, x in sides.items():
         if not isinstance(x, (Tensor, LinearLogits)):
-            raise TypeError(f"{name}: expected a tensor of logits or a LinearLogits; got {type(x).__name__}")
-        if x.dtype not in STORAGE_DTYPES:
-            raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
-        if isinstance(x, Tensor):
-            _check_stored(name, x)
+            or_sparse = ", a LinearLogits or a SparseLogProbs" if name == "teacher" else " or a LinearLogits"
+            raise TypeError(f"{name}: expected a tensor of logits{or_sparse}; got {type(x).__name__}")
+        check_stored_or_head(name, x)
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must agree in all dimensions but the last; "
@@ -39,25 +44,39 @@ def check_logits(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits,
         raise ValueError(
             "teacher requires grad, but the loss has no gradient with respect to it; pass teacher.detach()"
         )
-    widths = student.shape[-1], teacher.shape[-1]
-    if vocab_size is None:
-        if widths[0] != widths[1]:
-            raise ValueError(
-                f"student has {widths[0]} classes and teacher {widths[1]}; where the rest is padding, "
-                "pass vocab_size=<classes that both have>"
-            )
-        vocab_size = widths[0]
-    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size: expected an int or None; got {type(vocab_size).__name__}")
-    if vocab_size < 1 or vocab_size > widths[0] or vocab_size > widths[1]:
+    vocab_size = check_vocab_size(vocab_size, {name: x.shape[-1] for name, x in sides.items()})
+    sparse = isinstance(teacher, SparseLogProbs)
+    if sparse and teacher.tail != "truncate" and teacher.shape[-1] > vocab_size:  # where none may be there twice
         raise ValueError(
-            f"vocab_size: expected from 1 to the narrower width; got {vocab_size} "
-            f"with a student of {widths[0]} and a teacher of {widths[1]} classes"
+            f"teacher: expected at most {vocab_size} entries a row, the vocabulary; got {teacher.shape[-1]}"
         )
     return vocab_size
 
 
-def _check_stored(name: str, x: Tensor):
+def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
+    """The number of classes that count, of logits of these widths."""
+    first, *others = widths.values()
+    if vocab_size is None:
+        if any(width != first for width in others):
+            (one, its), (other, others_width) = widths.items()
+            raise ValueError(
+                f"{one} has {its} classes and {other} {others_width}; where the rest is padding, "
+                "pass vocab_size=<classes that both have>"
+            )
+        vocab_size = first
+    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"vocab_size: expected an int or None; got {type(vocab_size).__name__}")
+    if vocab_size < 1 or any(vocab_size > width for width in widths.values()):
+        classes = " and ".join(f"{width} of the {name}" for name, width in widths.items())
+        raise ValueError(f"vocab_size: expected from 1 to the classes that are there; got {vocab_size}, with {classes}")
+    return vocab_size
+
+
+def check_stored_or_head(name: str, x: Tensor | LinearLogits):
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
+    if not isinstance(x, Tensor):
+        return
     if x.dim() == 0:
         raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
     if x.layout != torch.strided:
@@ -65,6 +84,17 @@ def _check_stored(name: str, x: Tensor):
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"{name}: expected a last dimension of stride 1; got strides {list(x.stride())}; pass {name}.contiguous()"
+        )
+
+
+def check_tail(divergence: Divergence, teacher: SparseLogProbs):
+    """Raises where a divergence is infinite whatever the student is."""
+    parameter = divergence.parameter
+    infinite = {"reverse_kl": True, "mixed_kl": parameter != 1, "alpha": parameter is not None and parameter < 0}
+    if infinite.get(divergence.name, False) and teacher.tail in ("renormalize", "truncate"):
+        raise ValueError(
+            f"{divergence} is infinite where the teacher has no mass, which tail={teacher.tail!r} gives the "
+            "classes that are not named; 'bucket', 'support' and 'uniform' take every divergence"
         )
 
 
@@ -77,15 +107,13 @@ class HeadOptions(NamedTuple):
     compact_rows: bool
 
 
-def resolve_heads(
-    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, *, chunk_rows, compact_rows, logits_dtype
-) -> HeadOptions | None:
-    """None where neither side is a head."""
-    heads = {name: x for name, x in (("student", student), ("teacher", teacher)) if isinstance(x, LinearLogits)}
+def resolve_heads(*, chunk_rows, compact_rows, logits_dtype, **sides) -> HeadOptions | None:
+    """None where no side, by its name in the call, is a head."""
+    heads = {name: x for name, x in sides.items() if isinstance(x, LinearLogits)}
     given = {"chunk_rows": chunk_rows, "compact_rows": compact_rows, "logits_dtype": logits_dtype}
     for name, value in given.items():
         if value is not None and not heads:
-            raise ValueError(f"{name} is of LinearLogits; got {name}={value} with two tensors of logits")
+            raise ValueError(f"{name} is of LinearLogits; got {name}={value} without one")
     if not heads:
         return None
     if chunk_rows is not None:
@@ -97,7 +125,7 @@ def resolve_heads(
         check_type("compact_rows", compact_rows, bool)
     if logits_dtype not in (None, torch.float32):
         raise TypeError(f"logits_dtype: expected torch.float32 or None (as the products' factors); got {logits_dtype}")
-    device = student.device.type
+    device = next(iter(heads.values())).device.type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     for name, x in heads.items():
         # Autocast casts all but fp64; what is sharded is cast as it is gathered.
@@ -110,6 +138,15 @@ def resolve_heads(
             )
     compact_rows = device == "cpu" if compact_rows is None else compact_rows
     return HeadOptions(autocast_dtype, logits_dtype, chunk_rows or 0, compact_rows)
+
+
+def side_of(x: Tensor | LinearLogits, heads: HeadOptions) -> Side:
+    """Its tensors, a sharded weight gathered; the data as they came, [..., columns]."""
+    if isinstance(x, Tensor):
+        return Side(x, None, None, 1.0, None)
+    dtype = product_dtype(x.hidden.dtype, heads.autocast_dtype)
+    bias = None if x.bias is None else gathered(x.bias, dtype)
+    return Side(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):
@@ -133,19 +170,18 @@ def check_statistics(statistics: tuple[str, ...], labels: Tensor | None):
             raise ValueError(f"statistics: {name!r} needs labels; got labels=None")
 
 
-def as_outer_inner(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits [..., V] as [outer, inner, V]: views where the leading dimensions collapse to two, else copies."""
-    leading = student.shape[:-1]
+def as_outer_inner(*logits: Tensor) -> list[Tensor]:
+    """Logits [..., V] of one leading shape as [outer, inner, V]: views where the leading dimensions collapse to two,
+    else copies."""
+    leading = logits[0].shape[:-1]
     # Where to cut the leading dimensions in two, so that as few tensors as possible need a copy.
     cut, fewest = 1, 3
     for candidate in range(1, max(len(leading), 2)):
-        copies = sum(
-            not (_collapses(x, 0, candidate) and _collapses(x, candidate, len(leading))) for x in (student, teacher)
-        )
+        copies = sum(not (_collapses(x, 0, candidate) and _collapses(x, candidate, len(leading))) for x in logits)
         if copies < fewest:
             cut, fewest = candidate, copies
     outer, inner = leading[:cut].numel(), leading[cut:].numel()
-    return student.reshape(outer, inner, student.shape[-1]), teacher.reshape(outer, inner, teacher.shape[-1])
+    return [x.reshape(outer, inner, x.shape[-1]) for x in logits]
 
 
 def _collapses(x: Tensor, first: int, last: int) -> bool:
@@ -154,8 +190,8 @@ def _collapses(x: Tensor, first: int, last: int) -> bool:
 
 
 def resolve(
-    student: Tensor,
-    teacher: Tensor,
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogProbs,
     *,
     temperature,
     mask: Tensor | None,
@@ -189,8 +225,12 @@ def resolve(
     else:
         hard_weight = None
 
+    keep = None if mask is None else mask.reshape(-1)
+    if isinstance(teacher, SparseLogProbs) and teacher.tail != "bucket":
+        named = ((teacher.indices >= 0) & ~torch.isneginf(teacher.log_probs)).any(-1).reshape(-1)
+        keep = named if keep is None else keep & named
     row_scale = _row_scale(
-        leading.numel(), device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer
+        leading.numel(), device, dtype, keep, labels, ignore_index, row_weight, reduction, normalizer
     )
     return RowOptions(row_scale, labels, temperature, hard_weight)
 
@@ -204,9 +244,8 @@ def check_choice_of_reduction(reduction: str):
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def _row_scale(rows, device, dtype, mask, labels, ignore_index, row_weight, reduction, normalizer) -> Tensor:
+def _row_scale(rows, device, dtype, keep, labels, ignore_index, row_weight, reduction, normalizer) -> Tensor:
     """where(keep, weight / denominator, 0) as [rows]."""
-    keep = None if mask is None else mask.reshape(-1)
     if labels is not None:
         labelled = labels != ignore_index
         keep = labelled if keep is None else keep & labelled
@@ -250,12 +289,21 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
             return _moved(value.detach().reshape(1), device, dtype)
         _check_per_row(name, value, leading, device)
         return _moved(value.detach().reshape(-1).contiguous(), device, dtype)
+    if name == "temperature":
+        check_temperature(name, value)
     _check_number(name, value)
-    if name == "temperature" and not 0 < value < float("inf"):
-        raise ValueError(f"temperature: expected finite and > 0; got {value}")
     if name == "hard_weight" and not 0 <= value <= 1:
         raise ValueError(f"hard_weight: expected from 0 to 1; got {value}")
     return torch.ones(1, dtype=dtype, device=device) * value
+
+
+def check_temperature(name: str, value):
+    """Of a number, not of a tensor."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a number; got {_shown(value)}")
+    _check_number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name}: expected finite and > 0; got {value}")
 
 
 def _check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):

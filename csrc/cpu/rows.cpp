@@ -35,60 +35,10 @@ namespace KDK_ISA {
 
 #include "elementary.h"
 #include "storage.h"
+#include "sweeps.h"
 #include "../divergences.h"
 
 // ---- the inner loops, each over one block
-
-template <class T> T block_max(const T* x, int n) {
-  T max = -INFINITY;
-#pragma omp simd reduction(max : max)
-  for (int i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
-  return max;
-}
-
-// Sum of exp((x - max) * inverse_temperature); each is written to e, where that is wanted. `next` is where the same
-// columns of the next block lie in memory.
-template <bool keep, class T>
-T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void* next, int64_t element) {
-  (void)next, (void)element;
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) {
-    T v = exp_of_nonpositive((x[i] - max) * inverse_temperature);
-    if (keep) e[i] = v;
-    sum += v;
-  }
-  return sum;
-}
-
-#if defined(__AVX512F__)
-// With the exp made of AVX-512's own instructions. The next block is fetched while this one computes: a hardware
-// prefetcher stops at a page, and a block of 16-bit logits is half of one.
-template <bool keep>
-float exponentials(const float* x, int n, float max, float inverse_temperature, float* e, const void* next,
-                   int64_t element) {
-  const __m512 shift = _mm512_set1_ps(max), beta = _mm512_set1_ps(inverse_temperature);
-  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-  auto exp_of_stretch = [&](__m512 logits) {
-    return exp_of_nonpositive(_mm512_mul_ps(_mm512_sub_ps(logits, shift), beta));
-  };
-  int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    for (int64_t byte = i * element; byte < (i + 32) * element; byte += 64)
-      __builtin_prefetch((const char*)next + byte, 0, 2);
-    __m512 first = exp_of_stretch(_mm512_loadu_ps(x + i)), second = exp_of_stretch(_mm512_loadu_ps(x + i + 16));
-    if (keep) _mm512_storeu_ps(e + i, first), _mm512_storeu_ps(e + i + 16, second);
-    even = _mm512_add_ps(even, first), odd = _mm512_add_ps(odd, second);
-  }
-  for (; i < n; i += 16) {
-    __mmask16 inside = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
-    __m512 last = exp_of_stretch(_mm512_maskz_loadu_ps(inside, x + i));
-    if (keep) _mm512_mask_storeu_ps(e + i, inside, last);
-    even = _mm512_mask_add_ps(even, inside, even, last);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
-}
-#endif
 
 // How a block's exponentials and logits become probabilities: log q = (s - max) / temperature + shift,
 // q = e * factor with factor = exp(shift), of the same rounded shift, so that q is the exponential of log q.
@@ -179,26 +129,6 @@ template <class T> struct Scratch {
     sums = (BlockSums<T>*)(floats + blocks(columns));
   }
 };
-
-// Who works on a row: one thread, or all threads of a region block by block.
-struct Alone {
-  template <class F> static void blocks(int64_t n, F body) {
-    for (int64_t b = 0; b < n; ++b) body(b);
-  }
-  template <class F> static void once(F body) { body(); }
-};
-struct Together {
-  template <class F> static void blocks(int64_t n, F body) {
-#pragma omp for schedule(static)
-    for (int64_t b = 0; b < n; ++b) body(b);
-  }
-  template <class F> static void once(F body) {
-#pragma omp single
-    body();
-  }
-};
-
-template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
 
 template <class T> struct Row {
   const RowsCall& call;
@@ -478,9 +408,8 @@ template <class T> bool all_rows(const RowsCall& call) {
   }
 
   if (threads == 1 || call.rows >= 4 * threads) {
-    // A few neighbouring rows a turn: threads that first write to the same huge page would both clear one.
-    int64_t turn = call.rows / (8 * threads);
-    turn = turn < 1 ? 1 : turn > 8 ? 8 : turn;
+    int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
+    int64_t turn = rows_of_a_turn(call.rows, written, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
       Scratch<T> scratch(call.workspace, call.columns, omp_get_thread_num());

@@ -1,4 +1,7 @@
-"""Heads: logits that are made by a matrix product, swept in place, and turned into gradients, some rows at a time.
+"""Rows in chunks: what is not there as logits is made some rows at a time, and swept.
+
+Heads: logits that are made by a matrix product, swept in place, and turned into gradients. Sparse teachers: the entries
+of a chunk; or, where every class needs its own probability ("uniform"), logits that are made of them.
 
 For each chunk of rows::
 
@@ -15,12 +18,14 @@ factors alone; rounding those to bf16 itself, it takes 2.3 times as long.)
 """
 
 import warnings
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ROW_STATISTICS, ROW_TOP1, check_values, compute_dtype, values_are_checked
+from . import ROW_STATISTICS, ROW_TOP1, check_values, topk, values_are_checked
+from .row_options import RowOptions
 
 _budget = 256 << 20  # bytes of a chunk's buffers
 _SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache
@@ -74,20 +79,6 @@ class Side(NamedTuple):
     softcap: float | None
 
 
-class RowOptions(NamedTuple):
-    """What a row has of its own: contiguous [rows], or (temperature, hard_weight) [1], in the compute dtype."""
-
-    row_scale: Tensor
-    labels: Tensor | None
-    temperature: Tensor
-    hard_weight: Tensor | None
-
-    def of(self, chunk) -> "RowOptions":
-        """Those of some rows: a slice or indices."""
-        rows = self.row_scale.shape[0]
-        return RowOptions(*(x if x is None or x.shape[0] != rows else x[chunk] for x in self))
-
-
 class Wanted(NamedTuple):
     """Which gradients to find: of the student's data (logits or hidden states), its weight and its bias."""
 
@@ -100,7 +91,7 @@ class Wanted(NamedTuple):
 def linear_rows(
     kernels,
     student: Side,
-    teacher: Side,
+    teacher: Side | topk.Sparse,
     options: RowOptions,
     parameters: Tensor,
     divergence: str,
@@ -115,51 +106,117 @@ def linear_rows(
     statistics: bool,
 ):
     """Losses [rows], the gradients of student, weight and bias, statistics and top-1: `ops.linear_rows`."""
-    row_scale = options.row_scale
-    if row_scale.device.type == "cpu" or values_are_checked():
+    checked = options.row_scale.device.type == "cpu" or values_are_checked()
+    if checked:
         check_values(*options, vocab_size)
+    entries = None
+    if isinstance(teacher, topk.Sparse):
+        sort = getattr(kernels, "sorted_entries", None)  # of the CPU's
+        entries, row_scale = topk.entries_of(teacher, options, vocab_size, checked, sort)
+        options = options._replace(row_scale=row_scale)
+    row_scale = options.row_scale
     rows = row_scale.shape[0]
-    kept = row_scale.nonzero()[:, 0] if compact_rows else None
-    if kept is not None and kept.shape[0] == rows:
-        kept = None
+    kept = _kept(row_scale, compact_rows)
     count = rows if kept is None else kept.shape[0]
     gradient = any(wanted)
     every = kept is None and rows > 0  # all rows are written below
+    teacher_is_entries = entries is not None and teacher.tail != "uniform"
 
     def source(side: Side, wanted: Wanted):
         if side.weight is None:
-            return _Stored(kernels, side, wanted, kept is not None)
+            return _Stored(kernels, side, wanted, kept is not None, alone=teacher_is_entries)
         return _Head(kernels, side, wanted, vocab_size, autocast_dtype, logits_dtype)
 
-    sources = source(student, wanted), source(teacher, Wanted())
+    sources = [source(student, wanted)]
+    if entries is None:
+        sources.append(source(teacher, Wanted()))
+    elif not teacher_is_entries:
+        sources.append(_Spread(kernels, entries, options, vocab_size))
     fixed_bytes, row_bytes = (sum(getattr(x, name) for x in sources) for name in ("fixed_bytes", "row_bytes"))
     size = _chunk_size(count, chunk_rows, budget, fixed_bytes, row_bytes)
     for x in sources:
         x.allocate(size, chunks=-(-count // size), every=every)
 
     new = torch.empty if every else torch.zeros
-    dtype, device = compute_dtype(student.data, teacher.data), row_scale.device
+    dtype, device = row_scale.dtype, row_scale.device
     loss = new(rows, dtype=dtype, device=device)
     row_statistics = new(len(ROW_STATISTICS) if statistics else 0, rows, dtype=dtype, device=device)
     top1 = new(len(ROW_TOP1) if statistics else 0, rows, dtype=torch.int64, device=device)
 
-    def sweep(chunk):
+    def sweep(chunk):  # a function, so that nothing of a chunk outlives it
         own = options.of(chunk)
-        student_logits, teacher_logits = (x.logits(chunk, own.row_scale)[None] for x in sources)
-        into = sources[0].gradient_target(chunk)[None] if gradient else None
-        loss[chunk], _, _, _, row_statistics[:, chunk], top1[:, chunk] = kernels.rows(
-            student_logits, teacher_logits, *own, parameters, divergence, vocab_size,
-            temperature_squared, gradient, statistics, into,
-        )  # fmt: skip
+        logits = [x.logits(chunk, own.row_scale) for x in sources]
+        into = sources[0].gradient_target(chunk) if gradient else None
+        if teacher_is_entries:
+            loss[chunk], _, row_statistics[:, chunk], top1[:, chunk] = kernels.topk_rows(
+                *logits, *entries.of(chunk), *own, parameters, divergence, vocab_size, temperature_squared,
+                teacher.tail == "support", gradient, statistics, into,
+            )  # fmt: skip
+        else:
+            loss[chunk], _, _, _, row_statistics[:, chunk], top1[:, chunk] = kernels.rows(
+                *logits, *own, parameters, divergence, vocab_size, temperature_squared, gradient, statistics, into
+            )
         if gradient:
             sources[0].add_gradients(chunk)
 
-    for first in range(0, count, size):
-        chunk = slice(first, min(first + size, count))
-        sweep(chunk if kept is None else kept[chunk])
+    for chunk in _chunks(count, size, kept):
+        sweep(chunk)
     for x in sources:
         x.release()
+    if entries is not None and teacher.tail == "truncate":
+        offset = topk.tail_offset(divergence, parameters, entries.log_probs)
+        loss, row_statistics = topk.with_offset(offset, options, temperature_squared, loss, row_statistics)
     return loss, *sources[0].gradients(), row_statistics, top1
+
+
+@torch.no_grad()
+def topk_log_probs(
+    kernels,
+    side: Side,
+    row_scale: Tensor,
+    temperature: Tensor,
+    k: int,
+    vocab_size: int,
+    autocast_dtype: torch.dtype | None,
+    logits_dtype: torch.dtype | None,
+    chunk_rows: int,
+    budget: int,
+    compact_rows: bool,
+):
+    """Indices and log-probabilities [rows, k] and the rest's [rows]: `ops.topk_log_probs`."""
+    options = RowOptions(row_scale, None, temperature, None)
+    if row_scale.device.type == "cpu" or values_are_checked():
+        check_values(*options, vocab_size)
+    rows, new = row_scale.shape[0], {"dtype": row_scale.dtype, "device": row_scale.device}
+    kept = _kept(row_scale, compact_rows)
+    count = rows if kept is None else kept.shape[0]
+    indices = torch.full((rows, k), -1, dtype=torch.int32, device=row_scale.device)
+    log_probs, tail_log_prob = torch.full((rows, k), -torch.inf, **new), torch.zeros(rows, **new)
+    if side.weight is None:
+        source = _Stored(kernels, side, Wanted(), kept is not None, alone=True)
+    else:
+        source = _Head(kernels, side, Wanted(), vocab_size, autocast_dtype, logits_dtype)
+    size = _chunk_size(count, chunk_rows, budget, source.fixed_bytes, source.row_bytes)
+    source.allocate(size, chunks=-(-count // size), every=True)
+    for chunk in _chunks(count, size, kept):
+        own = options.of(chunk)
+        logits = source.logits(chunk, own.row_scale)
+        indices[chunk], log_probs[chunk], tail_log_prob[chunk] = kernels.topk(
+            logits, own.row_scale, own.temperature, k, vocab_size
+        )
+    return indices, log_probs, tail_log_prob
+
+
+def _kept(row_scale: Tensor, compact_rows: bool) -> Tensor | None:
+    """Indices of the rows that are not skipped; None where all rows are to be gone through."""
+    kept = row_scale.nonzero()[:, 0] if compact_rows else None
+    return None if kept is None or kept.shape[0] == row_scale.shape[0] else kept
+
+
+def _chunks(count: int, size: int, kept: Tensor | None) -> Iterator[slice | Tensor]:
+    for first in range(0, count, size):
+        chunk = slice(first, min(first + size, count))
+        yield chunk if kept is None else kept[chunk]
 
 
 def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_bytes: int) -> int:
@@ -179,7 +236,7 @@ def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_
     return max(min(-(-evenly // _ROUND) * _ROUND, most, count), 1)
 
 
-def _rows_of(x: Tensor, chunk) -> Tensor:
+def rows_of(x: Tensor, chunk) -> Tensor:
     """Rows of [outer, inner, width] as [n, width]: a view where they lie at one stride, else a copy."""
     if isinstance(chunk, slice):
         if _at_one_stride(x):
@@ -193,15 +250,17 @@ def _at_one_stride(x: Tensor) -> bool:
 
 
 class _Stored:
-    """Logits that the caller has."""
+    """Logits that the caller has. `alone`: nothing else is made in chunks, so they are taken whole, as they lie."""
 
-    def __init__(self, kernels, side: Side, wanted: Wanted, gathered: bool):
+    def __init__(self, kernels, side: Side, wanted: Wanted, gathered: bool, alone: bool):
         self.kernels, self.data, self.wanted, self.gathered = kernels, side.data, wanted, gathered
-        copies = (gathered or not _at_one_stride(side.data)) + (gathered and wanted.data)
+        self.whole = alone and not gathered
+        copies = 0 if self.whole else (gathered or not _at_one_stride(side.data)) + (gathered and wanted.data)
         self.row_bytes = copies * side.data.shape[-1] * side.data.element_size()
         self.fixed_bytes = 0
 
     def allocate(self, size: int, chunks: int, every: bool):
+        self.whole &= chunks == 1
         if not self.wanted.data:
             return
         outer, inner, columns = self.data.shape
@@ -212,10 +271,12 @@ class _Stored:
         self.part = self.kernels.empty(size, columns, **new) if self.gathered else None
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
-        return _rows_of(self.data, chunk)
+        return self.data if self.whole else rows_of(self.data, chunk)[None]
 
     def gradient_target(self, chunk) -> Tensor:
-        return self.gradient[chunk] if isinstance(chunk, slice) else self.part[: chunk.shape[0]]
+        if self.whole:
+            return self.gradient.view(self.data.shape)
+        return (self.gradient[chunk] if isinstance(chunk, slice) else self.part[: chunk.shape[0]])[None]
 
     def add_gradients(self, chunk):
         if not isinstance(chunk, slice):
@@ -227,6 +288,30 @@ class _Stored:
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
         data = self.gradient.view(self.data.shape) if self.wanted.data else self.data.new_empty(0)
         return data, self.data.new_empty(0), self.data.new_empty(0)
+
+
+class _Spread:
+    """Logits of a sparse teacher whose missing mass is spread over the classes that it does not name."""
+
+    fixed_bytes = 0
+
+    def __init__(self, kernels, entries: topk.Entries, options: RowOptions, vocab_size: int):
+        self.kernels, self.entries, self.vocab_size = kernels, entries, vocab_size
+        self.temperature = options.temperature.expand_as(options.row_scale)
+        self.columns = -(-(vocab_size + 1) // _ALIGNMENT) * _ALIGNMENT  # one more, for padding
+        self.row_bytes = self.columns * entries.log_probs.element_size()
+
+    def allocate(self, size: int, chunks: int, every: bool):
+        log_probs = self.entries.log_probs
+        self.buffer = self.kernels.empty(size, self.columns, dtype=log_probs.dtype, device=log_probs.device)
+
+    def logits(self, chunk, row_scale: Tensor) -> Tensor:
+        out = self.buffer[: row_scale.shape[0]]
+        topk.fill_uniform(self.entries.of(chunk), self.temperature[chunk], self.vocab_size, out)
+        return out[None]
+
+    def release(self):
+        self.buffer = None
 
 
 class _Head:
@@ -269,7 +354,7 @@ class _Head:
             self.bias_sum = torch.zeros(self.side.bias.shape, dtype=total, device=self.side.bias.device)
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
-        hidden = _rows_of(self.side.data, chunk).to(self.dtype)
+        hidden = rows_of(self.side.data, chunk).to(self.dtype)
         # A skipped row may hold anything, and so may a weight: their products with dlogits of 0 would be NaN.
         self.skipped = (row_scale == 0)[:, None] if isinstance(chunk, slice) else None
         if self.wanted.weight and self.skipped is not None:
@@ -279,10 +364,10 @@ class _Head:
         _project(hidden, self.weight, self.bias, self.side.scale, out[:, : self.classes])
         if self.side.softcap is not None:
             self.kernels.softcap_(out, self.side.softcap)
-        return out
+        return out[None]
 
     def gradient_target(self, chunk) -> Tensor:
-        return self.gradient_buffer[: self.hidden.shape[0]]
+        return self.gradient_buffer[None, : self.hidden.shape[0]]
 
     def add_gradients(self, chunk):
         n, scale = self.hidden.shape[0], self.side.scale

@@ -61,6 +61,12 @@ class Kernels(ABC):
         where that can be known without waiting for a device."""
 
     @abstractmethod
+    def _launch_topk(
+        self, name: str, arguments: tuple, device: torch.device, fp64: bool, vocab_size: int, k: int
+    ) -> None:
+        """Calls the compiled function of that name with `arguments` (csrc/topk_arguments.h)."""
+
+    @abstractmethod
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
         """Calls the compiled function of that name (csrc/bindings.cpp, csrc/cuda/bindings.h) with `arguments`."""
 
@@ -89,14 +95,9 @@ class Kernels(ABC):
         """`into`, with a gradient: a contiguous tensor of the student's shape and dtype that takes it, in place of a
         fresh one. It may be the student itself."""
         dtype, device, count = compute_dtype(student, teacher), student.device, row_scale.numel()
-        if into is None:
-            into = self.empty(*(student.shape if gradient else (0,)), dtype=student.dtype, device=device)
-        else:
-            assert gradient and into.is_contiguous(), "into takes a gradient, and is contiguous"
-            assert (into.shape, into.dtype, into.device) == (student.shape, student.dtype, device), "as the student"
         out = {
             "loss": torch.empty(count, dtype=dtype, device=device),
-            "gradient": into,
+            "gradient": self._gradient_target(student, gradient, into),
             "floats": torch.empty(len(ROW_FLOATS), count, dtype=dtype, device=device),
             "sums": torch.empty(len(ROW_SUMS), count, dtype=dtype, device=device),
             **_statistics(row_scale, dtype, statistics),
@@ -164,6 +165,80 @@ class Kernels(ABC):
         arguments = (gradient.data_ptr(), _DTYPE_CODE[gradient.dtype], gradient.numel() // columns, columns)
         self._launch_elementwise("scale_rows", (*arguments, _per_row(factor)), gradient.device)
 
+    # ---- the topk family: entries are those of backends/topk.py
+
+    def topk_rows(
+        self,
+        student: Tensor,
+        indices: Tensor,
+        log_probs: Tensor,
+        tail_log_prob: Tensor,
+        row_scale: Tensor,
+        labels: Tensor | None,
+        temperature: Tensor,
+        hard_weight: Tensor | None,
+        parameters: Tensor,
+        divergence: str,
+        vocab_size: int,
+        temperature_squared: bool,
+        conditional: bool,
+        gradient: bool,
+        statistics: bool,
+        into: Tensor | None = None,
+    ):
+        """Loss [rows], gradient, statistics and top-1 of student logits against entries; csrc/topk_call.h says what
+        these are. `into` as in `rows`."""
+        dtype, device, count = row_scale.dtype, student.device, row_scale.numel()
+        into = self._gradient_target(student, gradient, into)
+        loss = torch.empty(count, dtype=dtype, device=device)
+        found = _statistics(row_scale, dtype, statistics)
+        for numbers in (log_probs, tail_log_prob, temperature, hard_weight, parameters):
+            assert numbers is None or numbers.dtype == dtype, numbers.dtype
+        for x in (indices, log_probs, tail_log_prob):
+            assert x.is_contiguous(), x.stride()
+        if count:
+            arguments = (
+                self.compiled().divergences.index(divergence),
+                conditional,
+                dtype == torch.float64,
+                (count, student.shape[1], vocab_size, student.shape[2], indices.shape[1]),
+                _logits(student),
+                indices.data_ptr(),
+                log_probs.data_ptr(),
+                tail_log_prob.data_ptr(),
+                _per_row(row_scale),
+                _per_row(temperature),
+                _NO_ROW if hard_weight is None else _per_row(hard_weight),
+                0 if labels is None else labels.data_ptr(),
+                parameters.data_ptr(),
+                temperature_squared,
+                loss.data_ptr(),
+                found["statistics"].data_ptr() if statistics else 0,
+                found["top1"].data_ptr() if statistics else 0,
+                into.data_ptr() if gradient else 0,
+            )
+            self._launch_topk("topk_rows", arguments, device, dtype == torch.float64, vocab_size, indices.shape[1])
+        return loss, into, *found.values()
+
+    def topk(self, logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
+        """Indices int32 and log-probabilities [rows, k] and the rest's [rows], of logits [outer, inner, columns]."""
+        count, device = row_scale.numel(), logits.device
+        indices = torch.empty(count, k, dtype=torch.int32, device=device)
+        log_probs = torch.empty(count, k, dtype=row_scale.dtype, device=device)
+        tail_log_prob = torch.empty(count, dtype=row_scale.dtype, device=device)
+        if count:
+            arguments = (
+                (count, logits.shape[1], vocab_size, k),
+                _logits(logits),
+                _per_row(row_scale),
+                _per_row(temperature),
+                indices.data_ptr(),
+                log_probs.data_ptr(),
+                tail_log_prob.data_ptr(),
+            )
+            self._launch_topk("topk", arguments, device, row_scale.dtype == torch.float64, vocab_size, k)
+        return indices, log_probs, tail_log_prob
+
     # ---- the linear family: in place, on contiguous tensors of any shape
 
     def softcap_(self, logits: Tensor, cap: float) -> None:
@@ -182,6 +257,13 @@ class Kernels(ABC):
     def accumulate_(self, total: Tensor, part: Tensor) -> None:
         """total (fp32) += part (bf16 or fp16)"""
         total.add_(part)
+
+    def _gradient_target(self, student: Tensor, gradient: bool, into: Tensor | None) -> Tensor:
+        if into is None:
+            return self.empty(*(student.shape if gradient else (0,)), dtype=student.dtype, device=student.device)
+        assert gradient and into.is_contiguous(), "into takes a gradient, and is contiguous"
+        assert (into.shape, into.dtype, into.device) == (student.shape, student.dtype, student.device), "as the student"
+        return into
 
     def _call(self, sweeps, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
               vocab_size, temperature_squared, unit_log_sum, out):  # fmt: skip
@@ -227,6 +309,31 @@ class Cpu(Kernels):
         threads = torch.get_num_threads()
         workspace = torch.empty(_native.workspace_bytes(vocab_size, fp64, threads), dtype=torch.uint8)
         return _native.rows(*arguments, workspace.data_ptr(), threads)
+
+    def _launch_topk(
+        self, name: str, arguments: tuple, device: torch.device, fp64: bool, vocab_size: int, k: int
+    ) -> None:
+        threads = torch.get_num_threads()
+        size = getattr(_native, f"{name}_workspace_bytes")(vocab_size, k, fp64, threads)
+        workspace = torch.empty(size, dtype=torch.uint8)
+        getattr(_native, name)(*arguments, workspace.data_ptr(), threads)
+
+    def sorted_entries(self, indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
+        """What `topk.sorted_entries` does, in a fraction of its time."""
+        indices, log_probs, threads = indices.contiguous(), log_probs.contiguous(), torch.get_num_threads()
+        rows, entries = indices.shape
+        classes, found = (
+            torch.empty_like(indices, dtype=torch.int32),
+            torch.empty_like(log_probs, dtype=row_scale.dtype),
+        )
+        outside, repeated = (torch.empty(rows, dtype=torch.bool) for _ in range(2))
+        workspace = torch.empty(_native.sort_entries_workspace_bytes(entries, threads), dtype=torch.uint8)
+        _native.sort_entries(
+            (rows, entries, vocab_size), indices.data_ptr(), indices.dtype == torch.int64, log_probs.data_ptr(),
+            _DTYPE_CODE[log_probs.dtype], row_scale.dtype == torch.float64, _per_row(row_scale), classes.data_ptr(),
+            found.data_ptr(), outside.data_ptr(), repeated.data_ptr(), workspace.data_ptr(), threads,
+        )  # fmt: skip
+        return classes, found, outside, repeated
 
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
         getattr(_native, name)(*arguments, torch.get_num_threads())
@@ -279,6 +386,11 @@ class Cuda(Kernels):
     def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
         self._launch(self.compiled().cuda_rows, arguments, student.device)
         return False
+
+    def _launch_topk(
+        self, name: str, arguments: tuple, device: torch.device, fp64: bool, vocab_size: int, k: int
+    ) -> None:
+        self._launch(getattr(self.compiled(), f"cuda_{name}"), arguments, device)
 
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
         self._launch(getattr(self.compiled(), f"cuda_{name}"), arguments, device)

@@ -133,34 +133,18 @@ def rows(
     statistics: bool,
 ):
     """Per-row losses [rows], statistics and top-1 as `ops.rows` returns them."""
-    dtype = compute_dtype(student, teacher)
-    kept = row_scale != 0
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if (row_scale.device.type == "cpu" or values_are_checked()) and not transformed:
-        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
-    bad = bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
-    inner = (row_scale.shape[0], vocab_size)
-    # A skipped row may hold anything: zeros take its place, so that nothing of it reaches a gradient.
-    s = torch.where(kept[:, None], student[..., :vocab_size].reshape(inner).to(dtype), 0)
-    t = torch.where(kept[:, None], teacher[..., :vocab_size].reshape(inner).to(dtype), 0)
+    dtype, kept = compute_dtype(student, teacher), row_scale != 0
+    bad = _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+    s, t = (_kept_logits(x, kept, vocab_size, dtype) for x in (student, teacher))
     student_tempered, teacher_tempered = s / temperature[:, None], t / temperature[:, None]
     lq = _WholeRowOrNaN.apply(torch.log_softmax(student_tempered, -1))
     lp = torch.log_softmax(teacher_tempered, -1)
     p, q = lp.exp(), lq.exp()
 
     row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
-    loss = row_divergence
-    if temperature_squared:
-        loss = loss * temperature**2
-    cross_entropy = torch.zeros_like(loss)
-    if labels is not None:
-        index = torch.where(kept & ~bad["labels"], labels, 0)[:, None]
-        cross_entropy = -torch.log_softmax(s, -1).gather(-1, index)[:, 0]
-    if hard_weight is not None:
-        loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
-    for rows_of_it in bad.values():
-        loss = loss * torch.where(rows_of_it, torch.nan, 1)
-    loss = torch.where(kept, row_scale * loss, 0)
+    index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
+    cross_entropy = _cross_entropy(s, index)
+    loss = _row_loss(row_divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad)
     if not statistics:
         return loss, None, None
 
@@ -181,8 +165,130 @@ def rows(
         "teacher_lse": teacher_tempered.logsumexp(-1),
     }
     top1 = {"student_top1": s.argmax(-1), "teacher_top1": t.argmax(-1)}
+    return loss, *_stacked(values, top1, kept)
+
+
+def topk_rows(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    tail_log_prob: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    hard_weight: Tensor | None,
+    parameters: Tensor,
+    divergence: str,
+    vocab_size: int,
+    temperature_squared: bool,
+    conditional: bool,
+    statistics: bool,
+):
+    """The same against the entries of a sparse teacher (backends/topk.py, csrc/topk_call.h)."""
+    kept = row_scale != 0
+    bad = _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+    s = _kept_logits(student, kept, vocab_size, row_scale.dtype)
+    tempered = _WholeRowOrNaN.apply(s / temperature[:, None])
+    lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
+
+    there, lp = indices < vocab_size, log_probs
+    # Of the entries alone where these are all that is compared: the other classes are not read.
+    source = tempered if conditional else lq_of_all
+    lq = torch.where(there, source.gather(-1, torch.where(there, indices, 0).long()), -torch.inf)
+    if conditional:
+        lq = torch.where(there, lq - _log_sum_exp(lq)[:, None], -torch.inf)
+    else:
+        named = torch.zeros(s.shape[0], vocab_size + 1, dtype=torch.bool, device=s.device)
+        named = named.scatter(-1, torch.where(there, indices, vocab_size).long(), True)[:, :vocab_size]
+        lp = torch.cat([lp, tail_log_prob[:, None]], -1)
+        # -inf where no other class has mass, with the derivative of -lse.
+        lq = torch.cat([lq, (_log_sum_exp(torch.where(named, -torch.inf, tempered)) - lse)[:, None]], -1)
+    p, q = lp.exp(), lq.exp()
+
+    row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
+    index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
+    cross_entropy = _cross_entropy(s, index)
+    loss = _row_loss(row_divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad)
+    if not statistics:
+        return loss, None, None
+
+    zero = torch.zeros_like(loss)
+    q_of_all, student_label, teacher_label = lq_of_all.exp(), zero, zero
+    if labels is not None:
+        student_label = lq_of_all.gather(-1, index)[:, 0]
+        is_label = there & (indices == index)
+        of_entries = torch.where(is_label, log_probs, -torch.inf).amax(-1)
+        teacher_label = torch.where(is_label.any(-1), of_entries, tail_log_prob)
+    values = {
+        "divergence": row_divergence,
+        "cross_entropy": cross_entropy,
+        "tv": 0.5 * (p - q).abs().sum(-1),
+        "student_entropy": -weighted(q_of_all, lq_of_all).sum(-1),
+        "teacher_entropy": -weighted(p, lp).sum(-1),
+        "student_max_log_prob": lq_of_all.max(-1).values,
+        "teacher_max_log_prob": log_probs.max(-1).values,
+        "student_label_log_prob": student_label,
+        "teacher_label_log_prob": teacher_label,
+        "student_lse": lse,
+        "teacher_lse": lp.logsumexp(-1),
+    }
+    teacher_top1 = indices.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0].long()
+    top1 = {"student_top1": s.argmax(-1), "teacher_top1": torch.where(there.any(-1), teacher_top1, 0)}
+    return loss, *_stacked(values, top1, kept)
+
+
+def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
+    """Indices, log-probabilities [rows, k] and the rest's [rows], as `ops.topk_log_probs` returns them."""
+    kept = row_scale != 0
+    x = _kept_logits(logits, kept, vocab_size, row_scale.dtype)
+    log_probs = torch.log_softmax(x / temperature[:, None], -1)
+    # Sorted as wholes: topk does not say which of equals comes first.
+    values, indices = log_probs.sort(dim=-1, descending=True, stable=True)
+    values, rest, indices = values[:, :k], values[:, k:], indices[:, :k]
+    tail = rest.logsumexp(-1) if rest.shape[1] else torch.full_like(row_scale, -torch.inf)
+    tail = torch.where(torch.isnan(log_probs).any(-1), torch.nan, tail)
+    values = torch.where(kept[:, None], values, -torch.inf)
+    indices = torch.where(torch.isneginf(values), -1, indices)
+    return indices.to(torch.int32), values, torch.where(kept, tail, 0)
+
+
+def _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size) -> dict[str, Tensor]:
+    """`bad_rows`; where values are checked, those raise."""
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if (row_scale.device.type == "cpu" or values_are_checked()) and not transformed:
+        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
+    return bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+
+
+def _kept_logits(x: Tensor, kept: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
+    """[rows, vocab_size]. A skipped row may hold anything: zeros take its place, so that nothing of it reaches a
+    gradient."""
+    return torch.where(kept[:, None], x[..., :vocab_size].reshape(kept.shape[0], vocab_size).to(dtype), 0)
+
+
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """Over the last dimension, -inf with a gradient of 0 where all is -inf."""
+    nothing = torch.isneginf(x).all(-1)
+    return torch.where(nothing, -torch.inf, torch.where(nothing[:, None], 0, x).logsumexp(-1))
+
+
+def _cross_entropy(logits: Tensor, index: Tensor | None) -> Tensor:
+    if index is None:
+        return logits.new_zeros(logits.shape[0])
+    return -torch.log_softmax(logits, -1).gather(-1, index)[:, 0]
+
+
+def _row_loss(divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad) -> Tensor:
+    loss = divergence * temperature**2 if temperature_squared else divergence
+    if hard_weight is not None:
+        loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
+    for rows_of_it in bad.values():
+        loss = loss * torch.where(rows_of_it, torch.nan, 1)
+    return torch.where(row_scale != 0, row_scale * loss, 0)
+
+
+def _stacked(values: dict[str, Tensor], top1: dict[str, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:
     return (
-        loss,
         torch.where(kept, torch.stack([values[name] for name in ROW_STATISTICS]), 0).detach(),
         torch.where(kept, torch.stack([top1[name] for name in ROW_TOP1]), 0),
     )

@@ -1,0 +1,803 @@
+// The top-k family on a CPU: losses against the entries of a sparse teacher, and the extraction of such a teacher.
+//
+// A loss reads a row of logits once. In a copy of a block of kBlock columns the classes that entries name are set to
+// -inf, so that the block's maximum and exponentials are those of the other classes, the bucket, alone; these stay in
+// the workspace. What the entries and the bucket add up to is found from K + 1 log-probabilities. The second sweep
+// scales the exponentials into the gradient of the other classes, and puts the entries' own in their places.
+//
+// An extraction reads a row once from memory and twice in all. Each block's columns are kGroups groups. The k-th
+// largest of the groups' maxima is a threshold: at least k logits reach it, and those above it lie in fewer than k
+// groups. The second sweep sums exponentials relative to the threshold, and takes aside the few logits that reach it.
+//
+// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "topk.h"
+
+#define KDK_HD inline
+
+namespace kdk {
+namespace KDK_ISA {
+
+#include "elementary.h"
+#include "storage.h"
+#include "sweeps.h"
+#include "../divergences.h"
+
+inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A row of logits, in blocks.
+template <class T> struct LogitRow {
+  const char* data;
+  Dtype dtype;
+  int64_t columns, blocks;
+
+  LogitRow(const Logits& x, int64_t row, int64_t inner, int64_t columns)
+      : data((const char*)x.data + (row / inner * x.outer_stride + row % inner * x.inner_stride) * bytes_of(x.dtype)),
+        dtype(x.dtype),
+        columns(columns),
+        blocks(blocks_of(columns)) {}
+
+  int width(int64_t block) const {
+    int64_t left = columns - block * kBlock;
+    return left < kBlock ? (int)left : kBlock;
+  }
+  const char* at(int64_t column) const { return data + column * bytes_of(dtype); }
+  const T* load(int64_t block, T* buffer) const { return widen(at(block * kBlock), dtype, width(block), buffer); }
+  T logit(int64_t column) const {
+    T buffer[1];
+    return *widen(at(column), dtype, 1, buffer);
+  }
+  // Where the next block lies: what the exponentials of this one fetch meanwhile.
+  template <bool keep> T block_exponentials(int64_t block, const T* x, int n, T max, T beta, T* e) const {
+    return exponentials<keep>(x, n, max, beta, e, at((block + 1) * kBlock), bytes_of(dtype));
+  }
+};
+
+template <class T> T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
+
+// exp of a maximum relative to a larger one; 0 where both are -inf.
+template <class T> T relative(T max, T larger, T beta) {
+  return max == T(-INFINITY) ? T(0) : exp_of_nonpositive((max - larger) * beta);
+}
+// A sum of exponentials relative to a maximum, relative to a larger one. Where the maximum is -inf it is 0, or NaN.
+template <class T> T moved(T sum, T max, T larger, T beta) {
+  return max == T(-INFINITY) ? sum : sum * relative(max, larger, beta);
+}
+
+// ---- losses against entries
+
+template <class T> struct BlockSums {
+  T max, sum, unit_sum;    // of the classes that no entry names; the second sum at temperature 1
+  T sum_of_distance;       // sum exp(d) d, d the distance from the maximum over the temperature: for the entropy
+};
+
+template <class T> struct RowScratch {
+  T* e;                    // exponentials of a row, relative to their block's maximum
+  BlockSums<T>* blocks;
+  T *logits, *lp, *lq, *q, *psi;  // of the entries and, last, the bucket
+  int32_t* first_entry;           // of each block; of the one past the last block too
+
+  static int64_t bytes(int64_t columns, int64_t entries) {
+    int64_t blocks = blocks_of(columns);
+    return rounded_up(blocks * (kBlock * sizeof(T) + sizeof(BlockSums<T>)) + 5 * (entries + 1) * sizeof(T) +
+                      (blocks + 1) * sizeof(int32_t));
+  }
+  RowScratch(void* workspace, int64_t columns, int64_t entries, int region) {
+    e = (T*)((char*)rounded_up((int64_t)workspace) + region * bytes(columns, entries));
+    blocks = (BlockSums<T>*)(e + blocks_of(columns) * kBlock);
+    logits = (T*)(blocks + blocks_of(columns));
+    lp = logits + entries + 1, lq = lp + entries + 1, q = lq + entries + 1, psi = q + entries + 1;
+    first_entry = (int32_t*)(psi + entries + 1);
+  }
+};
+
+template <class T> struct EntrySums {
+  T phi, psi, tv, entropy;
+};
+
+// Over n classes; q and psi of each are kept.
+template <class T, class D>
+__attribute__((noinline)) void entry_sums(const D& divergence, const T* lp_of, const T* lq_of, int64_t n, T* q_of,
+                                          T* psi_of, EntrySums<T>* sums) {
+  T phi = 0, psi = 0, tv = 0, entropy = 0;
+#pragma omp simd reduction(+ : phi, psi, tv, entropy)
+  for (int64_t i = 0; i < n; ++i) {
+    T lp = lp_of[i], lq = lq_of[i], p = exp_of(lp), q = exp_of(lq), slope = divergence.slope(lp, lq, p, q);
+    phi += divergence.value(lp, lq, p, q);
+    psi += slope;
+    tv += p > q ? p - q : q - p;
+    entropy -= weighted(p, lp);
+    q_of[i] = q;
+    psi_of[i] = slope;
+  }
+  *sums = {phi, psi, T(0.5) * tv, entropy};
+}
+
+template <class T>
+void entry_sums(int name, const T* parameters, const T* lp, const T* lq, int64_t n, T* q, T* psi, EntrySums<T>* sums) {
+  int index = 0;
+#define KDK_CASE(key, Struct) \
+  if (name == index++) return entry_sums<T, Struct<T>>(Struct<T>(parameters), lp, lq, n, q, psi, sums);
+  KDK_DIVERGENCES(KDK_CASE)
+#undef KDK_CASE
+}
+
+template <class T> struct TopkRow {
+  const TopkRowsCall& call;
+  const int64_t row;
+  const LogitRow<T> student;
+  const T scale, temperature, beta;  // beta: 1 / temperature
+  const int32_t* indices;
+  int64_t entries;                   // of this row
+  // Maxima, and sums of exponentials relative to them, of the other classes and of the entries; the maximum and log-sum
+  // of all, the latter at temperature 1 too.
+  T bucket_max, entries_max, max;
+  double bucket_sum, entries_sum, log_sum, unit_log_sum, entropy;
+  EntrySums<T> sums;
+
+  TopkRow(const TopkRowsCall& call, int64_t row)
+      : call(call),
+        row(row),
+        student(call.student, row, call.inner, call.columns),
+        scale(per_row<T>(call.row_scale, row)),
+        temperature(per_row<T>(call.temperature, row)),
+        beta(1 / temperature),
+        indices(call.indices + row * call.entries),
+        entries(0) {
+    if (scale != 0) entries = entries_below(call.columns);
+  }
+
+  // The number of entries of classes below a column.
+  int64_t entries_below(int64_t column) const {
+    int64_t low = 0, high = call.entries;
+    while (low < high) {
+      int64_t middle = (low + high) / 2;
+      if (indices[middle] < column) low = middle + 1;
+      else high = middle;
+    }
+    return low;
+  }
+  T hard_weight() const { return call.hard_weight.data ? per_row<T>(call.hard_weight, row) : T(0); }
+  bool has_label_term() const { return hard_weight() != 0; }
+  bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.labels); }
+  bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
+
+  void find_entries(RowScratch<T>& scratch) const {
+    int k = 0;
+    for (int64_t b = 0; b <= student.blocks; ++b) {
+      while (k < entries && indices[k] < b * kBlock) ++k;
+      scratch.first_entry[b] = k;
+    }
+  }
+  // Sweep 1, of a block: the logits of entries go to the scratch, and -inf in their place.
+  void block_sums(int64_t b, RowScratch<T>& scratch) const {
+    alignas(64) T buffer[kBlock];
+    const int n = student.width(b);
+    const T* x = student.load(b, buffer);
+    const int first = scratch.first_entry[b], last = scratch.first_entry[b + 1];
+    if (first < last && x != buffer) memcpy(buffer, x, n * sizeof(T)), x = buffer;
+    for (int k = first; k < last; ++k) {
+      T& logit = buffer[indices[k] - b * kBlock];
+      scratch.logits[k] = logit;
+      logit = -INFINITY;
+    }
+    BlockSums<T>& out = scratch.blocks[b];
+    T* e = scratch.e + b * kBlock;
+    out.max = block_max(x, n);
+    out.sum = student.template block_exponentials<true>(b, x, n, finite(out.max), beta, e);
+    out.unit_sum = out.sum;
+    if (temperature != 1 && needs_unit_sum())
+      out.unit_sum = student.template block_exponentials<false>(b, x, n, finite(out.max), T(1), (T*)0);
+    if (call.statistics) {
+      T sum = 0, base = finite(out.max);
+#pragma omp simd reduction(+ : sum)
+      for (int i = 0; i < n; ++i) sum += weighted(e[i], (x[i] - base) * beta);
+      out.sum_of_distance = sum;
+    }
+  }
+
+  void merge(RowScratch<T>& scratch) {
+    bucket_max = -INFINITY, entries_max = -INFINITY;
+    const int64_t swept = sweeps_logits() ? student.blocks : 0;
+    for (int64_t b = 0; b < swept; ++b)
+      if (scratch.blocks[b].max > bucket_max) bucket_max = scratch.blocks[b].max;
+    for (int64_t k = 0; k < entries; ++k)
+      if (scratch.logits[k] > entries_max) entries_max = scratch.logits[k];
+    max = bucket_max > entries_max ? bucket_max : entries_max;
+
+    bucket_sum = 0;
+    double unit_sum = 0;
+    for (int64_t b = 0; b < swept; ++b) {
+      const BlockSums<T>& block = scratch.blocks[b];
+      bucket_sum += moved(block.sum, block.max, bucket_max, beta);
+      if (needs_unit_sum()) unit_sum += moved(block.unit_sum, block.max, max, T(1));
+    }
+    entries_sum = sum_of_entries(scratch.logits, beta);
+    log_sum = ::log(of_all(bucket_sum, bucket_max) + of_all(entries_sum, entries_max));
+    if (needs_unit_sum())
+      unit_log_sum = ::log(unit_sum + moved(sum_of_entries(scratch.logits, T(1)), entries_max, max, T(1)));
+    if (call.conditional) {
+      log_probs_of_entries(scratch, entries_max, ::log(entries_sum));
+      find_sums(scratch, entries);
+    } else {
+      log_probs_of_entries(scratch, max, log_sum);
+      scratch.lp[entries] = ((const T*)call.tail_log_prob)[row];
+      scratch.lq[entries] = (T)bucket_log_prob();
+      find_sums(scratch, entries + 1);
+    }
+    if (call.statistics) {
+      entropy = entropy_of_all(scratch);
+      write_statistics(scratch);
+    }
+    ((T*)call.loss)[row] = loss();
+  }
+  // A sum relative to a part's maximum, relative to that of all.
+  double of_all(double sum, T part_max) const {
+    return part_max == T(-INFINITY) ? sum : sum * ::exp(((double)part_max - max) * beta);
+  }
+  T sum_of_entries(const T* logits, T factor) const {
+    T base = finite(entries_max), sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < entries; ++k) sum += exp_of_nonpositive((logits[k] - base) * factor);
+    return sum;
+  }
+  void log_probs_of_entries(RowScratch<T>& scratch, T from, double log_sum) const {
+    const T* lp = (const T*)call.log_probs + row * call.entries;
+    T shift = (T)log_sum;
+#pragma omp simd
+    for (int64_t k = 0; k < entries; ++k) {
+      scratch.lp[k] = lp[k];
+      scratch.lq[k] = (scratch.logits[k] - from) * beta - shift;
+    }
+  }
+  // log of the bucket's share; near 1 as log(1 - the entries' share), which has the digits of that.
+  double bucket_log_prob() const {
+    if (bucket_max == T(-INFINITY) && bucket_sum == 0) return -INFINITY;
+    double share = ::log(bucket_sum) + ((double)bucket_max - max) * beta - log_sum;
+    return share > -0.5 ? ::log1p(-of_all(entries_sum, entries_max) * ::exp(-log_sum)) : share;
+  }
+  void find_sums(RowScratch<T>& scratch, int64_t classes) {
+    const T* parameters = (const T*)call.parameters;
+    entry_sums(call.divergence, parameters, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+  }
+
+  T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.labels[row]))); }
+  T loss() const {
+    T factor = call.temperature_squared ? temperature * temperature : T(1);
+    T loss = weighted(1 - hard_weight(), factor * sums.phi);
+    if (has_label_term()) loss += hard_weight() * cross_entropy();
+    return scale * loss;
+  }
+
+  // -sum q log q over all classes: of a block, log q is the distance from its maximum and what the block has in common.
+  double entropy_of_all(const RowScratch<T>& scratch) const {
+    double sum = 0;
+    for (int64_t b = 0; b < student.blocks; ++b) {
+      const BlockSums<T>& block = scratch.blocks[b];
+      double shift = (finite(block.max) - max) * beta - log_sum;
+      sum += ::exp(shift) * (block.sum_of_distance + weighted((double)block.sum, shift));
+    }
+    for (int64_t k = 0; k < entries; ++k) {
+      double lq = (scratch.logits[k] - max) * beta - log_sum;
+      sum += weighted(::exp(lq), lq);
+    }
+    return -sum;
+  }
+  int64_t argmax() const {
+    alignas(64) T buffer[kBlock];
+    for (int64_t b = 0; b < student.blocks; ++b) {
+      const T* x = student.load(b, buffer);
+      if (block_max(x, student.width(b)) != max) continue;
+      for (int i = 0; i < student.width(b); ++i)
+        if (x[i] == max) return b * kBlock + i;
+    }
+    return 0;
+  }
+  void write_statistics(const RowScratch<T>& scratch) const {
+    const T tail = ((const T*)call.tail_log_prob)[row];
+    T largest = -INFINITY, label_entropy = 0, student_label = 0, teacher_label = 0;
+    int64_t teacher_top1 = 0;
+    for (int64_t k = 0; k < entries; ++k)
+      if (scratch.lp[k] > largest || (scratch.lp[k] != scratch.lp[k] && largest == largest))
+        largest = scratch.lp[k], teacher_top1 = indices[k];
+    double mass = call.conditional ? 0 : ::exp((double)tail);
+    for (int64_t k = 0; k < entries; ++k) mass += ::exp((double)scratch.lp[k]);
+    if (call.labels) {
+      int64_t label = call.labels[row], at = entries_below(label);
+      label_entropy = cross_entropy();
+      student_label = (T)((student.logit(label) - max) * beta - log_sum);
+      teacher_label = at < entries && indices[at] == label ? scratch.lp[at] : tail;
+    }
+    T values[kRowStatistics] = {sums.phi, label_entropy, sums.tv, (T)entropy, sums.entropy, (T)-log_sum, largest,
+                                student_label, teacher_label, (T)(max * beta + log_sum), (T)::log(mass)};
+    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
+    call.top1[row] = argmax();
+    call.top1[call.rows + row] = teacher_top1;
+  }
+
+  // Sweep 2.
+  struct Slopes {
+    T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
+  };
+  Slopes slopes(const RowScratch<T>& scratch) const {
+    T factor = call.temperature_squared ? temperature : beta;
+    T hard = has_label_term() ? scale * hard_weight() : T(0);
+    T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
+    T soft = scale * (1 - hard_weight()) * factor;
+    T others = call.conditional ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
+    return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};
+  }
+  void block_gradient(int64_t b, const RowScratch<T>& scratch, const Slopes& slopes) const {
+    alignas(64) T student_buffer[kBlock], gradient_buffer[kBlock];
+    const int n = student.width(b);
+    const int64_t element = row * call.gradient_columns + b * kBlock;
+    void* to = (char*)call.gradient + element * bytes_of(student.dtype);
+    bool direct = bytes_of(student.dtype) == (int64_t)sizeof(T);
+    T* out = direct ? (T*)to : gradient_buffer;
+
+    const T* e = scratch.e + b * kBlock;
+    T block_max = scratch.blocks[b].max;
+    T share = bucket_sum == 0 ? T(0) : (T)(relative(block_max, bucket_max, beta) / bucket_sum);
+    T factor = slopes.others == 0 ? T(0) : slopes.others * share;
+    auto of_others = [=](int i) { return factor == 0 ? T(0) : factor * e[i]; };  // where they are left out, also of NaN
+    if (slopes.hard == 0) {
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = of_others(i);
+    } else {
+      // `out` may be where these logits lie: each is loaded before its gradient is stored.
+      const T* s = student.load(b, student_buffer);
+      T base = max;
+#pragma omp simd
+      for (int i = 0; i < n; ++i) out[i] = of_others(i) + slopes.unit_factor * exp_of_nonpositive(s[i] - base);
+      int64_t label = call.labels[row] - b * kBlock;
+      if (label >= 0 && label < n) out[label] -= slopes.hard;
+    }
+    for (int k = scratch.first_entry[b]; k < scratch.first_entry[b + 1]; ++k)
+      out[indices[k] - b * kBlock] = entry_gradient(k, scratch, slopes);
+    if (!direct) narrow(out, to, student.dtype, n);
+  }
+  T entry_gradient(int64_t k, const RowScratch<T>& scratch, const Slopes& slopes) const {
+    T gradient = slopes.soft == 0 ? T(0) : slopes.soft * (scratch.psi[k] - scratch.q[k] * slopes.sum);
+    if (slopes.hard == 0) return gradient;
+    gradient += slopes.unit_factor * exp_of_nonpositive(scratch.logits[k] - max);
+    return indices[k] == call.labels[row] ? gradient - slopes.hard : gradient;
+  }
+  // Without a sweep: a gradient of the entries alone.
+  void gradient_of_entries(const RowScratch<T>& scratch, const Slopes& slopes) const {
+    int64_t bytes = bytes_of(student.dtype);
+    char* to = (char*)call.gradient + row * call.gradient_columns * bytes;
+    fill_gradient(0, call.columns, slopes.others);
+    for (int64_t k = 0; k < entries; ++k) {
+      T gradient = entry_gradient(k, scratch, slopes);
+      narrow(&gradient, to + indices[k] * bytes, student.dtype, 1);
+    }
+  }
+  void fill_gradient(int64_t from, int64_t end, T value) const {
+    int64_t bytes = bytes_of(student.dtype);
+    char* to = (char*)call.gradient + row * call.gradient_columns * bytes;
+    if (value == 0) {
+      memset(to + from * bytes, 0, (end - from) * bytes);
+      return;
+    }
+    for (int64_t i = from; i < end; ++i) narrow(&value, to + i * bytes, student.dtype, 1);
+  }
+  void write_zeros() const {
+    if (call.gradient) fill_gradient(0, call.gradient_columns, 0);
+    ((T*)call.loss)[row] = 0;
+    if (!call.statistics) return;
+    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = 0;
+    call.top1[row] = call.top1[call.rows + row] = 0;
+  }
+
+  template <class Team> void sweep(RowScratch<T>& scratch) {
+    if (sweeps_logits()) {
+      Team::once([&] { find_entries(scratch); });
+      Team::blocks(student.blocks, [&](int64_t b) { block_sums(b, scratch); });
+    } else
+      Team::once([&] {
+        for (int64_t k = 0; k < entries; ++k) scratch.logits[k] = student.logit(indices[k]);
+      });
+    Team::once([&] { merge(scratch); });
+    if (!call.gradient) return;
+    const Slopes found = slopes(scratch);
+    if (sweeps_logits())
+      Team::blocks(student.blocks, [&](int64_t b) { block_gradient(b, scratch, found); });
+    else
+      Team::once([&] { gradient_of_entries(scratch, found); });
+    Team::once([&] { fill_gradient(call.columns, call.gradient_columns, 0); });
+  }
+};
+
+template <class T> void all_topk_rows(const TopkRowsCall& call) {
+  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+  if (threads == 1 || call.rows >= 4 * threads) {
+    int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
+    int64_t turn = rows_of_a_turn(call.rows, written, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      RowScratch<T> scratch(call.workspace, call.columns, call.entries, omp_get_thread_num());
+#pragma omp for schedule(dynamic, turn)
+      for (int64_t r = 0; r < call.rows; ++r) {
+        TopkRow<T> row(call, r);
+        if (row.scale == 0)
+          row.write_zeros();
+        else
+          row.template sweep<Alone>(scratch);
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < call.rows; ++r) {
+    TopkRow<T> row(call, r);
+    if (row.scale == 0) {
+      row.write_zeros();
+      continue;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+      RowScratch<T> scratch(call.workspace, call.columns, call.entries, 0);
+      row.template sweep<Together>(scratch);
+    }
+  }
+}
+
+void topk_rows(const TopkRowsCall& call) noexcept {
+  if (call.fp64)
+    all_topk_rows<double>(call);
+  else
+    all_topk_rows<float>(call);
+}
+
+int64_t topk_rows_workspace_bytes(int64_t columns, int64_t entries, bool fp64, int threads) noexcept {
+  int64_t bytes = fp64 ? RowScratch<double>::bytes(columns, entries) : RowScratch<float>::bytes(columns, entries);
+  return 64 + threads * bytes;
+}
+
+// ---- entries, from what a teacher gave
+
+constexpr int kDigit = 9;  // bits that one pass sorts by: two passes for 262,144 classes
+
+// The place of each entry in its row and its class, sorted by class.
+struct Key {
+  int32_t index, place;
+};
+
+// Of n keys, by the bits of their index from the lowest up; returns where they are then: in `keys` or in `other`.
+inline Key* sorted_keys(Key* keys, Key* other, int64_t n, int64_t columns) {
+  for (int shift = 0; columns >> shift; shift += kDigit) {
+    int32_t starts[(1 << kDigit) + 1] = {0};
+    const int32_t mask = (1 << kDigit) - 1;
+    for (int64_t i = 0; i < n; ++i) ++starts[(keys[i].index >> shift & mask) + 1];
+    for (int digit = 0; digit < mask; ++digit) starts[digit + 1] += starts[digit];
+    for (int64_t i = 0; i < n; ++i) other[starts[keys[i].index >> shift & mask]++] = keys[i];
+    Key* sorted = other;
+    other = keys;
+    keys = sorted;
+  }
+  return keys;
+}
+
+template <class T> void sort_row(const SortEntriesCall& call, int64_t row, Key* keys, Key* other) {
+  const int64_t first = row * call.entries, bytes = bytes_of(call.dtype);
+  const char* given = (const char*)call.given_log_probs + first * bytes;
+  T* log_probs = (T*)call.log_probs + first;
+  auto log_prob = [&](int64_t k) {
+    T buffer[1];
+    return *widen(given + k * bytes, call.dtype, 1, buffer);
+  };
+  int64_t count = 0;
+  bool outside = false, repeated = false;
+  for (int64_t k = 0; k < call.entries && per_row<T>(call.row_scale, row) != 0; ++k) {
+    int64_t index = call.wide ? ((const int64_t*)call.given_indices)[first + k]
+                              : ((const int32_t*)call.given_indices)[first + k];
+    if (index < 0 || log_prob(k) == T(-INFINITY)) continue;
+    if (index >= call.columns) outside = true;
+    else keys[count++] = {(int32_t)index, (int32_t)k};
+  }
+  keys = sorted_keys(keys, other, count, call.columns);
+  for (int64_t i = 0; i < count; ++i) {
+    call.indices[first + i] = keys[i].index;
+    log_probs[i] = log_prob(keys[i].place);
+    repeated |= i > 0 && keys[i].index == keys[i - 1].index;
+  }
+  for (int64_t i = count; i < call.entries; ++i) {
+    call.indices[first + i] = (int32_t)call.columns;
+    log_probs[i] = -INFINITY;
+  }
+  call.outside[row] = outside;
+  call.repeated[row] = repeated;
+}
+
+int64_t sort_entries_workspace_bytes(int64_t entries, int threads) noexcept {
+  return threads * 2 * entries * sizeof(Key);
+}
+
+void sort_entries(const SortEntriesCall& call) noexcept {
+  int threads = call.rows * call.entries < 4096 ? 1 : call.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Key* keys = (Key*)((char*)call.workspace + omp_get_thread_num() * sort_entries_workspace_bytes(call.entries, 1));
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < call.rows; ++r) {
+      if (call.fp64)
+        sort_row<double>(call, r, keys, keys + call.entries);
+      else
+        sort_row<float>(call, r, keys, keys + call.entries);
+    }
+  }
+}
+
+// ---- extraction
+
+constexpr int kGroups = kLanes;  // of a block: column i is of group i % kGroups
+
+template <class T> struct Candidate {
+  T value;
+  int64_t index;
+  // Larger values first, smaller indices first among equals.
+  bool before(const Candidate& other) const {
+    return value > other.value || (value == other.value && index < other.index);
+  }
+};
+
+// Sorts by `before`, with a heap whose root comes last.
+template <class T> void sort(Candidate<T>* x, int64_t n) {
+  auto sift_down = [x](int64_t at, int64_t n) {
+    Candidate<T> moved = x[at];
+    for (int64_t child; (child = 2 * at + 1) < n; at = child) {
+      if (child + 1 < n && x[child].before(x[child + 1])) ++child;
+      if (!moved.before(x[child])) break;
+      x[at] = x[child];
+    }
+    x[at] = moved;
+  };
+  for (int64_t at = n / 2; at-- > 0;) sift_down(at, n);
+  for (int64_t end = n; end-- > 1;) {
+    Candidate<T> last = x[end];
+    x[end] = x[0];
+    x[0] = last;
+    sift_down(0, end);
+  }
+}
+
+// Floats as integers of the same order.
+inline uint32_t ordered(float x) {
+  uint32_t bits = float_to_bits(x);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+inline uint64_t ordered(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, 8);
+  return bits >> 63 ? ~bits : bits | (uint64_t)1 << 63;
+}
+inline float unordered(uint32_t bits) { return bits_to_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits); }
+inline double unordered(uint64_t bits) {
+  bits = bits >> 63 ? bits & ~((uint64_t)1 << 63) : ~bits;
+  double x;
+  memcpy(&x, &bits, 8);
+  return x;
+}
+
+// The k-th largest (k from 1 to n) of n numbers without NaN, by its bits from the highest down. `keys` has room for n.
+template <class T, class Key> T kth_largest(const T* x, int64_t n, int64_t k, Key* keys) {
+  for (int64_t i = 0; i < n; ++i) keys[i] = ordered(x[i]);
+  Key found = 0;
+  for (Key bit = (Key)1 << (8 * sizeof(Key) - 1); bit; bit >>= 1) {
+    const Key tried = found | bit;
+    int count = 0;
+#pragma omp simd reduction(+ : count)
+    for (int64_t i = 0; i < n; ++i) count += keys[i] >= tried;
+    if (count >= k) found = tried;
+  }
+  return unordered(found);
+}
+
+template <class T> struct KeyOf;
+template <> struct KeyOf<float> { typedef uint32_t type; };
+template <> struct KeyOf<double> { typedef uint64_t type; };
+
+template <class T> struct TopkScratch {
+  T* group_max;
+  typename KeyOf<T>::type* keys;
+  Candidate<T>* candidates;
+
+  static int64_t groups(int64_t columns) { return blocks_of(columns) * kGroups; }
+  // Those above the threshold lie in fewer than k groups; k more that equal it.
+  static int64_t most(int64_t columns, int64_t k) {
+    int64_t bound = k * (kBlock / kGroups + 1);
+    return bound < columns ? bound : columns;
+  }
+  static int64_t bytes(int64_t columns, int64_t k) {
+    return rounded_up(2 * groups(columns) * sizeof(T)) + rounded_up(most(columns, k) * sizeof(Candidate<T>));
+  }
+  TopkScratch(void* workspace, int64_t columns, int64_t k, int region) {
+    char* base = (char*)rounded_up((int64_t)workspace) + region * bytes(columns, k);
+    group_max = (T*)base;
+    keys = (typename KeyOf<T>::type*)(group_max + groups(columns));
+    candidates = (Candidate<T>*)(base + rounded_up(2 * groups(columns) * sizeof(T)));
+  }
+};
+
+template <class T> struct Extraction {
+  const TopkCall& call;
+  const int64_t row;
+  const LogitRow<T> x;
+  const T beta;
+
+  Extraction(const TopkCall& call, int64_t row)
+      : call(call),
+        row(row),
+        x(call.logits, row, call.inner, call.columns),
+        beta(1 / per_row<T>(call.temperature, row)) {}
+
+  // At least k logits reach it, and those above it lie in fewer than k groups.
+  T threshold(TopkScratch<T>& scratch) const {
+    alignas(64) T buffer[kBlock], maxima[kMaxima];
+    for (int64_t b = 0; b < x.blocks; ++b) {
+      lane_maxima(x.load(b, buffer), x.width(b), maxima);
+      T* out = scratch.group_max + b * kGroups;
+      for (int g = 0; g < kGroups; ++g) out[g] = maxima[g];
+      for (int j = kGroups; j < kMaxima; ++j)
+        if (maxima[j] > out[j % kGroups]) out[j % kGroups] = maxima[j];
+    }
+    // In a last block that is not full, the maximum of a group without columns is -inf.
+    int64_t groups = scratch.groups(call.columns);
+    return groups < call.k ? T(-INFINITY) : kth_largest(scratch.group_max, groups, call.k, scratch.keys);
+  }
+
+  // Those above the threshold, and the first k that equal it: their numbers; and the sum of exponentials below it,
+  // relative to `base`.
+  struct Found {
+    int64_t above, kept_equals, equals;
+    double below;
+    T base;
+  };
+  Found find(TopkScratch<T>& scratch, T threshold) const {
+    alignas(64) T buffer[kBlock];
+    Found found = {0, 0, 0, 0, finite(threshold)};
+    // Equals are kept from the end of the place for candidates.
+    Candidate<T>* end = scratch.candidates + scratch.most(call.columns, call.k);
+    const T base = found.base;
+    for (int64_t b = 0; b < x.blocks; ++b) {
+      const T* logits = x.load(b, buffer);
+      const int n = x.width(b);
+      int first = 0;  // of the columns that are not summed yet
+      auto sum_until = [&](int last) {
+        if (first == last) return;
+        found.below += x.template block_exponentials<false>(b, logits + first, last - first, base, beta, (T*)0);
+      };
+      for (int i = 0; i < n; i += kMaxima) {
+        const int width = n - i < kMaxima ? n - i : kMaxima;
+        int reach = 0;
+#pragma omp simd reduction(+ : reach)
+        for (int j = 0; j < width; ++j) reach += logits[i + j] >= threshold;
+        if (!reach) continue;
+        sum_until(i);
+        alignas(64) T others[kMaxima];
+        for (int j = 0; j < width; ++j) {
+          T logit = logits[i + j];
+          others[j] = logit;
+          if (!(logit >= threshold)) continue;
+          others[j] = -INFINITY;
+          const Candidate<T> candidate = {logit, b * kBlock + i + j};
+          if (logit > threshold) scratch.candidates[found.above++] = candidate;
+          else if (++found.equals <= call.k) *(end - ++found.kept_equals) = candidate;
+        }
+        found.below += exponentials<false>(others, width, base, beta, (T*)0, (const void*)others, 0);
+        first = i + width;
+      }
+      sum_until(n);
+    }
+    if (found.below < 1e-30) find_far_below(threshold, found);
+    return found;
+  }
+  // Where all below the threshold is so far below that its exponentials were lost: relative to its own maximum.
+  void find_far_below(T threshold, Found& found) const {
+    alignas(64) T buffer[kBlock], below[kBlock];
+    auto each_block = [&](auto body) {
+      for (int64_t b = 0; b < x.blocks; ++b) {
+        const T* logits = x.load(b, buffer);
+        for (int i = 0; i < x.width(b); ++i) below[i] = logits[i] < threshold ? logits[i] : T(-INFINITY);
+        body(x.width(b));
+      }
+    };
+    T max = -INFINITY;
+    each_block([&](int n) {
+      T of_block = block_max(below, n);
+      max = of_block > max ? of_block : max;
+    });
+    found.base = finite(max);
+    found.below = 0;
+    each_block([&](int n) {
+      found.below += exponentials<false>(below, n, found.base, beta, (T*)0, (const void*)below, 0);
+    });
+  }
+
+  void extract(TopkScratch<T>& scratch) const {
+    const T threshold = this->threshold(scratch);
+    Found found = find(scratch, threshold);
+    sort(scratch.candidates, found.above);
+    // Of equals as many as there is room for, the first first.
+    int64_t above = found.above < call.k ? found.above : call.k, equals = call.k - above;
+    if (above + found.kept_equals < call.k) return write_nan();  // not so many that are no NaN
+    Candidate<T>* end = scratch.candidates + scratch.most(call.columns, call.k);
+    auto chosen = [&](int64_t i) { return i < above ? scratch.candidates[i] : *(end - 1 - (i - above)); };
+
+    // The rest: those below the threshold, equals there was no room for, and rejected candidates, in a sum relative to
+    // the largest of them.
+    const double largest = chosen(0).value;
+    double rest_max = found.below == 0 ? -INFINITY : found.base;
+    if (found.equals > equals && threshold > rest_max) rest_max = threshold;
+    if (found.above > above) rest_max = scratch.candidates[above].value;
+    auto relative_to = [&](double value, double base) { return value == -INFINITY ? 0 : ::exp((value - base) * beta); };
+    double rest = found.below == 0 ? 0 : found.below * relative_to(found.base, rest_max);
+    if (found.equals > equals) rest += (found.equals - equals) * relative_to(threshold, rest_max);
+    for (int64_t i = above; i < found.above; ++i) rest += relative_to(scratch.candidates[i].value, rest_max);
+    double total = rest == 0 ? 0 : rest * relative_to(rest_max, largest);
+    for (int64_t i = 0; i < call.k; ++i) total += relative_to(chosen(i).value, largest);
+    const double log_total = largest < INFINITY ? ::log(total) : NAN;
+    if (!(log_total > -INFINITY)) return write_nan();  // of a NaN; and of -inf alone, as log_softmax
+    const double log_rest = rest == 0 ? -INFINITY : ::log(rest) + (rest_max - largest) * beta;
+
+    T* log_probs = (T*)call.log_probs + row * call.k;
+    int32_t* indices = call.indices + row * call.k;
+    for (int64_t i = 0; i < call.k; ++i) {
+      const Candidate<T> x = chosen(i);
+      log_probs[i] = (T)((x.value - largest) * beta - log_total);
+      indices[i] = log_probs[i] == T(-INFINITY) ? -1 : (int32_t)x.index;
+    }
+    ((T*)call.tail_log_prob)[row] = (T)(log_rest - log_total);
+  }
+  void write_nan() const {
+    for (int64_t i = 0; i < call.k; ++i) {
+      ((T*)call.log_probs)[row * call.k + i] = NAN;
+      call.indices[row * call.k + i] = (int32_t)i;
+    }
+    ((T*)call.tail_log_prob)[row] = NAN;
+  }
+  void write_nothing() const {
+    for (int64_t i = 0; i < call.k; ++i) {
+      ((T*)call.log_probs)[row * call.k + i] = -INFINITY;
+      call.indices[row * call.k + i] = -1;
+    }
+    ((T*)call.tail_log_prob)[row] = 0;
+  }
+};
+
+template <class T> void all_extractions(const TopkCall& call) {
+  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    TopkScratch<T> scratch(call.workspace, call.columns, call.k, omp_get_thread_num());
+#pragma omp for schedule(dynamic)
+    for (int64_t r = 0; r < call.rows; ++r) {
+      Extraction<T> row(call, r);
+      if (per_row<T>(call.row_scale, r) == 0)
+        row.write_nothing();
+      else
+        row.extract(scratch);
+    }
+  }
+}
+
+void topk(const TopkCall& call) noexcept {
+  if (call.logits.dtype == Dtype::f64)
+    all_extractions<double>(call);
+  else
+    all_extractions<float>(call);
+}
+
+int64_t topk_workspace_bytes(int64_t columns, int64_t k, bool fp64, int threads) noexcept {
+  return 64 + threads * (fp64 ? TopkScratch<double>::bytes(columns, k) : TopkScratch<float>::bytes(columns, k));
+}
+
+}  // namespace KDK_ISA
+}  // namespace kdk

@@ -1,0 +1,210 @@
+"""Sparse teachers: what the caller gave becomes the entries that every kernel takes, and log-probabilities a top k.
+
+Entries are sorted by class and none is there twice, so that a kernel meets them in the order of the logits. All of this
+is on [rows, K], which is small beside the logits, and waits for no device: on a CPU values are checked and raise, on a
+GPU a bad value makes its row NaN.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..distributions import HAVE_TAIL_MASS
+from . import ROW_STATISTICS
+from .row_options import RowOptions
+
+# How far from 1 a teacher's mass may be for its rounding.
+_MASS_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class Sparse(NamedTuple):
+    """A sparse teacher as an operator takes it: see `distributions.SparseLogProbs`."""
+
+    log_probs: Tensor  # [rows, K]
+    indices: Tensor  # [rows, K]
+    tail_log_prob: Tensor | None  # [rows]
+    source_temperature: Tensor  # [1] in the compute dtype
+    tail: str
+
+
+class Entries(NamedTuple):
+    """What the kernels take: csrc/topk_call.h."""
+
+    indices: Tensor  # [rows, K] int32, ascending; those from vocab_size on are no entries
+    log_probs: Tensor  # [rows, K] in the compute dtype, -inf where there is no entry
+    tail_log_prob: Tensor  # [rows]
+
+    def of(self, chunk) -> "Entries":
+        return Entries(*(x[chunk] for x in self))
+
+
+def entries_of(
+    teacher: Sparse, options: RowOptions, vocab_size: int, checked: bool, sort=None
+) -> tuple[Entries, Tensor]:
+    """The entries, and the row scale, NaN where a row's values have no loss. `checked`: those raise instead. `sort`:
+    what does the work of `sorted_entries` on a CPU."""
+    dtype, kept = options.row_scale.dtype, options.row_scale != 0
+    indices, log_probs, outside, repeated = (sort or sorted_entries)(
+        teacher.indices, teacher.log_probs, options.row_scale, vocab_size
+    )
+    if not checked or (teacher.tail == "truncate" and repeated.any()):
+        indices, log_probs = _merged(indices, log_probs, vocab_size, add=teacher.tail == "truncate")
+
+    ratio = teacher.source_temperature / options.temperature
+    bad = {"indices": outside}
+    if teacher.tail in ("support", "renormalize"):
+        log_probs = log_probs * ratio[:, None]
+        mass = log_probs.logsumexp(-1, keepdim=True)
+        log_probs = torch.where(torch.isneginf(log_probs), log_probs, log_probs - mass)
+    else:
+        bad["temperature"] = kept & ~((ratio - 1).abs() < 1e-6)
+    tail_log_prob = torch.full_like(options.row_scale, -torch.inf)
+    if teacher.tail in HAVE_TAIL_MASS:
+        every = (indices < vocab_size).all(-1) & (indices.shape[1] == vocab_size)
+        tail_log_prob, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, every)
+    if teacher.tail != "truncate" and checked:
+        bad["repeated"] = repeated
+
+    if checked:
+        _raise_for(bad, teacher, options, vocab_size)
+    row_scale = options.row_scale
+    for rows in bad.values():
+        row_scale = torch.where(rows, torch.nan, row_scale)
+    return Entries(indices, log_probs.to(dtype), tail_log_prob), row_scale
+
+
+def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
+    """Indices [rows, K] int32 in ascending order, `vocab_size` for what is no entry, and their log-probabilities; which
+    rows have an index past the vocabulary, and which one twice. A row whose row_scale is 0 has no entries."""
+    given = log_probs.to(row_scale.dtype)
+    absent = (indices < 0) | torch.isneginf(given) | (row_scale == 0)[:, None]
+    outside = ~absent & (indices >= vocab_size)
+    indices, order = torch.where(absent | outside, vocab_size, indices).sort(-1)
+    there = indices < vocab_size
+    log_probs = torch.where(there, given.gather(-1, order), -torch.inf)
+    repeated = (there[:, 1:] & (indices[:, 1:] == indices[:, :-1])).any(-1)
+    return indices.to(torch.int32), log_probs, outside.any(-1), repeated
+
+
+def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> tuple[Tensor, Tensor]:
+    """Of sorted entries that repeat a class one: with their sum, or (`add` False) the largest."""
+    place = torch.nn.functional.pad(indices[:, 1:] != indices[:, :-1], (1, 0)).cumsum(-1)
+    merged_indices = torch.full_like(indices, vocab_size).scatter(-1, place, indices)
+    largest = torch.full_like(log_probs, -torch.inf).scatter_reduce(-1, place, log_probs, "amax")
+    if not add:
+        return merged_indices, largest
+    there = indices < vocab_size
+    relative = torch.where(there, log_probs - largest.gather(-1, place), -torch.inf)
+    mass = torch.zeros_like(log_probs).scatter_add(-1, place, relative.exp())
+    return merged_indices, torch.where(merged_indices < vocab_size, largest + mass.log(), -torch.inf)
+
+
+def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
+    """The tail's log-probability [rows], and the rows whose mass is not 1. `every`: rows that name all classes."""
+    tolerance = _MASS_TOLERANCE[teacher.log_probs.dtype]
+    wide = log_probs.double()
+    largest, at = wide.max(-1, keepdim=True)
+    others = wide.exp().scatter(-1, at, 0).sum(-1)
+    left = -torch.expm1(largest[:, 0]) - others
+    if teacher.tail_log_prob is None:
+        # A few units in the last places of the log-probabilities may be all that is left. NaN stays NaN: no clamp.
+        units = 2 * torch.finfo(teacher.log_probs.dtype).eps
+        rounding = units * torch.where(torch.isneginf(wide), 0, wide.exp() * wide.abs()).sum(-1)
+        tail_log_prob = torch.where((left < rounding) | every, 0, left).log().to(log_probs.dtype)
+        return tail_log_prob, kept & (left < -tolerance)
+    tail_log_prob = torch.where(kept, teacher.tail_log_prob.to(log_probs.dtype), 0)
+    return tail_log_prob, kept & ((left - tail_log_prob.double().exp()).abs() > tolerance)
+
+
+def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, vocab_size: int):
+    for name, rows in bad.items():
+        if not rows.any():
+            continue
+        row = int(rows.nonzero()[0])
+        indices, log_probs = teacher.indices[row], teacher.log_probs[row]
+        if name == "indices":
+            raise ValueError(
+                f"indices: expected below {vocab_size} (the vocabulary) or negative (padding); "
+                f"got {int(indices.max())} in row {row}"
+            )
+        if name == "repeated":
+            there = indices[(indices >= 0) & ~torch.isneginf(log_probs)]
+            values, counts = there.unique(return_counts=True)
+            raise ValueError(
+                f"indices: {int(values[counts.argmax()])} stands twice in row {row}, which tail={teacher.tail!r} does "
+                "not take; samples that repeat are for tail='truncate'"
+            )
+        if name == "temperature":
+            got = options.temperature.expand_as(options.row_scale)[row].item()
+            raise ValueError(
+                f"temperature: tail={teacher.tail!r} needs the temperature at which the teacher's log-probabilities "
+                f"were taken, source_temperature={teacher.source_temperature.item():g}; got {got:g} in row {row}; "
+                "'support' and 'renormalize' can be tempered anew"
+            )
+        mass = log_probs.double().exp()[indices >= 0].sum().item()
+        if teacher.tail_log_prob is None:
+            raise ValueError(f"log_probs: expected a mass of at most 1; got {mass:.6g} in row {row}")
+        mass += teacher.tail_log_prob[row].double().exp().item()
+        raise ValueError(f"log_probs and tail_log_prob: expected a mass of 1 together; got {mass:.6g} in row {row}")
+
+
+def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor) -> Tensor:
+    """What a row's sum of phi lacks of the divergence's value for a teacher of mass M: [rows].
+
+    phi is free up to c (p - q), and its sum up to c (M - 1).
+    """
+    parameter = parameters[0]
+    c = {
+        "kl": 1.0,
+        "mixed_kl": 2 * parameter - 1,
+        "skew_kl": 1 - parameter,
+        "skew_reverse_kl": parameter - 1,
+        "alpha": 1 / (parameter - 1),
+    }.get(divergence, 0.0)
+    return c * torch.expm1(log_probs.logsumexp(-1))
+
+
+def with_offset(
+    offset: Tensor, options: RowOptions, temperature_squared: bool, loss: Tensor, statistics: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss and statistics of rows whose divergence is larger by an offset."""
+    factor = options.row_scale if options.hard_weight is None else options.row_scale * (1 - options.hard_weight)
+    if temperature_squared:
+        factor = factor * options.temperature**2
+    loss = loss + torch.where(factor == 0, 0, factor * offset)
+    if statistics is not None and statistics.shape[0]:
+        statistics = statistics.clone()
+        statistics[ROW_STATISTICS.index("divergence")] += torch.where(options.row_scale == 0, 0, offset)
+    return loss, statistics
+
+
+def sampled(
+    logits: Tensor, samples: int, temperature: float, proposal_temperature: float, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Classes [n, samples] int32 drawn from softmax(logits / proposal_temperature), each once, and the logarithms of
+    their targets, counts / samples * p / g: `teachers.sampled_log_probs`."""
+    log_probs, log_proposal = (torch.log_softmax(logits / t, -1) for t in (temperature, proposal_temperature))
+    broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
+    # In fp64, since the sampler sums over all classes; and without what it would refuse.
+    proposal = torch.where(broken, 1.0, log_proposal.double().exp())
+    drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator).sort(-1).values
+    targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
+    classes = logits.shape[1]
+    indices, targets = _merged(drawn, targets, classes, add=True)
+    indices = torch.where(indices < classes, indices, -1)
+    return indices.to(torch.int32), torch.where(broken & (indices >= 0), torch.nan, targets)
+
+
+def fill_uniform(entries: Entries, temperature: Tensor, vocab_size: int, out: Tensor) -> None:
+    """out[:, :vocab_size] = the log-probabilities of all classes, times the temperature: logits of the teacher.
+
+    `out` has a column more, for what is no entry.
+    """
+    count = (entries.indices < vocab_size).sum(-1)
+    # Without other classes there is no mass for them but by rounding.
+    shared = entries.tail_log_prob - (vocab_size - count).to(entries.tail_log_prob.dtype).log()
+    others = torch.where(count < vocab_size, shared, -torch.inf)
+    out.copy_((others * temperature)[:, None].expand_as(out))
+    out.scatter_(-1, entries.indices.long(), (entries.log_probs * temperature[:, None]).to(out.dtype))
