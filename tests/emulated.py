@@ -75,11 +75,17 @@ def mutated(old: str, new: str) -> ModuleType:
             shutil.copytree(CSRC, unfinished, dirs_exist_ok=True)
             (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
             unfinished.rename(copy)
-    return _module("cuda_model", *(copy / path.relative_to(CSRC) for path in _kernels()), BINDINGS)
+    # What includes no changed line is what it was, and compiled already.
+    kernels = [copy / path.relative_to(CSRC) if original in (path, *_headers()) else path for path in _kernels()]
+    return _module("cuda_model", *kernels, BINDINGS)
 
 
 def _kernels() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def _headers() -> list[Path]:
+    return sorted((CSRC / "cuda").glob("*.h"))
 
 
 def _module(name: str, *sources: Path) -> ModuleType:
@@ -174,6 +180,16 @@ class Emulated:
         with self._allowing(memory_of_softcap_gradient(*call)):
             self.module.cuda_softcap_gradient(*call, self.device, stream)
 
+    def cuda_topk_rows(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_topk_rows(*call)):
+            self.module.cuda_topk_rows(*call, self.device, stream)
+
+    def cuda_topk(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_topk(*call)):
+            self.module.cuda_topk(*call, self.device, stream)
+
     def cuda_refusal(self, _device: int) -> str:
         return self.module.cuda_refusal(self.device)
 
@@ -208,13 +224,10 @@ def memory_of_rows(sweeps, divergence, sizes, student, teacher, row_scale, tempe
     element = _ELEMENT_BYTES[student[1]]
     number = 8 if 8 in (element, _ELEMENT_BYTES[teacher[1]]) else 4
     kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
-    for data, dtype, outer_stride, inner_stride in (student, teacher):
-        for row in kept:
-            offset = row // inner * outer_stride + row % inner * inner_stride
-            yield data + offset * _ELEMENT_BYTES[dtype], columns * _ELEMENT_BYTES[dtype], False
-    for data, stride in (row_scale, temperature, hard_weight):
-        for row in range(rows if stride else 1):
-            yield data + row * stride * number, number, False
+    for logits in (student, teacher):
+        for address in _row_addresses(logits, kept, inner):
+            yield address, columns * _ELEMENT_BYTES[logits[1]], False
+    yield from _per_row_memory(rows, number, row_scale, temperature, hard_weight)
     yield labels, rows * 8, False
     yield parameters, number, False
     yield floats, len(ROW_FLOATS) * rows * number, bool(sweeps & native._FLOATS)
@@ -223,6 +236,49 @@ def memory_of_rows(sweeps, divergence, sizes, student, teacher, row_scale, tempe
     yield statistics, len(ROW_STATISTICS) * rows * number, True
     yield top1, len(ROW_TOP1) * rows * 8, True
     yield gradient, rows * gradient_columns * element, True
+
+
+def memory_of_topk_rows(divergence, conditional, fp64, sizes, student, indices, log_probs, tail_log_prob, row_scale,
+                        temperature, hard_weight, labels, parameters, temperature_squared, loss, statistics, top1,
+                        gradient):  # fmt: skip
+    """As above, of cuda_topk_rows. Of a conditional row, where nothing asks for more, the logits of entries alone."""
+    rows, inner, columns, gradient_columns, entries = sizes
+    element, number = _ELEMENT_BYTES[student[1]], 8 if fp64 else 4
+    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
+    named = (ctypes.c_int32 * (rows * entries)).from_address(indices)
+    whole = not conditional or hard_weight[0] or statistics
+    for row, address in zip(kept, _row_addresses(student, kept, inner), strict=True):
+        if whole:
+            yield address, columns * element, False
+            continue
+        for column in named[row * entries : (row + 1) * entries]:
+            if 0 <= column < columns:
+                yield address + column * element, element, False
+    for data, size in ((indices, 4), (log_probs, number)):
+        for row in kept:
+            yield data + row * entries * size, entries * size, False
+    yield tail_log_prob, rows * number, False
+    yield from _per_row_memory(rows, number, row_scale, temperature, hard_weight)
+    yield labels, rows * 8, False
+    yield parameters, number, False
+    yield loss, rows * number, True
+    yield statistics, len(ROW_STATISTICS) * rows * number, True
+    yield top1, len(ROW_TOP1) * rows * 8, True
+    yield gradient, rows * gradient_columns * element, True
+
+
+def memory_of_topk(sizes, logits, row_scale, temperature, indices, log_probs, tail_log_prob):
+    """As above, of cuda_topk."""
+    rows, inner, columns, k = sizes
+    element = _ELEMENT_BYTES[logits[1]]
+    number = 8 if element == 8 else 4
+    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
+    for address in _row_addresses(logits, kept, inner):
+        yield address, columns * element, False
+    yield from _per_row_memory(rows, number, row_scale, temperature)
+    yield indices, rows * k * 4, True
+    yield log_probs, rows * k * number, True
+    yield tail_log_prob, rows * number, True
 
 
 def memory_of_scale_rows(x, dtype, rows, columns, factor):
@@ -243,6 +299,18 @@ def memory_of_softcap(x, dtype, count, cap):
 def memory_of_softcap_gradient(gradient, logits, dtype, count, cap):
     yield gradient, count * _ELEMENT_BYTES[dtype], True
     yield logits, count * _ELEMENT_BYTES[dtype], False
+
+
+def _row_addresses(logits: tuple[int, int, int, int], rows: list[int], inner: int) -> list[int]:
+    data, dtype, outer_stride, inner_stride = logits
+    offsets = [row // inner * outer_stride + row % inner * inner_stride for row in rows]
+    return [data + offset * _ELEMENT_BYTES[dtype] for offset in offsets]
+
+
+def _per_row_memory(rows: int, number: int, *given: tuple[int, int]) -> Iterator[tuple[int, int, bool]]:
+    for data, stride in given:
+        for row in range(rows if stride else 1):
+            yield data + row * stride * number, number, False
 
 
 def _numbers(per_row: tuple[int, int], rows: int, size: int) -> list[float]:

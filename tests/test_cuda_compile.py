@@ -1,5 +1,5 @@
 """Compiles the CUDA kernels for every architecture of the default build, without a GPU, and checks what ptxas says: no
-spilled register, no stack, no shared memory but the dynamic, a kernel for every divergence, and those of heads.
+spilled register, no stack, no shared memory but the dynamic, a kernel for every divergence, and those of each family.
 
 `python tests/test_cuda_compile.py` prints the table of registers, and exits with 1 where a kernel is wrong, or where
 there is an nvcc and the installed module has no CUDA kernels.
@@ -25,7 +25,8 @@ build = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(build)
 
 
-ELEMENTWISE = ("scale_kernel", "softcap_kernel", "softcap_gradient_kernel")
+# Those that are not made for a divergence each.
+OTHERS = ("scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel", "topk_kernel")
 
 
 class Kernel(NamedTuple):
@@ -102,7 +103,7 @@ def faults(log: str) -> list[str]:
             mangled = re.compile(rf"(?<!\d){len(struct)}{struct}I")
             if not any(k.arch == arch and mangled.search(k.name) for k in kernels):
                 wrong.append(f"no kernel of {divergence} for {arch}")
-        for name in ELEMENTWISE:
+        for name in OTHERS:
             if not any(k.arch == arch and f"{len(name)}{name}" in k.name for k in kernels):
                 wrong.append(f"no {name} for {arch}")
     return wrong
@@ -183,7 +184,7 @@ def test_the_words_of_ptxas_are_understood():
     wrong = "\n".join(faults(log))
     assert "8 bytes of stack" in wrong and "not dynamic" in wrong
     assert "no kernel of js for sm_90a" in wrong and "no kernel of kl" not in wrong
-    assert "no softcap_kernel for sm_80" in wrong
+    assert "no softcap_kernel for sm_80" in wrong and "no topk_rows_kernel for sm_90a" in wrong
     with pytest.raises(AssertionError, match="cannot read"):  # two runs of ptxas that write at once
         kernels_of(log.replace("ptxas info    : Used 80 registers", ""))
 

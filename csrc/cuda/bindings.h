@@ -3,8 +3,10 @@
 // stream.
 #pragma once
 #include "../arguments.h"
+#include "../topk_arguments.h"
 #include "linear.h"
 #include "rows.h"
+#include "topk.h"
 
 namespace kdk {
 
@@ -27,6 +29,12 @@ inline void bind_cuda(pybind11::module_& m) {
     pybind11::gil_scoped_release release;
     cuda::softcap_gradient((void*)gradient, (const void*)logits, (Dtype)dtype, count, cap, device, (void*)stream);
   });
+  m.def("cuda_topk_rows", taking_topk_rows_call(+[](const TopkRowsCall& call, int device, uintptr_t stream) {
+          cuda::topk_rows(call, device, (void*)stream);
+        }));
+  m.def("cuda_topk", taking_topk_call(+[](const TopkCall& call, int device, uintptr_t stream) {
+          cuda::topk(call, device, (void*)stream);
+        }));
   m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -30,6 +30,9 @@ template <class T> inline __device__ void store(T* to, T value) { *to = value; }
 // The same for what is not read again soon: its lines are the first to leave a cache.
 template <class T> inline __device__ void store_streaming(T* to, T value) { __stcs(to, value); }
 
+// *sum += x, in shared memory; what was there before.
+inline __device__ int add_shared(int* sum, int x) { return atomicAdd(sum, x); }
+
 // ---- special functions, each one instruction
 
 // 2^x within 2 ulp; results below 2^-126 are 0.

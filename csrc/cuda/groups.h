@@ -103,6 +103,12 @@ inline __device__ float load_logit(const char* row, Dtype dtype, int64_t column)
   return dtype == Dtype::bf16 ? floats_of_bf16x2(bits).x : floats_of_f16x2(bits).x;
 }
 
+inline __device__ void store_logit(char* row, Dtype dtype, int64_t column, float x) {
+  char* to = row + column * bytes_of(dtype);
+  if (dtype == Dtype::f32) store((float*)to, x);
+  else store((uint16_t*)to, (uint16_t)(dtype == Dtype::bf16 ? bf16x2_of_floats(x, 0) : f16x2_of_floats(x, 0)));
+}
+
 // `whole`: all eight columns are there, and lie at a multiple of 16 bytes; else those from `begin` to `end` are stored.
 template <bool halves>
 inline __device__ void store_group(char* data, Dtype dtype, bool whole, int position, int begin, int end,

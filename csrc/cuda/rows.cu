@@ -48,7 +48,6 @@
 // so that the last four are bound to 86, 83, 80 and 72 % of the copy: alpha and js by the issue of instructions, which
 // a polynomial exp2 on the other pipes would need more of, the skews by special functions as much.
 #include <cuda_runtime.h>
-#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -56,50 +55,17 @@
 #include "groups.h"
 #include "launch.h"
 #include "linear.h"
+#include "plan.h"
+#include "row.h"
 #include "rows.h"
+#include "table.h"
 #include "team.h"
+#include "topk.h"
 
 namespace kdk {
 namespace cuda {
 
-#define KDK_HD inline __device__
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
-inline __device__ float exp_of(float x) { return exp2_approx(x * kLog2e); }
-// The instructions take a subnormal for 0. The logarithm's -inf would meet a weight that is not 0, the reciprocal's
-// infinity a 0: x vanishes there together with m.
-inline __device__ float log_of(float x) { return log2_approx(x < FLT_MIN ? FLT_MIN : x) * kLn2; }
-inline __device__ float ratio(float x, float m) { return m < FLT_MIN ? 0 : x * reciprocal_approx(m); }
-inline __device__ float root_of(float, float log_x) { return exp2_approx(log_x * (0.5f * kLog2e)); }
-#include "../divergences.h"
-
-// The kernels of a divergence. `halves` is `staged` where both sides have the same 16-bit dtype, as in most training:
-// it takes fewer instructions.
-enum class Way { halves, staged, streaming };
-constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }  // at most, of a block
-constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }  // a multiprocessor's
-
-// How a call is launched: made on the host, from sizes alone.
-struct Plan : Launch {
-  Way way;
-  int slice;  // columns of a block, a multiple of kGroup
-};
-
 // ---- partial results, and how they merge across a warp: lane 0 has the whole
-
-// What exponentials are taken relative to: 0 while all that was seen is -inf.
-inline __device__ float base_of(float max) { return max == -INFINITY ? 0.0f : max; }
-
-struct Tempering {
-  float inverse_temperature;
-  float scale;  // of logits in exponents of 2
-  bool unit;    // whether the sum at temperature 1 is wanted, and another
-
-  __device__ Tempering(float temperature, bool want_unit)
-      : inverse_temperature(1 / temperature),
-        scale(inverse_temperature * kLog2e),
-        unit(want_unit && temperature != 1) {}
-  __device__ float exp(float x) const { return exp2_approx(x * scale); }  // of x / temperature
-};
 
 struct Floats {
   float student_max, student_sum, teacher_max, teacher_sum;
@@ -163,40 +129,7 @@ struct Statistics {
   }
 };
 
-// ---- a row
-
-inline __device__ float per_row(const PerRow& x, int64_t row) { return load((const float*)x.data + row * x.stride); }
-
-// What the options say of a row; nothing of one past the last, which is skipped.
-struct RowNumbers {
-  float scale, temperature, hard_weight;
-  int64_t label;
-
-  __device__ RowNumbers(const RowsCall& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
-    if (row >= call.rows) return;
-    scale = per_row(call.row_scale, row);
-    temperature = per_row(call.temperature, row);
-    if (call.hard_weight.data) hard_weight = per_row(call.hard_weight, row);
-    if (call.labels) label = load(call.labels + row);
-  }
-  __device__ bool skipped() const { return scale == 0; }
-  __device__ bool swept(const RowsCall& call) const {
-    return !skipped() && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY && hard_weight >= 0 &&
-           hard_weight <= 1 && label >= 0 && label < call.columns;
-  }
-};
-
-inline __device__ const char* row_start(const Logits& x, const RowsCall& call, int64_t row) {
-  // A division takes a hundred instructions.
-  const int64_t outer = call.inner == call.rows ? 0 : row / call.inner;
-  const int64_t offset = outer * x.outer_stride + (row - outer * call.inner) * x.inner_stride;
-  return (const char*)x.data + offset * bytes_of(x.dtype);
-}
-
-struct Normalizer {
-  float max, log_sum, inverse_temperature;
-  __device__ float log_prob(float logit) const { return (logit - max) * inverse_temperature - log_sum; }
-};
+// ---- the sweeps
 
 // This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)), where
 // the factors hold the row's scale. Positions are those of the logits' slices.
@@ -310,25 +243,6 @@ inline __device__ void write_gradient(const D& divergence, const Slice& student,
   }
 }
 
-inline __device__ void write_column(void* matrix, const RowsCall& call, int64_t row, const float* values, int count) {
-  for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
-}
-
-// All of the team fills the columns from `first` on.
-inline __device__ void fill_gradient(const RowsCall& call, const Team& team, int64_t row, int64_t first, float value) {
-  if (first == call.gradient_columns) return;
-  const Dtype dtype = call.student.dtype;
-  char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
-  // Position 0 is the column at or before the first that lies at a multiple of 16 bytes.
-  const int shift = columns_in((uint64_t)(data + first * bytes_of(dtype)) % 16, dtype);
-  data += (first - shift) * bytes_of(dtype);
-  const int end = (int)(call.gradient_columns - first) + shift;
-  float values[kGroup];
-  for (int i = 0; i < kGroup; ++i) values[i] = value;
-  for (int64_t i = ((int64_t)team.rank * blockDim.x + threadIdx.x) * kGroup; i < end;
-       i += (int64_t)team.blocks * blockDim.x * kGroup)
-    store_group<false>(data, dtype, i >= shift && i + kGroup <= end, (int)i, shift, end, values);
-}
 
 // A skipped row is 0 everywhere; a row with a bad value is NaN.
 inline __device__ void fill_row(const RowsCall& call, const Team& team, int64_t row, float value) {
@@ -465,86 +379,16 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   fill_gradient(call, team, row, call.columns, 0);
 }
 
-// ---- staging: a block's slices of a row on their way to shared memory
-
 // Where a block's slices of a row begin and end.
-struct Cut {
+struct RowCut : Cut {
   const char *student, *teacher;  // the row in global memory
-  int begin, end;                 // positions of the slices that hold columns
-  int first_column;               // that of position 0; before the row's first where the row is shifted
-  bool aligned;
 
-  __device__ Cut(const RowsCall& call, const Plan& plan, const Team& team, int64_t row)
-      : student(row_start(call.student, call, row)), teacher(row_start(call.teacher, call, row)) {
-    int shift = shift_of(student, call.student.dtype, teacher, call.teacher.dtype);
-    aligned = shift >= 0;
-    shift = aligned ? shift : 0;
-    const int64_t left = call.columns + shift - (int64_t)team.rank * plan.slice;
-    begin = team.rank == 0 ? shift : 0;
-    end = left < 0 ? 0 : left < plan.slice ? (int)left : plan.slice;
-    first_column = team.rank * plan.slice - shift;
-  }
-  __device__ Slice slice(const char* row, Dtype dtype) const {
-    return {row + (int64_t)first_column * bytes_of(dtype), dtype, begin, end, aligned};
-  }
-};
-
-struct Staging {
-  Board& board;
-  char *student, *teacher;  // in shared memory
-  uint32_t parity;          // of the next wait
-
-  __device__ Staging(const RowsCall& call, const Plan& plan, Board& board)
-      : board(board),
-        student((char*)(&board + 1)),
-        teacher(student + plan.slice * bytes_of(call.student.dtype)),
-        parity(0) {
-    if (threadIdx.x == 0) bulk_barrier_init(&board.arrived);
-    __syncthreads();
-  }
-
-  // The groups that begin at a multiple of 16 bytes are copied in bulk, the columns before and after one by one.
-  static __device__ int bulk_begin(const Slice& from) { return from.begin > 0 ? kGroup : 0; }
-  static __device__ int bulk_bytes(const Slice& from) {
-    const int columns = from.end - bulk_begin(from);
-    return from.aligned && columns > 0 ? columns * bytes_of(from.dtype) / 16 * 16 : 0;
-  }
-
-  // From when no thread uses what is staged any more, until all of the row is there.
-  __device__ void stage(const Slice& student_row, const Slice& teacher_row) {
-    const int bytes = bulk_bytes(student_row) + bulk_bytes(teacher_row);
-    if (threadIdx.x == 0 && bytes) bulk_barrier_expect(&board.arrived, bytes);
-    copy(student_row, student);
-    copy(teacher_row, teacher);
-    if (bytes) {
-      bulk_barrier_wait(&board.arrived, parity);
-      parity ^= 1;
-    }
-    __syncthreads();
-  }
-
-  // By one thread.
-  static __device__ void prefetch(const Slice& from) {
-    const int bytes = bulk_bytes(from);
-    if (bytes) bulk_prefetch(from.data + bulk_begin(from) * bytes_of(from.dtype), bytes);
-  }
-
-  __device__ void copy(const Slice& from, char* to) {
-    const int bytes = bytes_of(from.dtype), in_bulk = bulk_bytes(from);
-    const int first = in_bulk ? bulk_begin(from) : 0, last = first + columns_in(in_bulk, from.dtype);
-    if (threadIdx.x == 0 && in_bulk) bulk_copy(to + first * bytes, from.data + first * bytes, in_bulk, &board.arrived);
-    const int end = (from.end + kGroup - 1) / kGroup * kGroup;
-    for (int i = threadIdx.x; i < first; i += blockDim.x) copy_one(from, to, i);
-#pragma unroll 4
-    for (int i = last + threadIdx.x; i < end; i += blockDim.x) copy_one(from, to, i);
-  }
-  static __device__ void copy_one(const Slice& from, char* to, int i) {
-    const uint32_t bits = from.holds(i) ? load_bits(from.data, from.dtype, i) : minus_infinity(from.dtype);
-    if (from.dtype == Dtype::f32)
-      ((uint32_t*)to)[i] = bits;
-    else
-      ((uint16_t*)to)[i] = (uint16_t)bits;
-  }
+  __device__ RowCut(const RowsCall& call, const Plan& plan, const Team& team, const char* student, const char* teacher)
+      : Cut(call.columns, shift_of(student, call.student.dtype, teacher, call.teacher.dtype), plan, team),
+        student(student),
+        teacher(teacher) {}
+  __device__ RowCut(const RowsCall& call, const Plan& plan, const Team& team, int64_t row)
+      : RowCut(call, plan, team, row_start(call.student, call, row), row_start(call.teacher, call, row)) {}
 };
 
 // ---- the kernels
@@ -561,23 +405,23 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
     for (int64_t row = blockIdx.x / plan.blocks; row < call.rows; row += teams) {
       const RowNumbers numbers(call, row);
       if (numbers.swept(call))
-        sweep(row, numbers, Cut(call, plan, team, row));
+        sweep(row, numbers, RowCut(call, plan, team, row));
       else
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
     }
   };
   if constexpr (way == Way::streaming) {
-    each_row([&](int64_t row, const RowNumbers& numbers, const Cut& cut) {
+    each_row([&](int64_t row, const RowNumbers& numbers, const RowCut& cut) {
       sweep_row<D, way>(call, team, row, numbers, cut.first_column, cut.slice(cut.student, call.student.dtype),
                         cut.slice(cut.teacher, call.teacher.dtype));
     });
   } else {
-    Staging staging(call, plan, team.board);
-    each_row([&](int64_t row, const RowNumbers& numbers, const Cut& cut) {
+    Staging staging(call.student.dtype, plan, team.board);
+    each_row([&](int64_t row, const RowNumbers& numbers, const RowCut& cut) {
       staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
       // The row after comes from memory while this one is worked on.
       if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
-        const Cut after(call, plan, team, row + teams);
+        const RowCut after(call, plan, team, row + teams);
         staging.prefetch(after.slice(after.student, call.student.dtype));
         staging.prefetch(after.slice(after.teacher, call.teacher.dtype));
       }
@@ -642,33 +486,6 @@ bool knows_slope_sum(int divergence) {
   return false;
 }
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
-// Enough threads that each has at most so many groups of the slice, as far as there are so many.
-int threads_for(int64_t slice, int groups, int most) {
-  int threads = kWarp;
-  while (threads < most && slice > groups * kGroup * threads) threads *= 2;
-  return threads;
-}
-
-bool rows_are_aligned(const Logits& x) {
-  const int bytes = bytes_of(x.dtype);
-  return (uint64_t)x.data % 16 == 0 && x.outer_stride * bytes % 16 == 0 && x.inner_stride * bytes % 16 == 0;
-}
-
-// One stride where one will do: then no row is found by a division.
-void collapse(RowsCall& call) {
-  Logits &a = call.student, &b = call.teacher;
-  if (call.inner == 1) {
-    call.inner = call.rows;
-    a.inner_stride = a.outer_stride, b.inner_stride = b.outer_stride;
-  } else if (a.outer_stride == call.inner * a.inner_stride && b.outer_stride == call.inner * b.inner_stride) {
-    call.inner = call.rows;
-  }
-  if (call.inner == call.rows) a.outer_stride = b.outer_stride = 0;
-}
-
-int64_t column_bytes(const RowsCall& call) { return bytes_of(call.student.dtype) + bytes_of(call.teacher.dtype); }
 
 // How often a call reads the logits.
 int sweeps_of(const RowsCall& call) {
@@ -676,73 +493,15 @@ int sweeps_of(const RowsCall& call) {
   return sweeps == 3 && knows_slope_sum(call.divergence) ? 2 : sweeps;
 }
 
-// A plan for clusters of so many blocks, all but how many there are and what they keep in shared memory.
-Plan cut(const RowsCall& call, Way way, int blocks) {
-  const bool aligned = rows_are_aligned(call.student) && rows_are_aligned(call.teacher);
-  const int64_t positions = call.columns + (aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
-  Plan plan = {};
-  plan.way = way;
-  plan.blocks = blocks;
-  plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
-  // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait for
-  // few.
-  plan.threads = threads_for(plan.slice, way == Way::streaming ? 2 : 8, threads_of(way));
-  plan.shared = sizeof(Board);
-  return plan;
-}
-
-Plan with_teams(Plan plan, const RowsCall& call, int64_t teams) {
-  plan.grid = (int)(teams < call.rows ? teams : call.rows) * plan.blocks;
-  return plan;
-}
-
-// The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
-// row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
-// A plan without blocks where no cluster holds the row.
-Plan plan_staged(const RowsCall& call, const Chip& chip, int device) {
-  const Dtype dtype = call.student.dtype;
-  const Way way = dtype == call.teacher.dtype && dtype != Dtype::f32 ? Way::halves : Way::staged;
-  for (int occupancy : {2, 1, 0}) {
-    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
-      Plan plan = cut(call, way, blocks);
-      const int64_t shared = plan.shared + plan.slice * column_bytes(call);
-      if (shared > chip.shared_of(occupancy)) continue;
-      plan.shared = (int)shared;
-      const int teams = teams_at_once(kernel_of(call.divergence, way), plan, chip, device);
-      if (teams > 0 && teams * blocks >= 0.75 * occupancy * chip.multiprocessors) return with_teams(plan, call, teams);
-    }
-  }
-  return {};
-}
-
-// As few rows in flight as keep the chip busy, so that another sweep finds what it can of them in the L2 cache; by
-// clusters, where there are any, so few that they fill no more than three quarters of it.
-Plan plan_streaming(const RowsCall& call, const Chip& chip, int device) {
-  const int64_t fit = (int64_t)(0.75 * chip.l2) / (call.columns * column_bytes(call));
-  const bool again = sweeps_of(call) > 1;
-  Plan plan = {};
-  int64_t teams = 0;
-  for (int blocks = 1; blocks <= 8; blocks *= 2) {
-    const Plan larger = cut(call, Way::streaming, blocks);
-    const int64_t at_once = teams_at_once(kernel_of(call.divergence, Way::streaming), larger, chip, device);
-    if (at_once == 0) break;
-    plan = larger, teams = at_once;
-    if (!again || !chip.clusters || at_once <= fit) break;
-  }
-  if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
-  if (again) {
-    const int64_t busy = chip.multiprocessors / plan.blocks, limit = fit > busy ? fit : busy;
-    teams = teams < limit ? teams : limit < 1 ? 1 : limit;
-  }
-  return with_teams(plan, call, teams);
-}
-
-Plan plan(const RowsCall& call, const Chip& chip, int device) {
-  if (chip.clusters && sweeps_of(call) > 1) {
-    const Plan staged = plan_staged(call, chip, device);
-    if (staged.blocks) return staged;
-  }
-  return plan_streaming(call, chip, device);
+Shape shape_of(const RowsCall& call) {
+  const Dtype student = call.student.dtype, teacher = call.teacher.dtype;
+  Shape shape = {};
+  shape.rows = call.rows, shape.columns = call.columns;
+  shape.sweeps = sweeps_of(call);
+  shape.column_bytes = bytes_of(student) + bytes_of(teacher);
+  shape.aligned = rows_are_aligned(call.student) && rows_are_aligned(call.teacher);
+  shape.halves = student == teacher && student != Dtype::f32;
+  return shape;
 }
 
 }  // namespace
@@ -750,9 +509,10 @@ Plan plan(const RowsCall& call, const Chip& chip, int device) {
 void rows(const RowsCall& original, int device, void* stream) {
   if (original.rows == 0) return;
   RowsCall call = original;
-  collapse(call);
+  call.inner = collapse(call.rows, call.inner, call.student, call.teacher);
   OnDevice guard(device);
-  const Plan launch = plan(call, Chip(device, scale_kernel), device);
+  const Plan launch = plan(shape_of(call), Chip(device, scale_kernel), device,
+                           [&](Way way) { return kernel_of(call.divergence, way); });
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, launch.way), call, launch);
@@ -779,6 +539,7 @@ std::string refusal(int device) {
       for (Way way : {Way::streaming, Way::staged, Way::halves})
         KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(divergence, way));
     load_linear();
+    load_topk();
   } catch (const std::runtime_error& error) {
     return error.what();
   }

@@ -147,6 +147,11 @@ template <class T> void store(T* to, T value) {
 }
 template <class T> void store_streaming(T* to, T value) { store(to, value); }
 
+inline int add_shared(int* sum, int x) {
+  model::shared_offset(sum, sizeof(int), sizeof(int), "adds to what");
+  return std::exchange(*sum, *sum + x);
+}
+
 // In [-1, 1], the same for the same x.
 inline double wrongness(float x) { return (int32_t)(model::scrambled(__float_as_uint(x)) >> 32) * 0x1p-31; }
 

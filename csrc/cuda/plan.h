@@ -1,0 +1,139 @@
+// How a call is launched: which of three ways its kernels take, by clusters of how many blocks. Made on the host, from
+// sizes alone.
+#pragma once
+#include <stdint.h>
+
+#include <stdexcept>
+
+#include "../rows_call.h"
+#include "groups.h"
+#include "launch.h"
+#include "team.h"
+
+namespace kdk {
+namespace cuda {
+
+// `halves` is `staged` where all logits have the same 16-bit dtype, as in most training: it takes fewer instructions.
+enum class Way { halves, staged, streaming };
+constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }  // at most, of a block
+constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }  // a multiprocessor's
+
+struct Plan : Launch {
+  Way way;
+  int slice;  // columns of a block, a multiple of kGroup
+};
+
+inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Enough threads that each has at most so many groups of the slice, as far as there are so many.
+inline int threads_for(int64_t slice, int groups, int most) {
+  int threads = kWarp;
+  while (threads < most && slice > groups * kGroup * threads) threads *= 2;
+  return threads;
+}
+
+inline bool rows_are_aligned(const Logits& x) {
+  const int bytes = bytes_of(x.dtype);
+  return (uint64_t)x.data % 16 == 0 && x.outer_stride * bytes % 16 == 0 && x.inner_stride * bytes % 16 == 0;
+}
+
+// One stride where one will do: then no row is found by a division. Returns `inner`, which is `rows` there.
+template <class... Views> inline int64_t collapse(int64_t rows, int64_t inner, Views&... views) {
+  if (inner == 1) {
+    inner = rows;
+    ((views.inner_stride = views.outer_stride), ...);
+  } else if (((views.outer_stride == inner * views.inner_stride) && ...)) {
+    inner = rows;
+  }
+  if (inner == rows) ((views.outer_stride = 0), ...);
+  return inner;
+}
+
+// What a plan is made for.
+struct Shape {
+  int64_t rows, columns;
+  int sweeps;        // how often the logits are read
+  int column_bytes;  // of one column, in all tensors that are read
+  int column_bits;   // that a block keeps in shared memory of each column of its slice, beside what is staged
+  bool aligned;      // every row begins at a multiple of 16 bytes
+  bool halves;
+};
+
+// A plan for clusters of so many blocks, all but how many there are and what they stage in shared memory.
+inline Plan cut(const Shape& shape, Way way, int blocks) {
+  const int64_t positions = shape.columns + (shape.aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
+  Plan plan = {};
+  plan.way = way;
+  plan.blocks = blocks;
+  plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
+  // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait for
+  // few.
+  plan.threads = threads_for(plan.slice, way == Way::streaming ? 2 : 8, threads_of(way));
+  plan.shared = (int)(sizeof(Board) + round_up((int64_t)plan.slice * shape.column_bits, 128) / 8);
+  return plan;
+}
+
+inline Plan with_teams(Plan plan, const Shape& shape, int64_t teams) {
+  plan.grid = (int)(teams < shape.rows ? teams : shape.rows) * plan.blocks;
+  return plan;
+}
+
+// How many rows of those that a chip works on at once are worked on, where they are read again: as few as keep it busy,
+// so that another sweep finds what it can of them in the L2 cache.
+inline int64_t limited_teams(int64_t teams, const Shape& shape, const Chip& chip, int blocks, int64_t fit) {
+  if (shape.sweeps < 2) return teams;
+  const int64_t busy = chip.multiprocessors / blocks, limit = fit > busy ? fit : busy;
+  return teams < limit ? teams : limit < 1 ? 1 : limit;
+}
+inline int64_t rows_in_cache(const Shape& shape, const Chip& chip) {
+  return (int64_t)(0.75 * chip.l2) / (shape.columns * shape.column_bytes);
+}
+
+// The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
+// row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
+// A plan without blocks where no cluster holds the row.
+template <class KernelOf> Plan plan_staged(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
+  const Way way = shape.halves ? Way::halves : Way::staged;
+  for (int occupancy : {2, 1, 0}) {
+    for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
+      Plan plan = cut(shape, way, blocks);
+      const int64_t shared = plan.shared + (int64_t)plan.slice * shape.column_bytes;
+      if (shared > chip.shared_of(occupancy)) continue;
+      plan.shared = (int)shared;
+      const int teams = teams_at_once(kernel_of(way), plan, chip, device);
+      if (teams > 0 && teams * blocks >= 0.75 * occupancy * chip.multiprocessors) return with_teams(plan, shape, teams);
+    }
+  }
+  return {};
+}
+
+// By clusters, where there are any, so few that what they work on fills no more than three quarters of the L2 cache.
+template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
+  const int64_t fit = rows_in_cache(shape, chip);
+  Plan plan = {};
+  int64_t teams = 0;
+  for (int blocks = 1; blocks <= 8; blocks *= 2) {
+    if (blocks > 1 && !chip.clusters) break;
+    const Plan larger = cut(shape, Way::streaming, blocks);
+    if (larger.shared > chip.shared) continue;
+    const int64_t at_once = teams_at_once(kernel_of(Way::streaming), larger, chip, device);
+    if (at_once == 0) break;
+    plan = larger, teams = at_once;
+    if (shape.sweeps < 2 || at_once <= fit) break;
+  }
+  if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  return with_teams(plan, shape, limited_teams(teams, shape, chip, plan.blocks, fit));
+}
+
+// `kernel_of` gives the kernel of a way.
+template <class KernelOf> Plan plan(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
+  if (chip.clusters && shape.sweeps > 1) {
+    const Plan staged = plan_staged(shape, chip, device, kernel_of);
+    if (staged.blocks) return staged;
+  }
+  return plan_streaming(shape, chip, device, kernel_of);
+}
+
+}  // namespace cuda
+}  // namespace kdk
+

@@ -1,0 +1,157 @@
+// A row of a call as its team works on it: what the options say of it, where it lies, a block's slice of its columns,
+// and that slice on its way to shared memory. A Call is a RowsCall or a TopkRowsCall.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+
+#include "device.h"
+#include "groups.h"
+#include "plan.h"
+#include "team.h"
+
+namespace kdk {
+namespace cuda {
+
+inline __device__ float per_row(const PerRow& x, int64_t row) { return load((const float*)x.data + row * x.stride); }
+
+// What the options say of a row; nothing of one past the last, which is skipped.
+struct RowNumbers {
+  float scale, temperature, hard_weight;
+  int64_t label;
+
+  template <class Call>
+  __device__ RowNumbers(const Call& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
+    if (row >= call.rows) return;
+    scale = per_row(call.row_scale, row);
+    temperature = per_row(call.temperature, row);
+    if (call.hard_weight.data) hard_weight = per_row(call.hard_weight, row);
+    if (call.labels) label = load(call.labels + row);
+  }
+  __device__ bool skipped() const { return scale == 0; }
+  template <class Call> __device__ bool swept(const Call& call) const {
+    return !skipped() && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY && hard_weight >= 0 &&
+           hard_weight <= 1 && label >= 0 && label < call.columns;
+  }
+};
+
+template <class Call> inline __device__ const char* row_start(const Logits& x, const Call& call, int64_t row) {
+  // A division takes a hundred instructions.
+  const int64_t outer = call.inner == call.rows ? 0 : row / call.inner;
+  const int64_t offset = outer * x.outer_stride + (row - outer * call.inner) * x.inner_stride;
+  return (const char*)x.data + offset * bytes_of(x.dtype);
+}
+
+template <class Call>
+inline __device__ void write_column(void* matrix, const Call& call, int64_t row, const float* values, int count) {
+  for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
+}
+
+// All of the team fills the columns from `first` on.
+template <class Call>
+inline __device__ void fill_gradient(const Call& call, const Team& team, int64_t row, int64_t first, float value) {
+  if (first == call.gradient_columns) return;
+  const Dtype dtype = call.student.dtype;
+  char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
+  // Position 0 is the column at or before the first that lies at a multiple of 16 bytes.
+  const int shift = columns_in((uint64_t)(data + first * bytes_of(dtype)) % 16, dtype);
+  data += (first - shift) * bytes_of(dtype);
+  const int end = (int)(call.gradient_columns - first) + shift;
+  float values[kGroup];
+  for (int i = 0; i < kGroup; ++i) values[i] = value;
+  for (int64_t i = ((int64_t)team.rank * blockDim.x + threadIdx.x) * kGroup; i < end;
+       i += (int64_t)team.blocks * blockDim.x * kGroup)
+    store_group<false>(data, dtype, i >= shift && i + kGroup <= end, (int)i, shift, end, values);
+}
+
+// Where a block's slice of a row begins and ends.
+struct Cut {
+  int begin, end;    // positions of the slice that hold columns
+  int first_column;  // that of position 0; before the row's first where the row is shifted
+  bool aligned;
+
+  // Of a row that is shifted by so many columns, -1 where it is not aligned.
+  __device__ Cut(int64_t columns, int shift, const Plan& plan, const Team& team) {
+    aligned = shift >= 0;
+    shift = aligned ? shift : 0;
+    const int64_t left = columns + shift - (int64_t)team.rank * plan.slice;
+    begin = team.rank == 0 ? shift : 0;
+    end = left < 0 ? 0 : left < plan.slice ? (int)left : plan.slice;
+    first_column = team.rank * plan.slice - shift;
+  }
+  __device__ Slice slice(const char* row, Dtype dtype) const {
+    return {row + (int64_t)first_column * bytes_of(dtype), dtype, begin, end, aligned};
+  }
+};
+
+// One slice, or those of two tensors, which lie behind each other after the board.
+struct Staging {
+  Board& board;
+  char *student, *teacher;  // in shared memory
+  uint32_t parity;          // of the next wait
+
+  __device__ Staging(Dtype student_dtype, const Plan& plan, Board& board)
+      : board(board),
+        student((char*)(&board + 1)),
+        teacher(student + plan.slice * bytes_of(student_dtype)),
+        parity(0) {
+    if (threadIdx.x == 0) bulk_barrier_init(&board.arrived);
+    __syncthreads();
+  }
+
+  // The groups that begin at a multiple of 16 bytes are copied in bulk, the columns before and after one by one.
+  static __device__ int bulk_begin(const Slice& from) { return from.begin > 0 ? kGroup : 0; }
+  static __device__ int bulk_bytes(const Slice& from) {
+    const int columns = from.end - bulk_begin(from);
+    return from.aligned && columns > 0 ? columns * bytes_of(from.dtype) / 16 * 16 : 0;
+  }
+
+  // From when no thread uses what is staged any more, until all of the row is there.
+  __device__ void stage(const Slice& student_row) {
+    expect(bulk_bytes(student_row));
+    copy(student_row, student);
+    wait(bulk_bytes(student_row));
+  }
+  __device__ void stage(const Slice& student_row, const Slice& teacher_row) {
+    const int bytes = bulk_bytes(student_row) + bulk_bytes(teacher_row);
+    expect(bytes);
+    copy(student_row, student);
+    copy(teacher_row, teacher);
+    wait(bytes);
+  }
+  __device__ void expect(int bytes) {
+    if (threadIdx.x == 0 && bytes) bulk_barrier_expect(&board.arrived, bytes);
+  }
+  __device__ void wait(int bytes) {
+    if (bytes) {
+      bulk_barrier_wait(&board.arrived, parity);
+      parity ^= 1;
+    }
+    __syncthreads();
+  }
+
+  // By one thread.
+  static __device__ void prefetch(const Slice& from) {
+    const int bytes = bulk_bytes(from);
+    if (bytes) bulk_prefetch(from.data + bulk_begin(from) * bytes_of(from.dtype), bytes);
+  }
+
+  __device__ void copy(const Slice& from, char* to) {
+    const int bytes = bytes_of(from.dtype), in_bulk = bulk_bytes(from);
+    const int first = in_bulk ? bulk_begin(from) : 0, last = first + columns_in(in_bulk, from.dtype);
+    if (threadIdx.x == 0 && in_bulk) bulk_copy(to + first * bytes, from.data + first * bytes, in_bulk, &board.arrived);
+    const int end = (from.end + kGroup - 1) / kGroup * kGroup;
+    for (int i = threadIdx.x; i < first; i += blockDim.x) copy_one(from, to, i);
+#pragma unroll 4
+    for (int i = last + threadIdx.x; i < end; i += blockDim.x) copy_one(from, to, i);
+  }
+  static __device__ void copy_one(const Slice& from, char* to, int i) {
+    const uint32_t bits = from.holds(i) ? load_bits(from.data, from.dtype, i) : minus_infinity(from.dtype);
+    if (from.dtype == Dtype::f32)
+      ((uint32_t*)to)[i] = bits;
+    else
+      ((uint16_t*)to)[i] = (uint16_t)bits;
+  }
+};
+
+}  // namespace cuda
+}  // namespace kdk

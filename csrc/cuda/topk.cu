@@ -1,0 +1,896 @@
+// Sparse teachers on an NVIDIA GPU: the twin of csrc/cpu/topk.cpp.
+//
+// ---- The loss of a row against K entries and the bucket of all other classes (topk_call.h). A team works on a row, as
+// in rows.cu, and reads its logits once (staged) or once a sweep (streaming):
+//
+//     names       a bit for each class that an entry names, in shared memory
+//     masses      (max, sum of exponentials) of the others and of the entries, each relative to its own maximum
+//     sums        the divergence's value and slope of each entry and of the bucket         -> sum phi, sum psi
+//     gradient    of each entry, and of the others (psi_R - q_R sum psi) times their softmax among themselves
+//
+// Only masses and gradient are sweeps over all classes, and neither knows the divergence: one kernel serves all of
+// them, and turns to one where it works on entries. The bucket is never 1 - the entries' mass: its sum is its own, and
+// the gradient of the others is relative to it, so that both are exact where a sure student leaves it 1e-60.
+//
+// In place, what is read of an entry's class is read by the one thread that then writes its gradient; the sweep of the
+// others skips what has a name, and whatever lies there already. The label's logit is read before the first merge.
+//
+// A perfect kernel reads each logit once and writes each gradient once: 4 bytes a column in bf16, 2 without a gradient,
+// and 8 bytes an entry. Computed for an H100, and not yet measured: 152k columns in bf16 with their gradients are
+// 608 KB, 0.18 us a row at 3.35 TB/s. The inner loops of the two sweeps take (sm_90a, staged, bf16, no label term)
+// about 18 instructions and 2 special functions a column together, of the 34 and 4.3 that 132 multiprocessors at
+// 1.7 GHz issue in that time.
+//
+// ---- The k largest of a row, one block a row. A class is a word of 64 bits, its logit's order above the column's
+// complement: no two are equal, and the larger word comes first in the result.
+//
+//     maxima      of each of many groups of columns
+//     threshold   a word that at least k maxima reach, and not many more, by bits
+//     collect     the words that reach it, in no order; (max, sum of exponentials) of all other classes
+//     sort        of what was collected; those past the k-th go back to the rest, in their order
+//
+// Where more reach the threshold than there is room for, or k is too large for the groups, the threshold is sought
+// among all columns, at a sweep for each bit. Logits are read twice, the second time from the L2 cache where the rows
+// in flight fit it: a perfect kernel reads 2 bytes a column in bf16, 304 KB or 0.09 us a row of 152k columns on an
+// H100, computed as above.
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "device.h"
+#include "groups.h"
+#include "launch.h"
+#include "plan.h"
+#include "row.h"
+#include "table.h"
+#include "team.h"
+#include "topk.h"
+
+namespace kdk {
+namespace cuda {
+
+// ---- partial results, and how they merge across a warp: lane 0 has the whole
+
+// Of some classes, relative to their own maximum.
+struct Mass {
+  float max, sum;
+  float unit_sum;  // at temperature 1
+
+  static __device__ Mass none() { return {-INFINITY, 0, 0}; }
+  __device__ void rebase(float larger, Tempering at) {
+    sum *= at.exp(max - base_of(larger));
+    if (at.unit) unit_sum *= exp_of(max - base_of(larger));
+    max = larger;
+  }
+  __device__ void add(float logit, Tempering at) {
+    if (logit > max) rebase(logit, at);
+    sum += at.exp(logit - base_of(max));
+    if (at.unit) unit_sum += exp_of(logit - base_of(max));
+  }
+  __device__ void add(const float (&logits)[kGroup], Tempering at) {
+    float larger = max;
+    for (int i = 0; i < kGroup; ++i) larger = fmaxf(larger, logits[i]);
+    if (larger > max) rebase(larger, at);
+    const float base = base_of(max);
+    for (int i = 0; i < kGroup; ++i) sum += at.exp(logits[i] - base);
+    if (at.unit)
+      for (int i = 0; i < kGroup; ++i) unit_sum += exp_of(logits[i] - base);
+  }
+  // Relative to another base.
+  __device__ float sum_from(float base, Tempering at) const { return sum * at.exp(max - base); }
+};
+
+// log of `part`'s share of a whole of which `beside` is the rest. Both sums are relative to the whole's maximum. Near 1
+// the share's distance from 1 decides, which a difference of logarithms would lose; a tiny part is still its own sum.
+inline __device__ float log_share(const Mass& part, float part_sum, float beside, const Normalizer& whole) {
+  if (beside <= part_sum) return -log1pf(beside / part_sum);
+  return (part.max - whole.max) * whole.inverse_temperature + logf(part.sum) - whole.log_sum;
+}
+
+struct Masses {
+  Mass others, entries;
+  float teacher_max, teacher_sum;  // of the teacher's log-probabilities, for the statistics
+
+  static __device__ Masses none() { return {Mass::none(), Mass::none(), -INFINITY, 0}; }
+  __device__ void rebase_teacher(float larger) {
+    teacher_sum *= exp_of(teacher_max - base_of(larger));
+    teacher_max = larger;
+  }
+  __device__ void add_teacher(float log_prob) {
+    if (log_prob > teacher_max) rebase_teacher(log_prob);
+    teacher_sum += exp_of(log_prob - base_of(teacher_max));
+  }
+  __device__ Masses across_warp(Tempering at) const {
+    Masses x = *this;
+    x.others.rebase(warp_max(others.max), at);
+    x.entries.rebase(warp_max(entries.max), at);
+    x.rebase_teacher(warp_max(teacher_max));
+    for (int by = kWarp / 2; by; by /= 2) {
+      const Masses below = from_lane_below(x, by);
+      x.others.sum += below.others.sum, x.others.unit_sum += below.others.unit_sum;
+      x.entries.sum += below.entries.sum, x.entries.unit_sum += below.entries.unit_sum;
+      x.teacher_sum += below.teacher_sum;
+    }
+    return x;
+  }
+};
+
+struct EntrySums {
+  float phi, psi;
+
+  static __device__ EntrySums none() { return {0, 0}; }
+  __device__ EntrySums across_warp() const {
+    EntrySums x = *this;
+    for (int by = kWarp / 2; by; by /= 2) {
+      const EntrySums below = from_lane_below(x, by);
+      x.phi += below.phi, x.psi += below.psi;
+    }
+    return x;
+  }
+};
+
+struct EntryStatistics {
+  float tv, student_entropy, teacher_entropy;
+  int student_first, teacher_first;  // first class that has the maximum; INT32_MAX: none does
+  int label_entry;                   // the entry that is the label; INT32_MAX: none is
+
+  static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
+  __device__ EntryStatistics across_warp() const {
+    EntryStatistics x = *this;
+    for (int by = kWarp / 2; by; by /= 2) {
+      const EntryStatistics below = from_lane_below(x, by);
+      x.tv += below.tv, x.student_entropy += below.student_entropy, x.teacher_entropy += below.teacher_entropy;
+      x.student_first = min(x.student_first, below.student_first);
+      x.teacher_first = min(x.teacher_first, below.teacher_first);
+      x.label_entry = min(x.label_entry, below.label_entry);
+    }
+    return x;
+  }
+};
+
+// ---- entries and the classes they name
+
+// A class, of what an index says: whatever it is, no memory outside the row is touched for it.
+inline __device__ bool is_class(int index, int64_t columns) { return index >= 0 && index < columns; }
+
+// Calls body(k, column) for this thread's entries of the row, the same ones each time.
+template <class Body>
+inline __device__ void each_entry(const TopkRowsCall& call, const Team& team, int64_t row, Body body) {
+  const int32_t* indices = call.indices + row * call.entries;
+  const int64_t step = (int64_t)team.blocks * blockDim.x;
+  for (int64_t k = (int64_t)team.rank * blockDim.x + threadIdx.x; k < call.entries; k += step) {
+    const int column = load(indices + k);
+    if (is_class(column, call.columns)) body(k, column);
+  }
+}
+
+// The bits of a block's slice, a byte for each group: set where an entry names the class. No two threads write to the
+// same word: indices ascend, and the first entry of each word writes those that follow.
+struct Names {
+  uint32_t* words;
+  int count;
+
+  __device__ Names(char* memory, const Plan& plan)
+      : words((uint32_t*)memory), count((plan.slice + kWarp - 1) / kWarp) {}
+
+  // All of the block, which has to wait before it reads them.
+  __device__ void set(const TopkRowsCall& call, int64_t row, const Cut& cut) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+    __syncthreads();
+    const int32_t* indices = call.indices + row * call.entries;
+    auto position_of = [&](int64_t k) {
+      const int column = load(indices + k), position = is_class(column, call.columns) ? column - cut.first_column : -1;
+      return position >= cut.begin && position < cut.end ? position : -1;
+    };
+    for (int64_t k = threadIdx.x; k < call.entries; k += blockDim.x) {
+      int position = position_of(k);
+      if (position < 0) continue;
+      const int word = position / kWarp, before = k > 0 ? position_of(k - 1) : -1;
+      if (before >= 0 && before / kWarp == word) continue;
+      uint32_t bits = 0;
+      for (int64_t next = k; position >= 0 && position / kWarp == word;) {
+        bits |= 1u << position % kWarp;
+        position = ++next < call.entries ? position_of(next) : -1;
+      }
+      words[word] = bits;
+    }
+  }
+  __device__ uint32_t of_group(int position) const { return ((const uint8_t*)words)[position / kGroup]; }
+};
+
+// The group at a position; -inf in place of what has a name. Returns its names.
+template <Way way>
+inline __device__ uint32_t load_others(const Slice& student, const Names& names, int position, float (&s)[kGroup]) {
+  widen<way == Way::halves>(load_group<way != Way::streaming, way == Way::halves>(student, position), student.dtype, s);
+  const uint32_t named = names.of_group(position);
+  if (named)
+    for (int i = 0; i < kGroup; ++i) s[i] = named >> i & 1 ? -INFINITY : s[i];
+  return named;
+}
+
+// ---- the sweeps
+
+template <Way way>
+inline __device__ Mass mass_of_others(const Slice& student, const Names& names, Tempering at) {
+  Mass x = Mass::none();
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
+    float s[kGroup];
+    load_others<way>(student, names, position, s);
+    x.add(s, at);
+  }
+  return x;
+}
+
+template <Way way>
+inline __device__ void add_statistics_of_others(EntryStatistics& x, const Slice& student, const Names& names,
+                                                Normalizer norm, int first_column) {
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
+    float s[kGroup];
+    load_others<way>(student, names, position, s);
+    for (int i = 0; i < kGroup; ++i) {
+      const float lq = norm.log_prob(s[i]);
+      x.student_entropy -= weighted(exp_of(lq), lq);
+      if (s[i] == norm.max && student.holds(position + i))
+        x.student_first = min(x.student_first, first_column + position + i);
+    }
+  }
+}
+
+// What a thread needs to write gradients: of a class with log-probability slope psi and probability q
+//     soft * (psi - q * slope_sum) + hard * (softmax(s) - one_hot(label))
+// where the factors hold the row's scale, and of the others soft * (psi_R - q_R * slope_sum) * q / q_R.
+struct TopkGradient {
+  char* row;  // of the gradient
+  Dtype dtype;
+  float soft, hard, slope_sum;
+  float of_others, others_base;  // of_others * exp((s - others_base) / temperature) is the others' soft part
+  float max, unit_log_sum;
+  int label;
+  bool reads_others;  // else the others all have the gradient of_others: 0, or NaN
+
+  __device__ float softened(float slope, float q) const { return soft == 0 ? 0 : soft * (slope - q * slope_sum); }
+  __device__ float hard_of(float logit, int column) const {
+    const float q = exp_of(logit - max - unit_log_sum);
+    return hard * (column == label ? q - 1 : q);
+  }
+
+  template <Way way>
+  __device__ void write_others(const Slice& student, const Names& names, int first_column, Tempering at) const {
+    char* data = row + (int64_t)first_column * bytes_of(dtype);
+    const bool aligned = (uint64_t)data % 16 == 0;
+    const Groups groups(student.end, way == Way::streaming);
+    for (int position = groups.first; groups.has(position); position += groups.step) {
+      float x[kGroup];
+      uint32_t named;
+      if (reads_others) {
+        float s[kGroup];
+        named = load_others<way>(student, names, position, s);
+        for (int i = 0; i < kGroup; ++i) x[i] = of_others * at.exp(s[i] - others_base);
+        if (hard != 0)
+          for (int i = 0; i < kGroup; ++i) x[i] += hard_of(s[i], first_column + position + i);
+      } else {
+        named = names.of_group(position);
+        for (int i = 0; i < kGroup; ++i) x[i] = of_others;
+      }
+      if (!named) {
+        const bool full = aligned && position >= student.begin && position + kGroup <= student.end;
+        store_group<way == Way::halves>(data, dtype, full, position, student.begin, student.end, x);
+      } else {
+        for (int i = 0; i < kGroup; ++i)
+          if (!(named >> i & 1) && student.holds(position + i)) store_logit(data, dtype, position + i, x[i]);
+      }
+    }
+  }
+};
+
+// Calls body with the divergence of that number.
+template <class Body> inline __device__ void with_divergence(const TopkRowsCall& call, Body body) {
+  int number = 0;
+#define KDK_CASE(key, Struct) \
+  if (call.divergence == number++) return body(Struct<float>((const float*)call.parameters));
+  KDK_DIVERGENCES(KDK_CASE)
+#undef KDK_CASE
+}
+
+// ---- a row
+
+// A skipped row is 0 everywhere; a row with a bad value is NaN.
+inline __device__ void fill_row(const TopkRowsCall& call, const Team& team, int64_t row, float value) {
+  if (call.gradient) fill_gradient(call, team, row, 0, value);
+  if (!team.first_thread()) return;
+  store((float*)call.loss + row, value);
+  if (!call.statistics) return;
+  float values[kRowStatistics];
+  for (int i = 0; i < kRowStatistics; ++i) values[i] = value;
+  write_column(call.statistics, call, row, values, kRowStatistics);
+  store(call.top1 + row, (int64_t)0), store(call.top1 + call.rows + row, (int64_t)0);
+}
+
+// Whether a label's cross-entropy is wanted, and whether the classes that no entry names are.
+inline __host__ __device__ bool wants_label(const TopkRowsCall& call) {
+  return call.labels && (call.hard_weight.data || call.statistics);
+}
+inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
+  return !call.conditional || call.hard_weight.data || call.statistics;
+}
+
+// The loss and the statistics of a row, by one thread.
+struct TopkOutcome {
+  const TopkRowsCall& call;
+  int64_t row;
+  const RowNumbers& numbers;
+  Normalizer student;               // of all classes
+  float unit_log_sum, label_logit;  // label_logit: the student's
+
+  // With the label, at temperature 1.
+  __device__ float cross_entropy() const { return call.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  __device__ void write_loss(float phi) const {
+    const float factor = call.temperature_squared ? numbers.temperature * numbers.temperature : 1;
+    float loss = weighted(1 - numbers.hard_weight, factor * phi);
+    if (numbers.hard_weight != 0) loss += numbers.hard_weight * cross_entropy();
+    store((float*)call.loss + row, numbers.scale * loss);
+  }
+  // x is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
+  __device__ void write_statistics(float phi, EntryStatistics x, const Masses& masses, float lp, float lq) const {
+    const float p = exp_of(lp), q = exp_of(lq);
+    // The teacher's mass and the bucket's: log-probabilities that may all be far below 0.
+    Masses teacher = masses;
+    if (!call.conditional) {
+      x.tv += 0.5f * fabsf(p - q);
+      x.teacher_entropy -= weighted(p, lp);
+      teacher.add_teacher(lp);
+    }
+    float student_label = 0, teacher_label = 0;
+    if (call.labels) {
+      student_label = student.log_prob(label_logit);
+      const bool named = x.label_entry != INT32_MAX;
+      const void* from = named ? call.log_probs : call.tail_log_prob;
+      teacher_label = load((const float*)from + (named ? row * call.entries + x.label_entry : row));
+    }
+    const float nan_or_0 = masses.teacher_sum == masses.teacher_sum ? 0 : NAN;
+    const float values[kRowStatistics] = {phi,
+                                          cross_entropy(),
+                                          x.tv,
+                                          x.student_entropy,
+                                          x.teacher_entropy,
+                                          -student.log_sum,
+                                          masses.teacher_max + nan_or_0,
+                                          student_label,
+                                          teacher_label,
+                                          student.max * student.inverse_temperature + student.log_sum,
+                                          base_of(teacher.teacher_max) + logf(teacher.teacher_sum)};
+    write_column(call.statistics, call, row, values, kRowStatistics);
+    // Of what is not NaN; 0 where nothing is.
+    store(call.top1 + row, (int64_t)(x.student_first < call.columns ? x.student_first : 0));
+    store(call.top1 + call.rows + row, (int64_t)(x.teacher_first < call.columns ? x.teacher_first : 0));
+  }
+};
+
+template <Way way>
+inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowNumbers& numbers,
+                                      const char* logits, int first_column, const Slice& student, const Names& names) {
+  const Dtype dtype = call.student.dtype;
+  const bool labelled = wants_label(call), unit = call.hard_weight.data || labelled;
+  const Tempering at(numbers.temperature, unit);
+  const float* log_probs = (const float*)call.log_probs + row * call.entries;
+  // The gradient may take the place of the logits: the label's is loaded before the first merge, which no thread leaves
+  // before all have come to it.
+  if (labelled && team.first_thread()) team.board.label_logit = load_logit(logits, dtype, numbers.label);
+
+  Masses mine = Masses::none();
+  if (wants_others(call)) mine.others = mass_of_others<way>(student, names, at);
+  each_entry(call, team, row, [&](int64_t k, int column) {
+    mine.entries.add(load_logit(logits, dtype, column), at);
+    if (call.statistics) mine.add_teacher(load(log_probs + k));
+  });
+  const Masses masses = team.merged(mine, at);
+
+  // A row of -inf alone has no distribution: NaN, as log_softmax.
+  const float max = fmaxf(masses.others.max, masses.entries.max), base = base_of(max);
+  const float others_sum = masses.others.sum_from(base, at), entries_sum = masses.entries.sum_from(base, at);
+  const float sum = others_sum + entries_sum;
+  const Normalizer all = {max, sum == 0 ? NAN : logf(sum), at.inverse_temperature};
+  float unit_log_sum = unit ? all.log_sum : 0;
+  if (at.unit)
+    unit_log_sum = logf(masses.others.unit_sum * exp_of(masses.others.max - base) +
+                        masses.entries.unit_sum * exp_of(masses.entries.max - base));
+  Normalizer norm = all;  // of the log-probabilities that the divergence is given
+  float bucket_lp = -INFINITY, bucket_lq = -INFINITY;
+  if (call.conditional) {
+    norm.max = masses.entries.max;
+    norm.log_sum = masses.entries.sum == 0 ? NAN : logf(masses.entries.sum);
+  } else {
+    bucket_lp = load((const float*)call.tail_log_prob + row);
+    bucket_lq = log_share(masses.others, others_sum, entries_sum, all);
+  }
+  const float bucket_q = exp_of(bucket_lq);
+
+  EntryStatistics statistics = EntryStatistics::none();
+  if (call.statistics) {
+    add_statistics_of_others<way>(statistics, student, names, all, first_column);
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float logit = load_logit(logits, dtype, column), of_all = all.log_prob(logit);
+      const float lp = load(log_probs + k), p = exp_of(lp);
+      statistics.tv += 0.5f * fabsf(p - exp_of(norm.log_prob(logit)));
+      statistics.student_entropy -= weighted(exp_of(of_all), of_all);
+      statistics.teacher_entropy -= weighted(p, lp);
+      if (logit == max) statistics.student_first = min(statistics.student_first, column);
+      if (lp == masses.teacher_max) statistics.teacher_first = min(statistics.teacher_first, column);
+      if (call.labels && column == numbers.label) statistics.label_entry = (int)k;
+    });
+    statistics = team.merged(statistics);
+  }
+
+  EntrySums sums = EntrySums::none();
+  float bucket_phi = 0, bucket_psi = 0;
+  with_divergence(call, [&](auto divergence) {
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float lp = load(log_probs + k), lq = norm.log_prob(load_logit(logits, dtype, column));
+      const float p = exp_of(lp), q = exp_of(lq);
+      sums.phi += divergence.value(lp, lq, p, q);
+      sums.psi += divergence.slope(lp, lq, p, q);
+    });
+    if (call.conditional) return;
+    const float bucket_p = exp_of(bucket_lp);
+    bucket_phi = divergence.value(bucket_lp, bucket_lq, bucket_p, bucket_q);
+    bucket_psi = divergence.slope(bucket_lp, bucket_lq, bucket_p, bucket_q);
+  });
+  sums = team.merged(sums);
+  sums.phi += bucket_phi, sums.psi += bucket_psi;
+  if (team.first_thread()) {
+    const TopkOutcome outcome = {call, row, numbers, all, unit_log_sum, team.board.label_logit};
+    outcome.write_loss(sums.phi);
+    if (call.statistics) outcome.write_statistics(sums.phi, statistics, masses, bucket_lp, bucket_lq);
+  }
+  if (!call.gradient) return;
+
+  TopkGradient gradient;
+  gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
+  gradient.dtype = dtype;
+  gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
+                  (call.temperature_squared ? numbers.temperature : at.inverse_temperature);
+  gradient.hard = numbers.hard_weight == 0 ? 0 : numbers.scale * numbers.hard_weight;  // the scale may be NaN
+  // An infinite slope leaves the whole row without a gradient.
+  gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
+  gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;
+  gradient.others_base = base_of(masses.others.max);
+  gradient.of_others = gradient.softened(bucket_psi, call.conditional ? 0 : bucket_q);
+  // Without a mass of their own the others are all -inf, or none.
+  if (!call.conditional) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
+  gradient.reads_others = !call.conditional || gradient.hard != 0;
+
+  with_divergence(call, [&](auto divergence) {
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float logit = load_logit(logits, dtype, column);
+      const float lp = load(log_probs + k), lq = norm.log_prob(logit), q = exp_of(lq);
+      const float soft_part = gradient.softened(divergence.slope(lp, lq, exp_of(lp), q), q);
+      const float hard_part = gradient.hard == 0 ? 0 : gradient.hard_of(logit, column);
+      store_logit(gradient.row, dtype, column, soft_part + hard_part);
+    });
+  });
+  gradient.write_others<way>(student, names, first_column, at);
+  fill_gradient(call, team, row, call.columns, 0);
+}
+
+// ---- the kernels of the loss
+
+// Without a gradient a row is read once, from memory: two blocks of a multiprocessor wait for it together.
+template <Way way>
+__global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : blocks_of(way))
+    topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (way != Way::streaming) return;  // never planned
+#endif
+  Team team(plan.blocks);
+  const Dtype dtype = call.student.dtype;
+  const int64_t teams = gridDim.x / plan.blocks;
+  const int staged_bytes = way == Way::streaming ? 0 : plan.slice * bytes_of(dtype);
+  Names names(shared_memory() + sizeof(Board) + staged_bytes, plan);
+  auto cut_of = [&](const char* logits) {
+    return Cut(call.columns, shift_of(logits, dtype, logits, dtype), plan, team);
+  };
+  auto each_row = [&](auto sweep) {
+    for (int64_t row = blockIdx.x / team.blocks; row < call.rows; row += teams) {
+      const RowNumbers numbers(call, row);
+      if (numbers.swept(call)) {
+        const char* logits = row_start(call.student, call, row);
+        const Cut cut = cut_of(logits);
+        names.set(call, row, cut);
+        sweep(row, numbers, logits, cut);
+        __syncthreads();  // all have read the names
+      } else {
+        fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
+      }
+    }
+  };
+  if constexpr (way == Way::streaming) {
+    each_row([&](int64_t row, const RowNumbers& numbers, const char* logits, const Cut& cut) {
+      __syncthreads();  // the names are there
+      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
+    });
+  } else {
+    Staging staging(dtype, plan, team.board);
+    each_row([&](int64_t row, const RowNumbers& numbers, const char* logits, const Cut& cut) {
+      staging.stage(cut.slice(logits, dtype));  // the names are there too
+      // The row after comes from memory while this one is worked on.
+      if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
+        const char* after = row_start(call.student, call, row + teams);
+        staging.prefetch(cut_of(after).slice(after, dtype));
+      }
+      const Slice student = {staging.student, dtype, cut.begin, cut.end, true};
+      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, student, names);
+      bulk_fence();
+    });
+  }
+  if (plan.blocks > 1) cluster_sync(plan.blocks);  // no block leaves while another may read its shared memory
+}
+
+// ---- the k largest: a class as a word
+
+// The order of numbers as one of unsigned integers; 0 and -0 are the same. Less than the smallest finite number has no
+// class that is ever chosen: -inf, and what is not a number.
+inline __device__ uint32_t order_of(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+inline __device__ float number_of(uint32_t order) {
+  return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
+}
+constexpr uint32_t kSmallestOrder = 0x00800000u;  // of -FLT_MAX
+
+// The larger logit has the larger word, among equals the smaller class.
+struct WordsOfClasses {
+  int column_bits;  // 2^column_bits is at least the number of columns
+
+  __device__ uint64_t word_of(float logit, int column) const {
+    return (uint64_t)order_of(logit) << 32 | ((1u << column_bits) - 1 - (uint32_t)column);
+  }
+  __device__ int column_of(uint64_t word) const { return (int)((1u << column_bits) - 1 - (uint32_t)word); }
+  __device__ float logit_of(uint64_t word) const { return number_of((uint32_t)(word >> 32)); }
+
+  // The largest word that at least k of some words reach, found bit by bit, or the first on the way that no more than
+  // `most` reach. count(word) says how many reach it. 1, which all reach, where there are not k.
+  template <class Count> __device__ uint64_t threshold(Dtype dtype, int64_t k, int64_t most, Count count) const {
+    // The last bits of a 16-bit logit are all alike.
+    const int unused = dtype == Dtype::f32 ? 0 : dtype == Dtype::bf16 ? 16 : 13;
+    uint64_t word = 0;
+    for (int bit = 63; bit >= 0; --bit) {
+      if (bit == 31 + unused) {
+        if (!(word >> 63)) word |= (uint64_t)((1u << unused) - 1) << 32;  // set in what is negative
+        bit = 31;
+      }
+      if (bit == 31) bit = column_bits - 1;
+      if (bit < 0) break;
+      const uint64_t larger = word | (uint64_t)1 << bit;
+      const int64_t reached_by = count(larger);
+      if (reached_by < k) continue;
+      word = larger;
+      if (reached_by <= most) break;
+    }
+    return word ? word : 1;
+  }
+};
+
+// A number that every class that reaches the word is not below: it spares most classes the making of theirs.
+inline __device__ float floor_of(uint64_t word) {
+  const uint32_t order = (uint32_t)(word >> 32);
+  return number_of(order < kSmallestOrder ? kSmallestOrder : order);
+}
+
+// ---- a row's words
+
+constexpr int kMaximaOfThread = kGroup;
+constexpr int kThreadsOfRow = kMaxThreads;
+
+struct TopkPlan : Launch {
+  int room;             // for words in shared memory
+  int maxima;           // of a thread; 0: k is too large for them
+  WordsOfClasses words;
+};
+
+struct LogitRow {
+  Slice slice;  // all of the row
+  int shift;
+
+  __device__ LogitRow(const char* row, Dtype dtype, int64_t columns)
+      : shift(columns_in((uint64_t)row % 16, dtype)) {
+    slice = {row - shift * bytes_of(dtype), dtype, shift, (int)columns + shift, true};
+  }
+  // Calls body(logits, column of the first) for this thread's groups; two loads are under way at a time.
+  template <class Body> __device__ void each_group(bool backwards, Body body) const {
+    const Groups groups(slice.end, backwards);
+    for (int position = groups.first; groups.has(position); position += 2 * groups.step) {
+      const int after = position + groups.step;
+      const Raw raw = load_group<false, false>(slice, position);
+      Raw raw_after = {};
+      if (groups.has(after)) raw_after = load_group<false, false>(slice, after);
+      float x[kGroup];
+      widen<false>(raw, slice.dtype, x);
+      body(x, position - shift);
+      if (!groups.has(after)) continue;
+      widen<false>(raw_after, slice.dtype, x);
+      body(x, after - shift);
+    }
+  }
+};
+
+struct Count {
+  int count;
+
+  static __device__ Count none() { return {0}; }
+  __device__ Count across_warp() const {
+    Count x = *this;
+    for (int by = kWarp / 2; by; by /= 2) x.count += from_lane_below(x, by).count;
+    return x;
+  }
+};
+
+// The words that were collected: in shared memory, or, where k are too many for it, in the results of the row.
+struct Collection {
+  uint64_t* shared;
+  int32_t* indices;
+  float* log_probs;
+  bool in_shared;
+  WordsOfClasses words;
+
+  __device__ uint64_t get(int i) const {
+    return in_shared ? shared[i] : words.word_of(load(log_probs + i), load(indices + i));
+  }
+  __device__ void set(int i, uint64_t word) const {
+    if (in_shared) {
+      shared[i] = word;
+    } else {
+      store(log_probs + i, words.logit_of(word));
+      store(indices + i, words.column_of(word));
+    }
+  }
+  // The larger to the front; all of the block, which waits before and after. A bitonic network whose every step
+  // takes the larger to the front: what lies past the last would stay there, and is left out.
+  __device__ void sort(int count) const {
+    for (int size = 2; size < 2 * count; size *= 2) {
+      for (int stride = size / 2; stride; stride /= 2) {
+        for (int pair = threadIdx.x; pair < round_up_to(count, size) / 2; pair += blockDim.x) {
+          const int low = pair / stride * 2 * stride + pair % stride;
+          const int high = 2 * stride == size ? low - pair % stride + size - 1 - pair % stride : low + stride;
+          if (high >= count) continue;
+          const uint64_t a = get(low), b = get(high);
+          if (a < b) set(low, b), set(high, a);
+        }
+        __syncthreads();
+      }
+    }
+  }
+  static __device__ int round_up_to(int x, int to) { return (x + to - 1) / to * to; }
+};
+
+// What a row's log-sum-exp is made of.
+struct Shares {
+  Mass rest;
+  float chosen;  // sum of exponentials of the k largest, relative to the largest
+
+  static __device__ Shares none() { return {Mass::none(), 0}; }
+  __device__ Shares across_warp(Tempering at) const {
+    Shares x = *this;
+    x.rest.rebase(warp_max(rest.max), at);
+    for (int by = kWarp / 2; by; by /= 2) {
+      const Shares below = from_lane_below(x, by);
+      x.rest.sum += below.rest.sum, x.chosen += below.chosen;
+    }
+    return x;
+  }
+};
+
+// A word that the k largest reach, and as few others as the maxima of groups tell: those that are k-th or so among the
+// maxima.
+inline __device__ uint64_t threshold_of_maxima(const LogitRow& row, int k, const TopkPlan& plan) {
+  float largest[kMaximaOfThread];
+  int first[kMaximaOfThread];  // column of the logits among which it was
+  for (int i = 0; i < kMaximaOfThread; ++i) largest[i] = -INFINITY, first[i] = 0;
+  row.each_group(false, [&](const float (&x)[kGroup], int column) {
+    for (int i = 0; i < kGroup; ++i)
+      if (x[i] > largest[i]) largest[i] = x[i], first[i] = column;
+  });
+  uint64_t words[kMaximaOfThread];
+  for (int i = 0; i < kMaximaOfThread; ++i)
+    words[i] = largest[i] > -INFINITY ? plan.words.word_of(largest[i], first[i] + i) : 0;
+#pragma unroll
+  for (int half = kMaximaOfThread / 2; half; half /= 2)
+    if (plan.maxima <= half)
+      for (int i = 0; i < half; ++i) words[i] = words[i] > words[i + half] ? words[i] : words[i + half];
+  return plan.words.threshold(row.slice.dtype, k, k + k / 4 + 16, [&](uint64_t word) {
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kMaximaOfThread; ++i)
+      if (i < plan.maxima) count += __syncthreads_count(words[i] >= word);
+    return count;
+  });
+}
+
+// The same among all columns, exactly but for `most`: a sweep for each bit.
+inline __device__ uint64_t threshold_of_row(const LogitRow& row, int k, int most, const TopkPlan& plan, Team& team) {
+  return plan.words.threshold(row.slice.dtype, k, most, [&](uint64_t word) {
+    const float floor = floor_of(word);
+    Count mine = Count::none();
+    row.each_group(false, [&](const float (&x)[kGroup], int column) {
+      for (int i = 0; i < kGroup; ++i)
+        if (x[i] >= floor && plan.words.word_of(x[i], column + i) >= word) ++mine.count;
+    });
+    return team.merged(mine).count;
+  });
+}
+
+// Collects what reaches the word, as far as there is room, and returns this thread's part of all other classes.
+inline __device__ Mass collect(const LogitRow& row, uint64_t word, const Collection& into, int room, int* count,
+                               Tempering at) {
+  const float floor = floor_of(word);
+  Mass rest = Mass::none();
+  row.each_group(true, [&](float (&x)[kGroup], int column) {
+    bool reached = false;
+    for (int i = 0; i < kGroup; ++i) reached |= x[i] >= floor;
+    if (reached) {
+      for (int i = 0; i < kGroup; ++i) {
+        if (!(x[i] >= floor)) continue;
+        const uint64_t candidate = into.words.word_of(x[i], column + i);
+        if (candidate < word) continue;
+        const int place = add_shared(count, 1);
+        if (place < room) into.set(place, candidate);
+        x[i] = -INFINITY;
+      }
+    }
+    rest.add(x, at);
+  });
+  return rest;
+}
+
+inline __device__ void topk_of_row(const TopkCall& call, const TopkPlan& plan, Team& team, int64_t row,
+                                   float temperature) {
+  const int k = (int)call.k;
+  int* count = (int*)(shared_memory() + sizeof(Board));
+  const Collection found = {(uint64_t*)(count + 2), call.indices + row * k, (float*)call.log_probs + row * k,
+                            k <= plan.room, plan.words};
+  const int room = found.in_shared ? plan.room : k;
+  const LogitRow logits(row_start(call.logits, call, row), call.logits.dtype, call.columns);
+  const Tempering at(temperature, false);
+
+  // A row before has its count read before its merge, and its collection before this barrier.
+  auto collected = [&](uint64_t word) {
+    if (threadIdx.x == 0) *count = 0;
+    __syncthreads();
+    const Mass rest = collect(logits, word, found, room, count, at);
+    __syncthreads();
+    return rest;
+  };
+  const bool all = k == call.columns;
+  uint64_t word = all ? 1 : plan.maxima ? threshold_of_maxima(logits, k, plan)
+                                        : threshold_of_row(logits, k, room, plan, team);
+  Shares mine = {collected(word), 0};
+  if (*count > room) {
+    word = threshold_of_row(logits, k, room, plan, team);
+    mine.rest = collected(word);
+  }
+  const int have = *count, chosen = have < k ? have : k;
+  found.sort(have);
+
+  const float max = have ? found.words.logit_of(found.get(0)) : -INFINITY, base = base_of(max);
+  for (int i = threadIdx.x; i < have; i += blockDim.x) {
+    const float logit = found.words.logit_of(found.get(i));
+    if (i < k) mine.chosen += at.exp(logit - base);
+    else mine.rest.add(logit, at);
+  }
+  const Shares shares = team.merged(mine, at);
+  const float rest_sum = shares.rest.sum_from(base, at), sum = shares.chosen + rest_sum;
+  const Normalizer all_of_row = {max, sum == 0 ? NAN : logf(sum), at.inverse_temperature};
+  const bool is_nan = all_of_row.log_sum != all_of_row.log_sum;
+  for (int i = threadIdx.x; i < k; i += blockDim.x) {
+    const uint64_t mine = i < chosen ? found.get(i) : 0;
+    const float log_prob = is_nan ? NAN : i < chosen ? all_of_row.log_prob(found.words.logit_of(mine)) : -INFINITY;
+    store(found.log_probs + i, log_prob);
+    store(found.indices + i, is_nan ? i : log_prob == -INFINITY ? -1 : found.words.column_of(mine));
+  }
+  if (threadIdx.x) return;
+  const float tail = is_nan ? NAN
+                     : shares.rest.sum == 0
+                         ? -INFINITY
+                         : log_share(shares.rest, rest_sum, shares.chosen, all_of_row);
+  store((float*)call.tail_log_prob + row, tail);
+}
+
+__global__ void __launch_bounds__(kThreadsOfRow, 2)
+    topk_kernel(const __grid_constant__ TopkCall call, const __grid_constant__ TopkPlan plan) {
+  Team team(1);
+  for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
+    const float scale = per_row(call.row_scale, row), temperature = per_row(call.temperature, row);
+    if (scale != 0 && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY) {
+      topk_of_row(call, plan, team, row, temperature);
+      continue;
+    }
+    for (int64_t i = threadIdx.x; i < call.k; i += blockDim.x) {
+      store(call.indices + row * call.k + i, scale == 0 ? -1 : (int)i);
+      store((float*)call.log_probs + row * call.k + i, scale == 0 ? -INFINITY : NAN);
+    }
+    if (threadIdx.x == 0) store((float*)call.tail_log_prob + row, scale == 0 ? 0 : NAN);
+  }
+}
+
+// ---- the host
+
+namespace {
+
+using TopkRowsKernel = void (*)(const TopkRowsCall, const Plan);
+
+TopkRowsKernel topk_rows_kernel_of(Way way) {
+  return way == Way::halves   ? topk_rows_kernel<Way::halves>
+         : way == Way::staged ? topk_rows_kernel<Way::staged>
+                              : topk_rows_kernel<Way::streaming>;
+}
+
+Shape shape_of(const TopkRowsCall& call) {
+  Shape shape = {};
+  shape.rows = call.rows, shape.columns = call.columns;
+  const bool gradient = call.gradient && (!call.conditional || call.hard_weight.data);
+  shape.sweeps = wants_others(call) ? 1 + !!call.statistics + gradient : 0;
+  shape.column_bytes = bytes_of(call.student.dtype);
+  shape.column_bits = 1;
+  shape.aligned = rows_are_aligned(call.student);
+  shape.halves = call.student.dtype != Dtype::f32;
+  return shape;
+}
+
+// Twice as many maxima as words that are sought, so that few more reach what k of them do; room for twice as many.
+TopkPlan plan_topk(const TopkCall& call, const Chip& chip, int device) {
+  Shape shape = {};
+  shape.rows = call.rows, shape.columns = call.columns, shape.sweeps = 2;
+  shape.column_bytes = bytes_of(call.logits.dtype);
+  shape.aligned = rows_are_aligned(call.logits);
+  TopkPlan plan = {};
+  plan.blocks = 1;
+  plan.threads = threads_for(call.columns, 2, kThreadsOfRow);
+  while (call.columns > (int64_t)1 << plan.words.column_bits) ++plan.words.column_bits;
+  for (plan.maxima = 1; plan.maxima <= kMaximaOfThread && plan.maxima * plan.threads < 2 * call.k;) plan.maxima *= 2;
+  if (plan.maxima > kMaximaOfThread) plan.maxima = 0;
+  plan.room = 512;
+  while (plan.room < 2 * call.k && plan.room < 4096) plan.room *= 2;
+  const int around = sizeof(Board) + sizeof(uint64_t);
+  while (plan.room > 1 && around + plan.room * (int)sizeof(uint64_t) > chip.shared) plan.room /= 2;
+  plan.shared = around + plan.room * (int)sizeof(uint64_t);
+  const int64_t at_once = teams_at_once(topk_kernel, plan, chip, device);
+  if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  const int64_t teams = limited_teams(at_once, shape, chip, 1, rows_in_cache(shape, chip));
+  plan.grid = (int)(teams < call.rows ? teams : call.rows);
+  return plan;
+}
+
+}  // namespace
+
+void topk_rows(const TopkRowsCall& original, int device, void* stream) {
+  if (original.rows == 0) return;
+  TopkRowsCall call = original;
+  call.inner = collapse(call.rows, call.inner, call.student);
+  OnDevice guard(device);
+  const Plan launch = plan(shape_of(call), Chip(device, topk_kernel), device, topk_rows_kernel_of);
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, topk_rows_kernel_of(launch.way), call, launch);
+}
+
+void topk(const TopkCall& original, int device, void* stream) {
+  if (original.rows == 0) return;
+  TopkCall call = original;
+  call.inner = collapse(call.rows, call.inner, call.logits);
+  OnDevice guard(device);
+  const TopkPlan launch = plan_topk(call, Chip(device, topk_kernel), device);
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, topk_kernel, call, launch);
+}
+
+void load_topk() {
+  cudaFuncAttributes attributes;
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, topk_kernel);
+  for (Way way : {Way::streaming, Way::staged, Way::halves})
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, topk_rows_kernel_of(way));
+}
+
+}  // namespace cuda
+}  // namespace kdk
