@@ -29,8 +29,19 @@ TARGETS = {
 }
 MAIN_TARGET = "sm_90"
 FEW = ("kl", "js", "alpha")
-WITH_GRADIENT = ("rows, gradient", "rows, label, gradient")
-ONCE = ("row_floats", "scale_", "softcap_", "softcap_gradient_")  # the same for every divergence
+WITH_GRADIENT = ("rows, gradient", "rows, label, gradient", "topk_rows, gradient", "topk_rows, label, gradient")
+# The same for every divergence.
+ONCE = (
+    "row_floats",
+    "scale_",
+    "softcap_",
+    "softcap_gradient_",
+    "topk",
+    "topk of many",
+    "topk of one",
+    "topk_rows of one",
+)
+ENTRIES = 64
 
 # ptxas may put a few scalars on the stack where that lets one more block run at a time. A tile that does
 # not fit the registers takes hundreds of bytes.
@@ -92,7 +103,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     """{operator and options: (kernel, arguments, keyword arguments)}, as the launchers choose them."""
     import torch
 
-    from kdkernels.backends.triton import linear
+    from kdkernels.backends.triton import linear, topk
     from kdkernels.backends.triton import rows as launchers
 
     def meta(*shape, dtype=torch.float32):
@@ -105,12 +116,20 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     temperature, parameters, floats, sums = meta(1), meta(1), meta(5, count), meta(2, count)
     plain = (None, temperature, None, parameters)
     label = (meta(count, dtype=torch.int64), meta(count), meta(count), parameters)
+    one = meta(1, count, 1, dtype=student_dtype)
+    entries = (meta(count, ENTRIES, dtype=torch.int32), meta(count, ENTRIES), meta(count))
 
     calls = {
         "row_floats": lambda: launchers.row_floats(*logits, temperature, VOCABULARY),
         "scale_": lambda: launchers.scale_(student, logits[2]),
         "softcap_": lambda: linear.softcap_(student, 30.0),
         "softcap_gradient_": lambda: linear.softcap_gradient_(student, student, 30.0),
+        "topk": lambda: topk.topk(student, logits[2], temperature, ENTRIES, VOCABULARY),
+        "topk of many": lambda: topk.topk(student, logits[2], temperature, 4096, VOCABULARY),
+        "topk of one": lambda: topk.topk(one, logits[2], temperature, 1, 1),
+        "topk_rows of one": lambda: topk.topk_rows(
+            one, *entries, logits[2], *label, divergence, 1, False, False, True, True
+        ),
     }
     for options, row in (("", plain), (", label", label)):
         # Bound now: the loop goes on.
@@ -127,20 +146,36 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
                 calls[name] = lambda row=row, gradient=gradient, statistics=statistics: launchers.rows(
                     *logits, *row, divergence, VOCABULARY, False, gradient, statistics
                 )
+        for conditional, gradient, statistics in (
+            (False, True, False),
+            (False, True, True),
+            (False, False, False),
+            (True, True, False),
+            (True, True, True),
+        ):
+            name = "topk_rows" + options + ", conditional" * conditional
+            name += ", gradient" * gradient + ", statistics" * statistics
+            calls[name] = lambda row=row, choice=(conditional, gradient, statistics): topk.topk_rows(
+                student, *entries, logits[2], *row, divergence, VOCABULARY, False, *choice
+            )
 
-    recorded = []
+    recorded, found = [], {}
     kernels = [(launchers, name) for name in ("rows_kernel", "scale_kernel")]
     kernels += [(linear, name) for name in ("softcap_kernel", "softcap_gradient_kernel")]
+    kernels += [(topk, name) for name in ("topk_rows_kernel", "topk_kernel", "topk_result_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     try:
         for module, name, kernel in originals:
             setattr(module, name, Recorder(kernel, recorded))
-        for call in calls.values():
+        for operator, call in calls.items():
+            recorded.clear()
             call()
+            assert recorded and len(recorded) <= 2, recorded
+            found |= zip((operator, operator + ", its result"), recorded, strict=False)
     finally:
         for module, name, kernel in originals:
             setattr(module, name, kernel)
-    return dict(zip(calls, recorded, strict=True))
+    return found
 
 
 def source(kernel, args, kwargs):
@@ -152,6 +187,7 @@ def source(kernel, args, kwargs):
         torch.float32: "*fp32",
         torch.bfloat16: "*bf16",
         torch.float16: "*fp16",
+        torch.int32: "*i32",
         torch.int64: "*i64",
     }
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -160,7 +196,8 @@ def source(kernel, args, kwargs):
     for index, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         tensor = isinstance(value, torch.Tensor)
-        if parameter.is_constexpr or value is None:
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
             continue
@@ -183,7 +220,7 @@ def compile_case(case: Case) -> list[Measured]:
     for operator, launch in launches(case.divergence, *dtypes).items():
         if operator not in WITH_GRADIENT and not case.everything:
             continue
-        if operator in ONCE and case.divergence != "kl":
+        if operator.removesuffix(", its result") in ONCE and case.divergence != "kl":
             continue
         ast, options = source(*launch)
         asm = triton.compile(ast, target=GPUTarget(*TARGETS[case.target]), options=options).asm

@@ -2,6 +2,7 @@
 
 from .linear import accumulate_, empty, softcap_, softcap_gradient_
 from .rows import row_floats, row_gradient, row_sums, rows, scale_
+from .topk import topk, topk_rows
 
 __all__ = [
     "accumulate_",
@@ -13,4 +14,6 @@ __all__ = [
     "scale_",
     "softcap_",
     "softcap_gradient_",
+    "topk",
+    "topk_rows",
 ]

@@ -20,54 +20,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
-from .launch import device_of, written
+from .. import ROW_FLOATS, ROW_SUMS
+from .launch import (
+    device_of,
+    fill_gradient,
+    finite_base,
+    finite_or_nan,
+    gradient_target,
+    is_bad_temperature,
+    load_tile,
+    log_of_sum,
+    per_row_empty,
+    row_strides,
+    start_of_row,
+    statistics_empty,
+    stride,
+    tile,
+    written,
+)
 from .table import TABLE, weighted
-
-_THREADS = 256
-
-
-@triton.jit
-def _load_tile(row_start, start, columns, BLOCK: tl.constexpr):
-    column = start + tl.arange(0, BLOCK)
-    return tl.load(row_start + column, mask=column < columns, other=-float("inf")).to(tl.float32)
-
-
-@triton.jit
-def _finite_base(maximum):
-    """What exponentials are taken relative to: 0 while all that was seen is -inf."""
-    return tl.where(maximum == -float("inf"), 0.0, maximum)
-
-
-@triton.jit
-def _log_sum(maximum, sum_exp):
-    """A row of -inf alone has no distribution: NaN, as log_softmax."""
-    return tl.where(maximum == -float("inf"), float("nan"), tl.log(sum_exp))
 
 
 @triton.jit
 def _first_of(x, maximum, start, columns, BLOCK: tl.constexpr):
     """The tile's first column that holds the row's maximum, or `columns`."""
     return tl.min(tl.where(x == maximum, start + tl.arange(0, BLOCK), columns), 0)
-
-
-@triton.jit
-def _row_start(logits, row, inner, outer_stride, inner_stride):
-    return logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-
-
-@triton.jit
-def _fill_gradient(gradient_row, first, end, value, BLOCK: tl.constexpr):
-    for start in range(first, end, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        fill = tl.zeros([BLOCK], tl.float32) + value
-        tl.store(gradient_row + column, fill.to(gradient_row.dtype.element_ty), mask=column < end)
-
-
-@triton.jit
-def _finite_or_nan(slope_sum):
-    """An infinite slope leaves the whole row without a gradient."""
-    return tl.where(tl.abs(slope_sum) < float("inf"), slope_sum, float("nan"))
 
 
 @triton.jit
@@ -125,8 +102,7 @@ def rows_kernel(
         gradient_row = gradient + row * gradient_columns
     scale = tl.load(row_scale + row * row_scale_stride)
     row_temperature = tl.load(temperature + row * temperature_stride)
-    bad = (row_temperature <= 0) | (row_temperature == float("inf")) | (row_temperature != row_temperature)
-    bad = bad | (1 / row_temperature == float("inf"))
+    bad = is_bad_temperature(row_temperature)
     if hard_weight is not None:
         row_hard_weight = tl.load(hard_weight + row * hard_weight_stride)
         bad = bad | (row_hard_weight < 0) | (row_hard_weight > 1) | (row_hard_weight != row_hard_weight)
@@ -155,12 +131,12 @@ def rows_kernel(
             for i in tl.static_range(2):
                 tl.store(top1 + i * rows + row, 0)
         if gradient is not None:
-            _fill_gradient(gradient_row, 0, gradient_columns, fill, BLOCK)
+            fill_gradient(gradient_row, 0, gradient_columns, fill, BLOCK)
         return
 
     inverse_temperature = 1 / row_temperature
-    student_row = _row_start(student, row, inner, student_outer_stride, student_inner_stride)
-    teacher_row = _row_start(teacher, row, inner, teacher_outer_stride, teacher_inner_stride)
+    student_row = start_of_row(student, row, inner, student_outer_stride, student_inner_stride)
+    teacher_row = start_of_row(teacher, row, inner, teacher_outer_stride, teacher_inner_stride)
     # The gradient may take the place of the student's logits. The label's is loaded here, before a reduction that all
     # threads of the program take part in, and so before any of them writes; a tile is loaded before it is written.
     if SUMS and labels is not None:
@@ -178,12 +154,12 @@ def rows_kernel(
         unit_sum = tl.full((), 0, tl.float32)
         log_ratio_sum = tl.full((), 0, tl.float32)
         for start in range(0, columns, BLOCK):
-            s = _load_tile(student_row, start, columns, BLOCK)
-            t = _load_tile(teacher_row, start, columns, BLOCK)
+            s = load_tile(student_row, start, columns, BLOCK)
+            t = load_tile(teacher_row, start, columns, BLOCK)
             new_student_max = tl.maximum(student_max, tl.max(s, 0))
             new_teacher_max = tl.maximum(teacher_max, tl.max(t, 0))
-            student_base = _finite_base(new_student_max)
-            teacher_base = _finite_base(new_teacher_max)
+            student_base = finite_base(new_student_max)
+            teacher_base = finite_base(new_teacher_max)
             # What was summed relative to the old maximum is worth this much relative to the new.
             student_decay = tl.exp((student_max - student_base) * inverse_temperature)
             teacher_decay = tl.exp((teacher_max - teacher_base) * inverse_temperature)
@@ -192,7 +168,7 @@ def rows_kernel(
             if KNOWS_SLOPE_SUM:
                 # The sum of e * ((s - student_max) - (t - teacher_max)): a new maximum moves each difference
                 # by `shift`. An infinite sum whose exponentials have since decayed to 0 is dropped with them.
-                shift = _finite_base(student_max) - student_base - (_finite_base(teacher_max) - teacher_base)
+                shift = finite_base(student_max) - student_base - (finite_base(teacher_max) - teacher_base)
                 log_ratio_sum = weighted(student_decay, log_ratio_sum + student_sum * shift)
                 log_ratio_sum += tl.sum(weighted(student_e, (s - student_base) - (t - teacher_base)), 0)
             student_sum = student_sum * student_decay + tl.sum(student_e, 0)
@@ -201,11 +177,11 @@ def rows_kernel(
                 unit_sum = unit_sum * tl.exp(student_max - student_base) + tl.sum(tl.exp(s - student_base), 0)
             student_max = new_student_max
             teacher_max = new_teacher_max
-        student_log_sum = _log_sum(student_max, student_sum)
-        teacher_log_sum = _log_sum(teacher_max, teacher_sum)
+        student_log_sum = log_of_sum(student_max, student_sum)
+        teacher_log_sum = log_of_sum(teacher_max, teacher_sum)
         unit_log_sum = tl.full((), 0, tl.float32)
         if UNIT_LOG_SUM:
-            unit_log_sum = _log_sum(student_max, unit_sum)
+            unit_log_sum = log_of_sum(student_max, unit_sum)
         tl.store(floats + row, student_max)
         tl.store(floats + rows + row, student_log_sum)
         tl.store(floats + 2 * rows + row, teacher_max)
@@ -242,8 +218,8 @@ def rows_kernel(
             teacher_first = columns
         for back in range(0, columns, BLOCK):
             start = last - back
-            s = _load_tile(student_row, start, columns, BLOCK)
-            t = _load_tile(teacher_row, start, columns, BLOCK)
+            s = load_tile(student_row, start, columns, BLOCK)
+            t = load_tile(teacher_row, start, columns, BLOCK)
             if statistics is not None:
                 student_first = tl.minimum(student_first, _first_of(s, student_max, start, columns, BLOCK))
                 teacher_first = tl.minimum(teacher_first, _first_of(t, teacher_max, start, columns, BLOCK))
@@ -256,7 +232,7 @@ def rows_kernel(
                 if gradient is not None:
                     _store_gradient(
                         gradient_row, start, columns, s, q, SLOPE(lp, lq, p, q, parameter),
-                        _finite_or_nan(slope_sum), soft, hard, student_max, unit_log_sum, label,
+                        finite_or_nan(slope_sum), soft, hard, student_max, unit_log_sum, label,
                         hard_weight is not None, BLOCK,
                     )  # fmt: skip
             else:
@@ -307,17 +283,17 @@ def rows_kernel(
 
     # ---- gradient
     if gradient is not None:
-        _fill_gradient(gradient_row, columns, gradient_columns, 0.0, BLOCK)
+        fill_gradient(gradient_row, columns, gradient_columns, 0.0, BLOCK)
         if not KNOWS_SLOPE_SUM:
             for start in range(0, columns, BLOCK):
-                s = _load_tile(student_row, start, columns, BLOCK)
-                t = _load_tile(teacher_row, start, columns, BLOCK)
+                s = load_tile(student_row, start, columns, BLOCK)
+                t = load_tile(teacher_row, start, columns, BLOCK)
                 lq = (s - student_max) * inverse_temperature - student_log_sum
                 lp = (t - teacher_max) * inverse_temperature - teacher_log_sum
                 q = tl.exp(lq)
                 _store_gradient(
                     gradient_row, start, columns, s, q, SLOPE(lp, lq, tl.exp(lp), q, parameter),
-                    _finite_or_nan(slope_sum), soft, hard, student_max, unit_log_sum, label,
+                    finite_or_nan(slope_sum), soft, hard, student_max, unit_log_sum, label,
                     hard_weight is not None, BLOCK,
                 )  # fmt: skip
 
@@ -356,15 +332,11 @@ def rows(
 ):
     """`into`, with a gradient: a contiguous tensor of the student's shape and dtype that takes it, in place of a fresh
     one. It may be the student itself."""
-    if into is None:
-        into = torch.empty(student.shape if gradient else 0, dtype=student.dtype, device=student.device)
-    else:
-        assert gradient and into.is_contiguous(), "into takes a gradient, and is contiguous"
-        assert (into.shape, into.dtype, into.device) == (student.shape, student.dtype, student.device), "as the student"
-    loss = _per_row_empty(student, (), row_scale)
-    floats = _per_row_empty(student, (len(ROW_FLOATS),), row_scale)
-    sums = _per_row_empty(student, (len(ROW_SUMS),), row_scale)
-    row_statistics, top1 = _statistics_empty(student, row_scale, statistics)
+    into = gradient_target(student, gradient, into)
+    loss = per_row_empty(student, (), row_scale)
+    floats = per_row_empty(student, (len(ROW_FLOATS),), row_scale)
+    sums = per_row_empty(student, (len(ROW_SUMS),), row_scale)
+    row_statistics, top1 = statistics_empty(student, row_scale, statistics)
     _launch(
         student, teacher, row_scale, temperature, vocab_size, floats,
         labels=labels, hard_weight=hard_weight, parameters=parameters, divergence=divergence,
@@ -377,7 +349,7 @@ def rows(
 
 
 def row_floats(student: Tensor, teacher: Tensor, row_scale: Tensor, temperature: Tensor, vocab_size: int):
-    floats = _per_row_empty(student, (len(ROW_FLOATS),), row_scale)
+    floats = per_row_empty(student, (len(ROW_FLOATS),), row_scale)
     _launch(student, teacher, row_scale, temperature, vocab_size, floats, find_floats=True, unit_log_sum=True)
     return floats
 
@@ -394,8 +366,8 @@ def row_sums(
     vocab_size: int,
     statistics: bool,
 ):
-    sums = _per_row_empty(student, (len(ROW_SUMS),), row_scale)
-    row_statistics, top1 = _statistics_empty(student, row_scale, statistics)
+    sums = per_row_empty(student, (len(ROW_SUMS),), row_scale)
+    row_statistics, top1 = statistics_empty(student, row_scale, statistics)
     _launch(
         student, teacher, row_scale, temperature, vocab_size, floats,
         labels=labels, parameters=parameters, divergence=divergence, sums=sums,
@@ -434,7 +406,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     block, warps = tile(columns)
     with device_of(gradient), written(gradient) as target:
         scale_kernel[(gradient.numel() // columns,)](
-            target, factor, columns, _stride(factor), BLOCK=block, num_warps=warps
+            target, factor, columns, stride(factor), BLOCK=block, num_warps=warps
         )
 
 
@@ -470,35 +442,8 @@ def _launch(
             student, teacher, row_scale, labels, temperature, hard_weight, parameters,
             floats, sums, loss, statistics, top1, target,
             count, student.shape[1], vocab_size, student.shape[2],
-            *_row_strides(student), *_row_strides(teacher),
-            _stride(row_scale), _stride(temperature), 0 if hard_weight is None else _stride(hard_weight),
+            *row_strides(student), *row_strides(teacher),
+            stride(row_scale), stride(temperature), 0 if hard_weight is None else stride(hard_weight),
             VALUE=value, SLOPE=slope, SLOPE_SUM=slope_sum, FLOATS=find_floats, SUMS=find_sums,
             UNIT_LOG_SUM=unit_log_sum, TEMPERATURE_SQUARED=temperature_squared, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-
-
-def tile(columns: int, statistics: bool = False) -> tuple[int, int]:
-    """Columns of a tile, and warps: 16 columns a thread (of 32 a warp), 8 where statistics need registers."""
-    per_thread = 8 if statistics else 16
-    block = min(max(triton.next_power_of_2(columns), 64), _THREADS * per_thread)
-    return block, max(block // (32 * per_thread), 1)
-
-
-def _per_row_empty(like: Tensor, leading: tuple[int, ...], row_scale: Tensor, dtype=torch.float32) -> Tensor:
-    return torch.empty(*leading, row_scale.numel(), dtype=dtype, device=like.device)
-
-
-def _statistics_empty(like: Tensor, row_scale: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    return (
-        _per_row_empty(like, (len(ROW_STATISTICS) if wanted else 0,), row_scale),
-        _per_row_empty(like, (len(ROW_TOP1) if wanted else 0,), row_scale, torch.int64),
-    )
-
-
-def _row_strides(x: Tensor) -> tuple[int, int]:
-    """0 for a dimension of size 1, whose stride may be anything, so that it decides no compilation."""
-    return tuple(x.stride(d) if x.shape[d] > 1 else 0 for d in (0, 1))
-
-
-def _stride(per_row: Tensor) -> int:
-    return 0 if per_row.numel() == 1 else per_row.stride(0)
