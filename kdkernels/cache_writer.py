@@ -1,0 +1,245 @@
+"""Writing a cache of teachers: sequences are checked, packed, and put into shards; see `kdkernels.cache`."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import packing, shards
+from .distributions import SparseLogProbs
+
+SHARD_BYTES = 64 * 2**20  # about; small enough that little is lost to a kill
+
+
+class CacheWriter:
+    """Writes sequences and their teachers into a directory, or goes on where an earlier writer stopped.
+
+    >>> with CacheWriter(directory, vocab_size=49_152, k=64, length=1024) as writer:
+    ...     for ids in blocks[writer.sequences :].split(4):
+    ...         writer.append(ids, kdkernels.topk_log_probs(model(ids).logits, 64))
+
+    What was appended is on disk once a shard is full, or at `close`. A with-block that an exception leaves does not
+    write what no shard held: the next writer's `sequences` is where to go on.
+
+    Args:
+        directory: made if it is not there.
+        vocab_size: V, classes that the teacher's indices are of.
+        k: K, entries a row has room for.
+        length: T, tokens of each sequence.
+        temperature: the teacher's `source_temperature`.
+        tail: the teachers' `tail`. With "bucket" and "uniform" the tail's log-prob is kept, and readers may ask for
+            any other; the others have none.
+        tokenizer_hash: of the tokenizer that made the ids (`tokenizer_hash`), for readers to compare.
+        teacher: a name for the model, kept for readers too.
+        sequences_per_shard: None: about 64 MiB.
+
+    Raises:
+        ValueError: where the directory holds a cache of other settings, naming those that differ; a cache that is
+            damaged; shards without a manifest. Nothing is changed then.
+        RuntimeError: where another writer is at work in the directory.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        vocab_size: int,
+        k: int,
+        length: int,
+        temperature: float = 1.0,
+        tail: str = "bucket",
+        tokenizer_hash: str | None = None,
+        teacher: str | None = None,
+        sequences_per_shard: int | None = None,
+    ):
+        self.directory = Path(directory)
+        self.settings = shards.Settings(vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher)
+        if sequences_per_shard is None:
+            sequences_per_shard = default_sequences_per_shard(self.settings)
+        if sequences_per_shard < 1:
+            raise ValueError(f"sequences_per_shard: expected at least 1; got {sequences_per_shard}")
+        self.sequences_per_shard = sequences_per_shard
+        self._pending: list[dict[str, np.ndarray]] = []  # a sequence each
+
+        self._named_shards()  # raises before anything is made
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = shards.lock(self.directory)
+        try:
+            self.shards = self._named_shards()  # again: another writer may have gone on until it was locked
+            if self.shards is None:
+                self.shards = []
+                shards.write_manifest(self.directory, self.settings, self.shards)
+            shards.remove_leftovers(self.directory, self.shards)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def sequences(self) -> int:
+        """How many there are: on disk and appended since."""
+        return sum(shard.sequences for shard in self.shards) + len(self._pending)
+
+    def append(self, input_ids: Tensor, teacher: SparseLogProbs) -> None:
+        """Adds sequences with their teachers.
+
+        Args:
+            input_ids: integers [B, T].
+            teacher: [B, T, up to K]; row t is the teacher's prediction of token t + 1. Rows are sorted by index here,
+                and filled up to K entries with padding.
+
+        Raises:
+            TypeError, ValueError: for what does not fit the settings; for indices out of range or repeated (samples may
+                repeat), NaN, and, where there is a tail_log_prob, rows whose mass is not 1. None of the sequences is
+                taken then.
+        """
+        if self._lock.closed:
+            raise ValueError(f"{self.directory}: expected an open writer; this one was closed")
+        if len(input_ids) == 0:
+            return
+        self._pending += pack_sequences(input_ids, teacher, self.settings)
+        while len(self._pending) >= self.sequences_per_shard:
+            self._write_shard(self.sequences_per_shard)
+
+    def close(self) -> None:
+        """Writes what no shard holds yet, and lets another writer in."""
+        try:
+            if self._pending and not self._lock.closed:
+                self._write_shard(len(self._pending))
+        finally:
+            self._lock.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, error_type, error, traceback):
+        if error_type is not None:
+            self._lock.close()
+        self.close()
+
+    def _named_shards(self) -> list[shards.Shard] | None:
+        """Those of the manifest, whose settings are these and whose files are there; None without a manifest."""
+        if (manifest := shards.read_manifest(self.directory)) is None:
+            if shards.has_shards(self.directory):
+                raise ValueError(f"{self.directory} has shards but no {shards.MANIFEST}; expected both, or neither")
+            return None
+        settings, named = manifest
+        if differences := settings.differences(self.settings):
+            raise ValueError(f"{self.directory} holds a cache of other settings: {differences}")
+        for shard in named:
+            shards.check_shard(self.directory, shard, settings, checksum=False)
+        return named
+
+    def _write_shard(self, sequences: int) -> None:
+        tensors = {name: np.stack([one[name] for one in self._pending[:sequences]]) for name in self._pending[0]}
+        named = [*self.shards, shards.write_shard(self.directory, len(self.shards), tensors)]
+        shards.write_manifest(self.directory, self.settings, named)
+        self.shards = named
+        del self._pending[:sequences]
+
+
+def default_sequences_per_shard(settings: shards.Settings) -> int:
+    """As many as are of `SHARD_BYTES`, and at least one."""
+    return max(1, SHARD_BYTES // (settings.length * (settings.row_bytes + 4)))
+
+
+def pack_sequences(
+    input_ids: Tensor, teacher: SparseLogProbs, settings: shards.Settings
+) -> list[dict[str, np.ndarray]]:
+    """The tensors of each sequence as a shard holds them; raises as `CacheWriter.append` says."""
+    _check_shapes(input_ids, teacher, settings)
+    entries, leading = teacher.indices.shape[-1], tuple(input_ids.shape)
+    missing = ((0, 0), (0, settings.k - entries))
+    indices, log_probs = packing.sort_rows(
+        np.pad(_as_numpy(teacher.indices).reshape(-1, entries), missing, constant_values=-1),
+        np.pad(_as_numpy(teacher.log_probs.float()).reshape(-1, entries), missing, constant_values=-np.inf),
+    )
+    ids = _as_numpy(input_ids)
+    tail = _as_numpy(teacher.tail_log_prob.float()) if settings.has_tail_mass else None
+    _check_ids(ids, settings)
+    _check_entries(indices.reshape(*leading, -1), log_probs.reshape(*leading, -1), tail, teacher, settings)
+    tensors = {
+        "input_ids": ids.astype(np.int32),
+        "indices": packing.pack(indices, settings.vocab_size).reshape(*leading, -1),
+        "log_probs": packing.to_half(log_probs).reshape(*leading, -1),
+    }
+    if tail is not None:
+        tensors["tail_log_prob"] = packing.to_half(tail)
+    return [{name: array[i] for name, array in tensors.items()} for i in range(len(ids))]
+
+
+def _as_numpy(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().numpy()
+
+
+def _check_shapes(input_ids: Tensor, teacher: SparseLogProbs, settings: shards.Settings) -> None:
+    length, k = settings.length, settings.k
+    if not isinstance(teacher, SparseLogProbs):
+        raise TypeError(
+            f"teacher: expected SparseLogProbs, which topk_log_probs makes of logits; got {type(teacher).__name__}"
+        )
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids: expected an int64 or int32 tensor; got {got}")
+    if input_ids.dim() != 2 or input_ids.shape[1] != length:
+        raise ValueError(f"input_ids: expected shape [B, {length}]; got {list(input_ids.shape)}")
+    shape = teacher.indices.shape
+    if shape[:-1] != input_ids.shape or shape[-1] > k:
+        raise ValueError(
+            f"teacher: expected shape [{len(input_ids)}, {length}, at most {k}], as the ids have; got {list(shape)}"
+        )
+    if teacher.tail != settings.tail:
+        raise ValueError(
+            f"teacher: expected tail {settings.tail!r}, as this cache was opened for; got {teacher.tail!r}"
+        )
+    if settings.has_tail_mass and teacher.tail_log_prob is None:
+        raise ValueError(
+            f"teacher: expected a tail_log_prob with tail {settings.tail!r}, as topk_log_probs finds it; got None"
+        )
+    if teacher.source_temperature != settings.temperature:
+        raise ValueError(
+            f"teacher: expected source_temperature {settings.temperature}, as this cache was opened for; got "
+            f"{teacher.source_temperature}"
+        )
+
+
+def _check_ids(ids: np.ndarray, settings: shards.Settings) -> None:
+    vocab_size = settings.vocab_size
+    _refuse("input_ids", f"expected within [0, {vocab_size})", ids, (ids < 0) | (ids >= vocab_size))
+
+
+def _check_entries(
+    indices: np.ndarray, log_probs: np.ndarray, tail, teacher: SparseLogProbs, settings: shards.Settings
+) -> None:
+    """Of sorted entries [B, T, K], whose padding is -inf, and tails [B, T]: what the loss would raise for later."""
+    _refuse(
+        "teacher.indices", f"expected below vocab_size, {settings.vocab_size}", indices, indices >= settings.vocab_size
+    )
+    there = ~np.isneginf(log_probs)
+    if settings.tail != "truncate":
+        repeated = (indices[..., 1:] == indices[..., :-1]) & there[..., 1:]
+        _refuse(
+            "teacher.indices",
+            "expected each once in a row, but for samples, tail 'truncate'",
+            indices[..., 1:],
+            repeated,
+        )
+    if tail is None:
+        largest = np.finfo(np.float16).max
+        _refuse("teacher.log_probs", f"expected at most {largest}", log_probs, ~(log_probs <= largest))
+        return
+    # A log-softmax may come out above 0 by its rounding.
+    tolerance = 1e-3 if teacher.log_probs.dtype in (torch.float32, torch.float64) else 0.1
+    for name, values in (("teacher.log_probs", log_probs), ("teacher.tail_log_prob", tail)):
+        _refuse(name, "expected log-probabilities, at most 0", values, ~(values <= tolerance))
+    # `TopKCache.teacher` scales what rounding to fp16 leaves off, and would hide what was wrong before.
+    mass = np.exp(log_probs, dtype=np.float64).sum(axis=-1) + np.exp(tail, dtype=np.float64)
+    wrong = (abs(mass - 1) > tolerance) & there.any(axis=-1)
+    _refuse("teacher", "expected a mass of 1 in log_probs and tail_log_prob together", mass, wrong)
+
+
+def _refuse(name: str, expected: str, values: np.ndarray, bad: np.ndarray) -> None:
+    if bad.any():
+        first = np.unravel_index(np.argmax(bad), bad.shape)
+        raise ValueError(f"{name}: {expected}; got {values[first]} in sequence {first[0]}, row {first[1]}")

@@ -1,0 +1,234 @@
+"""What a cache of teachers is on disk: shards, the manifest that names them, and the lock of its writer.
+
+A file appears whole or not at all: it is written under a temporary name, flushed to the disk and renamed. A shard is
+named in the manifest after that, and the manifest is replaced as a whole, so that what it names is there, whenever the
+writer is killed. What it does not name is a leftover.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from . import packing
+from .distributions import HAVE_TAIL_MASS, TAILS
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None
+
+FORMAT, VERSION = "kdkernels top-k cache", 1
+MANIFEST, LOCK = "manifest.json", "writer.lock"
+_SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+_LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all rows of a cache have in common; see `kdkernels.cache.CacheWriter`."""
+
+    vocab_size: int
+    k: int
+    length: int
+    temperature: float = 1.0
+    tail: str = "bucket"
+    tokenizer_hash: str | None = None
+    teacher: str | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "k", "length"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1; got {value}")
+        if self.vocab_size > 2**31:
+            raise ValueError(f"vocab_size: expected at most 2**31, the range of int32 indices; got {self.vocab_size}")
+        if self.k > self.vocab_size:
+            raise ValueError(f"k: expected at most vocab_size, {self.vocab_size}; got {self.k}")
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
+            raise TypeError(f"temperature: expected a number; got {type(self.temperature).__name__}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected finite and > 0; got {self.temperature}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail: expected one of {', '.join(TAILS)}; got {self.tail!r}")
+        for name in ("tokenizer_hash", "teacher"):
+            if not isinstance(getattr(self, name), str | None):
+                raise TypeError(f"{name}: expected a str or None; got {type(getattr(self, name)).__name__}")
+
+    @property
+    def index_bytes(self) -> int:
+        """Of the packed indices of a row."""
+        return packing.row_bytes(self.vocab_size, self.k)
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a token's teacher: packed indices, fp16 log-probs and, where there is one, the tail's fp16 log-prob."""
+        return self.index_bytes + 2 * self.k + 2 * self.has_tail_mass
+
+    @property
+    def has_tail_mass(self) -> bool:
+        return self.tail in HAVE_TAIL_MASS
+
+    def layout(self, sequences: int) -> dict[str, tuple[str, list[int]]]:
+        """Each tensor of a shard: its dtype, by its name in safetensors, and its shape."""
+        leading = [sequences, self.length]
+        tensors = {
+            "input_ids": ("I32", leading),
+            "indices": ("U8", [*leading, self.index_bytes]),
+            "log_probs": ("F16", [*leading, self.k]),
+        }
+        return tensors | {"tail_log_prob": ("F16", leading)} if self.has_tail_mass else tensors
+
+    def differences(self, other: "Settings") -> str:
+        """Which settings are not those of `other`, and both values; empty when all are the same."""
+        mine, others = asdict(self), asdict(other)
+        return ", ".join(f"{name} {mine[name]} and not {others[name]}" for name in mine if mine[name] != others[name])
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest says of a file."""
+
+    name: str
+    sequences: int
+    bytes: int
+    sha256: str
+
+    def __post_init__(self):
+        # A name is joined to the folder, and must not lead out of it.
+        if not (isinstance(self.name, str) and _SHARD.fullmatch(self.name)):
+            raise ValueError(f"name of a shard: expected {_SHARD.pattern}; got {self.name!r}")
+        if not (isinstance(self.sequences, int) and isinstance(self.bytes, int) and self.sequences > 0):
+            raise ValueError(f"{self.name}: expected sequences > 0 and bytes; got {self.sequences}, {self.bytes}")
+
+
+def read_manifest(directory: Path) -> tuple[Settings, list[Shard]] | None:
+    """What the manifest says; None where there is none.
+
+    Raises:
+        ValueError: for one that is damaged, or of another version.
+    """
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if found != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected a {FORMAT} of version {VERSION}; got {found}")
+    try:
+        names = {field.name for field in fields(Settings)}
+        if set(manifest["settings"]) != names:
+            raise ValueError(f"expected the settings {sorted(names)}; got {sorted(manifest['settings'])}")
+        return Settings(**manifest["settings"]), [Shard(**shard) for shard in manifest["shards"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_manifest(directory: Path, settings: Settings, shards: list[Shard]) -> None:
+    manifest = {"format": FORMAT, "version": VERSION, "settings": asdict(settings)}
+    manifest["shards"] = [asdict(shard) for shard in shards]
+    _write_whole(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> Shard:
+    """Writes the shard of that number, which the caller names in the manifest."""
+    # One entry: the order of several is not always the same, and equal rows are to give equal bytes.
+    data = safetensors.numpy.save(tensors, metadata={"format": f"{FORMAT} {VERSION}"})
+    name = f"shard-{number:05d}.safetensors"
+    _write_whole(directory / name, data)
+    return Shard(name, len(tensors["input_ids"]), len(data), hashlib.sha256(data).hexdigest())
+
+
+def open_shard(path: Path):
+    """The memory-mapped file: get_slice(name)[a:b] reads those rows alone, as numpy arrays."""
+    return safetensors.safe_open(path, framework="numpy")
+
+
+def check_shard(directory: Path, shard: Shard, settings: Settings, *, checksum: bool) -> None:
+    """Whether the file is what the manifest says: its size, its header and, if asked for, its SHA-256.
+
+    Raises:
+        ValueError: with the file's path, what was expected and what came.
+    """
+    path = directory / shard.name
+    if not path.exists():
+        raise ValueError(f"{path}: expected {shard.bytes:,} bytes, as {MANIFEST} says; there is no such file")
+    if (size := path.stat().st_size) != shard.bytes:
+        raise ValueError(f"{path} is damaged: expected {shard.bytes:,} bytes, as {MANIFEST} says; got {size:,}")
+    try:
+        with open_shard(path) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
+            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: expected a safetensors header; got {error}") from error
+    if found != (expected := settings.layout(shard.sequences)):
+        raise ValueError(f"{path} is damaged: expected the tensors {expected}; got {found}")
+    if checksum and (digest := _sha256(path)) != shard.sha256:
+        raise ValueError(f"{path} is damaged: expected SHA-256 {shard.sha256}, as {MANIFEST} says; got {digest}")
+
+
+def remove_leftovers(directory: Path, shards: list[Shard]) -> None:
+    """Removes what a writer that was killed has left: temporary files, and shards that the manifest does not name."""
+    named = {shard.name for shard in shards}
+    for path in directory.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.name not in named:
+            path.unlink()
+
+
+def has_shards(directory: Path) -> bool:
+    return directory.is_dir() and any(_SHARD.fullmatch(path.name) for path in directory.iterdir())
+
+
+def lock(directory: Path):
+    """The open file that holds the lock of the directory's writer; closing it, or the end of the process, frees it.
+
+    Raises:
+        RuntimeError: where another writer has it.
+    """
+    file = open(directory / LOCK, "ab")  # noqa: SIM115, kept open
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise RuntimeError(f"{directory}: another writer is at work; expected one at a time") from None
+    except OSError as error:  # some network file systems have no locks
+        warnings.warn(f"{directory} cannot be locked ({error}); see to it that nobody else writes", stacklevel=3)
+    return file
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if os.name == "posix":  # elsewhere a directory cannot be opened
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while data := file.read(2**20):
+            digest.update(data)
+        return digest.hexdigest()
