@@ -10,10 +10,11 @@ import sys
 import torch
 
 from . import backends
-from .distributions import LinearLogits
+from .distributions import TAILS, LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE
 from .functional import fused_divergence
 from .options import STATISTICS
+from .teachers import topk_log_probs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, classes): widths that are odd and that are aligned, one tile and many. A GPU gets more rows than it holds at
@@ -23,6 +24,7 @@ GPU_SHAPES = ((5, 1), (8000, 1000), (500, 50_001), (250, 128_256))
 INTERPRETED_SHAPES = ((5, 1), (5, 1000), (5, 5001))
 # (rows, classes, width) of heads: several chunks.
 HEAD_SHAPE, GPU_HEAD_SHAPE = (30, 1001, 64), (1500, 32_001, 256)
+TOPK_ENTRIES = 100
 PADDING = 8  # columns past the classes, which hold NaN
 
 
@@ -135,6 +137,46 @@ def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, ba
     return tuple(worst)
 
 
+def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
+    """Of the loss and gradient against a sparse teacher, and of its extraction, as parts of the tolerance."""
+    rows, width = shape
+    generator = torch.Generator().manual_seed(width)
+    student, whole = ((3 * torch.randn(rows, width + PADDING, generator=generator)).to(device, dtype) for _ in range(2))
+    student[4::5], whole[4::5] = torch.nan, torch.nan
+    mask = (torch.arange(rows) % 5 != 4).to(device)
+    k = min(TOPK_ENTRIES, width)
+    options = {"mask": mask, "vocab_size": width}
+    want = topk_log_probs(whole.double(), k, backend="reference", temperature=2.0, **options)
+    got = topk_log_probs(whole, k, backend=backend, temperature=2.0, **options)
+    extraction = max(
+        float(((x - y).nan_to_num(0).abs() / (1e-5 + 1e-6 * y.nan_to_num(0, 0, 0).abs())).max())
+        for x, y in ((got.log_probs, want.log_probs), (got.tail_log_prob, want.tail_log_prob))
+    )
+    teacher = SparseLogProbs(
+        want.indices, want.log_probs.float(), tail_log_prob=want.tail_log_prob.float(), source_temperature=2.0
+    ).with_tail(tail)
+    labels = torch.randint(0, width, (rows,), generator=generator).to(device)
+    options |= {"temperature": 2.0, "labels": labels, "hard_weight": 0.25, "statistics": (), "reduction": "none"}
+    worst = [0.0, 0.0]
+
+    def one_call(student, backend, gradient):
+        student = student.detach().requires_grad_()
+        loss = fused_divergence(student, teacher, "js", backend=backend, gradient=gradient, **options)
+        (2 * loss).sum().backward()
+        return loss.detach(), student.grad
+
+    right = one_call(student.double(), "reference", "auto")
+    allowed = tolerance(dtype) * right[1].abs().amax(-1, keepdim=True) + 4e-6
+    for gradient in ("forward", "backward"):
+        found = one_call(student, backend, gradient)
+        errors = (
+            ((found[0] - right[0]).abs() / (1e-5 + 1e-6 * right[0].abs())).max(),
+            ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+        )
+        worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
+    return (*worst, extraction)
+
+
 def check(device: str) -> bool:
     x = torch.empty(1, 1, device=device)
     served = []
@@ -152,6 +194,7 @@ def check(device: str) -> bool:
     print(
         f"{'backend':8} {'divergence':17} {'dtype':9} {'N':>5} {'V':>7} {'loss':>6} {'gradient':>9} {'statistics':>11}"
     )
+    print(f"{'':>66} or, of a top k, its extraction")
     right = True
     for backend in served:
         shapes = GPU_SHAPES if device != "cpu" else INTERPRETED_SHAPES if backend == "triton" else SHAPES
@@ -172,6 +215,14 @@ def check(device: str) -> bool:
                 name = "head, fp32 logits" if logits_dtype else "head"
                 print(f"{backend:8} {name:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
                       f"{found[1]:9.2f} {'':>11}{'  WRONG' if wrong else ''}")  # fmt: skip
+        for tail in TAILS:
+            for dtype in DTYPES:
+                for shape in shapes:
+                    found = topk_errors(tail, dtype, shape, device, backend)
+                    wrong = not all(e < 1 for e in found)
+                    right &= not wrong
+                    print(f"{backend:8} {'top k, ' + tail:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} "
+                          f"{found[0]:6.2f} {found[1]:9.2f} {found[2]:11.2f}{'  WRONG' if wrong else ''}")  # fmt: skip
     print("\nall right" if right else "\nWRONG: see above")
     return right
 
