@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 
 import heads
+import topk
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import (
@@ -47,6 +48,7 @@ class CpuBenchmark(Benchmark):
             ("memory", self.memory),
             ("heads", self.heads),
             ("heads: memory", self.head_memory),
+            ("top-k teachers", self.topk),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -199,6 +201,19 @@ class CpuBenchmark(Benchmark):
             return in_own_process("head-memory", contenders=name, **shape)
 
         heads.measure_memory(self, plan, peak_bytes)
+
+    def topk(self) -> None:
+        """kl against the top k of a teacher, and its extraction, in both dtypes; peak memory."""
+        rows = 64 if self.quick else 512
+        student, teacher, _ = real_or_synthetic(rows)
+        for dtype in DTYPES.values():
+            topk.measure(self, student.to(dtype), teacher.to(dtype), min(self.rounds, 9))
+        shape = {"rows": rows, "vocabulary": student.shape[1]}
+
+        def peak_bytes(name: str) -> int:
+            return in_own_process("topk-memory", contenders=name, dtype="float32", **shape)
+
+        topk.measure_memory(self, **shape, peak_bytes=peak_bytes)
 
     def memory(self) -> None:
         """Peak beyond the inputs of one loss with gradient, each in a process of its own."""

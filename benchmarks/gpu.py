@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import heads
+import topk
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import CATALOGUE, NOT_COMPARED, available_backends, kdkernels_loss, label, operator, peers, reason
@@ -114,6 +115,7 @@ class GpuBenchmark(Benchmark):
             *((f"contenders, {name}", lambda name=name: self.contenders(name)) for name in self.plan.contended),
             *(phase for dtype in others for phase in of_dtype(dtype)),
             ("heads", self.heads),
+            ("top-k teachers", self.topk),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -173,6 +175,13 @@ class GpuBenchmark(Benchmark):
         steps, drop_gradient = training_steps({name: losses[name] for name in names}, student, teacher)
         peaks = {name: peak_extra_bytes(steps[name], drop_gradient, self.device) for name in names}
         self.record_memory(peaks, self.baseline, dtype_name(student), len(student))
+
+    def topk(self) -> None:
+        """kl against the top k of a teacher, and its extraction."""
+        for dtype in self.plan.dtypes:
+            shape = self.plan.main_rows, self.plan.main_vocabularies[-1]
+            student, teacher = synthetic_logits(*shape, DTYPES[dtype], self.device)
+            topk.measure(self, student, teacher, self.plan.rounds[0])
 
     def heads(self) -> None:
         """kl from hidden states beside its matrix products; the memory of each, and as the rows grow."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import timing
+import topk
 import torch
 from contenders import kdkernels_loss, peers
 from data import synthetic_heads, synthetic_logits
@@ -32,7 +33,7 @@ def in_own_process(measurement: str, *, environment: dict[str, str] | None = Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measurement", choices=["memory", "head-memory", "rounds"])
+    parser.add_argument("measurement", choices=["memory", "head-memory", "topk-memory", "rounds"])
     parser.add_argument("--contenders", help="names, separated by commas")
     parser.add_argument("--divergence", default="kl")
     parser.add_argument("--rows", type=int)
@@ -47,6 +48,11 @@ def main() -> None:
         leaves = Leaves(*synthetic_heads(arguments.rows, arguments.width, arguments.vocabulary))
         step = leaves.step(losses[arguments.contenders])
         print(json.dumps(timing.peak_extra_bytes(step, leaves.drop_gradients, "cpu")))
+        return
+    if arguments.measurement == "topk-memory":
+        dtype = getattr(torch, arguments.dtype)
+        step = topk.memory_step(arguments.contenders, arguments.rows, arguments.vocabulary, dtype)
+        print(json.dumps(timing.peak_extra_bytes(*step, "cpu")))
         return
     names = arguments.contenders.split(",")
     losses = {"kdkernels": kdkernels_loss(arguments.divergence)}

@@ -20,6 +20,7 @@ import heads
 import run
 import screen
 import timing
+import topk
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdkernels
@@ -133,6 +134,21 @@ def test_heads_are_measured_beside_their_products(tiny, capsys):
     assert {(heads.OURS, 96), (heads.EAGER, 24)} <= set(memory) and len(memory) == len(set(memory))
     assert set(timed) - set(memory) == {(heads.PRODUCTS, n) for name, n in timed if name == heads.PRODUCTS}
     assert "fla (heads) is left out:" in capsys.readouterr().out
+
+
+def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
+    tiny.topk()
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    errors = {(row["case"], row["contender"]): row for row in tiny.results.rows if "tail_gradient_error" in row}
+    assert len(errors) == 4
+    # A clamped 1 - sum leaves an over-confident student's tail without its gradient.
+    assert errors[topk.OVER_CONFIDENT, topk.OURS]["tail_gradient_error"] < 1e-2
+    assert errors[topk.OVER_CONFIDENT, topk.EAGER]["tail_gradient_error"] > 0.5
+    timed = [row["contender"] for row in tiny.results.rows if row["case"] == topk.CASE]
+    assert len(timed) == 2 * 7 and timed.count("copy") == 2
+    monkeypatch.setitem(topk.LOSSES, topk.OURS, lambda *args: 1.01 * topk.ours(*args))
+    tiny.topk()
+    assert run.conclude(tiny) == 1 and "top-k teacher" in tiny.results.failures[0]
 
 
 def test_the_products_are_those_of_the_loss():
