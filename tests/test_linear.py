@@ -746,9 +746,9 @@ def test_opcheck(backend, case):
     ones = torch.ones(1, device=device)
     wanted = [case != "none wanted"] + 2 * [case in ("both", "student")]
     arguments = (
-        *student_parts, *teacher_parts, torch.rand(6, device=device), torch.randint(0, 40, (6,), device=device),
-        ones, 0.3 * ones, ones, "kl", 40, False, 0.5, 3.0, 1.0, None, None, None, 4, 1 << 20, case == "both", wanted,
-        True, backend,
+        *student_parts, *teacher_parts, None, None, None, torch.rand(6, device=device),
+        torch.randint(0, 40, (6,), device=device), ones, 0.3 * ones, ones, "kl", 40, False, 0.5, 3.0, 1.0, None, None,
+        None, None, 4, 1 << 20, case == "both", wanted, True, backend,
     )  # fmt: skip
     torch.use_deterministic_algorithms(False)
     torch.library.opcheck(torch.ops.kdkernels.linear_rows.default, arguments)
