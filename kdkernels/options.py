@@ -291,9 +291,10 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
         return _moved(value.detach().reshape(-1).contiguous(), device, dtype)
     if name == "temperature":
         check_temperature(name, value)
-    _check_number(name, value)
-    if name == "hard_weight" and not 0 <= value <= 1:
-        raise ValueError(f"hard_weight: expected from 0 to 1; got {value}")
+    else:
+        _check_number(name, value)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected from 0 to 1; got {value}")
     return torch.ones(1, dtype=dtype, device=device) * value
 
 

@@ -25,8 +25,8 @@ def topk_log_probs(
 
     log_probs = log_softmax(logits / temperature) of those k, in descending order (the smaller index first among
     equals), and tail_log_prob the log-sum-exp of the others': found as that, so that it is exact where 1 - sum rounds
-    to 0. One sweep, and nothing of the logits' size is made: of a `LinearLogits` the logits of some rows at a time.
-    Has no gradient.
+    to 0. A row is gone through twice, the second time out of a cache where it fits one, and nothing of the logits' size
+    is made: of a `LinearLogits` the logits of some rows at a time. Has no gradient.
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64, or a `LinearLogits`.

@@ -945,13 +945,11 @@ def test_bad_tails(backend):
         fused_kl(SparseLogProbs(INDICES, LOG_PROBS), student, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_bad_values_make_their_row_nan_on_a_gpu(backend):
+def test_bad_values_make_their_row_nan_on_a_gpu():
     """As a GPU would, without a synchronisation: here on a CPU, where the check is turned off."""
     from kdkernels.backends import topk
     from kdkernels.backends.row_options import RowOptions
 
-    del backend
     one = torch.ones(1)
     options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), None, one, None)
     indices = torch.tensor([[1, 99], [2, 2], [3, 4], [99, 99]])
