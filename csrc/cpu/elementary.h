@@ -33,22 +33,35 @@ static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
 #if defined(__AVX512F__)
-// The same polynomial with AVX-512's rounding and scalef, which no compiler finds, down through the subnormal numbers.
-// Below those the 0 is put there: a processor takes a hundred cycles for a result that underflows.
-static inline __m512 exp_of_nonpositive(__m512 x) {
-  const __mmask16 not_zero = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-104.0f), _CMP_NLT_UQ);  // a NaN passes
-  x = _mm512_maskz_mov_ps(not_zero, x);
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 y = _mm512_set1_ps(1.381454058e-3f);
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.368745446e-3f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.166838899e-2f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.666652113e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.999999404e-1f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(not_zero, y, n);
+// With AVX-512's scalef, which no compiler finds, down through the subnormal numbers: exp(x beta) = 2^n 2^f, where
+// n + f = x beta / ln 2 and |f| <= 1/2. `beta / ln 2` is the sum of two floats, so that f is right to its last place
+// however large n is; 2^f is a minimax polynomial of degree 6 (relative error 2e-9). Several vectors go step by step
+// beside each other: one alone would wait for each of its own steps.
+struct Exponent {
+  __m512 high, low;
+  explicit Exponent(float beta) {
+    const double factor = beta * 1.44269504088896341;
+    high = _mm512_set1_ps((float)factor);
+    low = _mm512_set1_ps((float)(factor - (float)factor));
+  }
+};
+template <int count> inline void exps_of_nonpositive(__m512 (&x)[count], const Exponent& beta) {
+  const __m512 round_to_integer = _mm512_set1_ps(12582912.0f);
+  const float coefficients[] = {1.339887385e-3f, 9.618436918e-3f, 5.550332367e-2f, 2.402264774e-1f, 6.931471825e-1f,
+                                1.0f};
+  __m512 n[count], f[count], y[count];
+  for (int i = 0; i < count; ++i) n[i] = _mm512_fmadd_ps(x[i], beta.high, round_to_integer);
+  for (int i = 0; i < count; ++i) n[i] = _mm512_sub_ps(n[i], round_to_integer);
+  for (int i = 0; i < count; ++i) f[i] = _mm512_fmsub_ps(x[i], beta.high, n[i]);
+  for (int i = 0; i < count; ++i) f[i] = _mm512_fmadd_ps(x[i], beta.low, f[i]);
+  for (int i = 0; i < count; ++i) y[i] = _mm512_set1_ps(1.535336196e-4f);
+  for (float coefficient : coefficients)
+    for (int i = 0; i < count; ++i) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(coefficient));
+  for (int i = 0; i < count; ++i) {
+    // What rounds to 0 is put there: a processor takes a hundred cycles for a result that underflows. A NaN passes.
+    const __mmask16 not_zero = _mm512_cmp_ps_mask(n[i], _mm512_set1_ps(-150.0f), _CMP_NLT_UQ);
+    x[i] = _mm512_maskz_scalef_ps(not_zero, y[i], n[i]);
+  }
 }
 #endif
 

@@ -5,13 +5,15 @@
 // no comparison waits for the one before it.
 constexpr int kMaxima = 4 * kLanes;
 template <class T> void lane_maxima(const T* x, int n, T* maxima) {
-  for (int j = 0; j < kMaxima; ++j) maxima[j] = -INFINITY;
+  T max[kMaxima];  // not where x may lie: it stays in registers
+  for (int j = 0; j < kMaxima; ++j) max[j] = -INFINITY;
   int i = 0;
   for (; i + kMaxima <= n; i += kMaxima) {
 #pragma omp simd
-    for (int j = 0; j < kMaxima; ++j) maxima[j] = x[i + j] > maxima[j] ? x[i + j] : maxima[j];
+    for (int j = 0; j < kMaxima; ++j) max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
   }
-  for (; i < n; ++i) maxima[i % kMaxima] = x[i] > maxima[i % kMaxima] ? x[i] : maxima[i % kMaxima];
+  for (; i < n; ++i) max[i % kMaxima] = x[i] > max[i % kMaxima] ? x[i] : max[i % kMaxima];
+  memcpy(maxima, max, sizeof max);
 }
 
 template <class T> T block_max(const T* x, int n) {
@@ -23,49 +25,76 @@ template <class T> T block_max(const T* x, int n) {
   return max;
 }
 
-// Sum of exp((x - max) * inverse_temperature); each is written to e, where that is wanted. `next` is where the same
-// columns of the next block lie in memory.
+// exp((x - max) * inverse_temperature); each is written to e, where that is wanted, and column i counts in
+// sums[i % kMaxima]. `next` is where the same columns of the next block lie in memory.
 template <bool keep, class T>
-T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void* next, int64_t element) {
+void lane_exponentials(const T* x, int n, T max, T inverse_temperature, T* e, T* sums, const void* next,
+                       int64_t element) {
   (void)next, (void)element;
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < n; ++i) {
-    T v = exp_of_nonpositive((x[i] - max) * inverse_temperature);
-    if (keep) e[i] = v;
-    sum += v;
+  for (int j = 0; j < kMaxima; ++j) sums[j] = 0;
+  auto add = [=](int i, int j) {
+    T v = exp_of_nonpositive((x[i + j] - max) * inverse_temperature);
+    if (keep) e[i + j] = v;
+    sums[j] += v;
+  };
+  int i = 0;
+  for (; i + kMaxima <= n; i += kMaxima) {
+#pragma omp simd
+    for (int j = 0; j < kMaxima; ++j) add(i, j);
   }
-  return sum;
+  for (int j = 0; i + j < n; ++j) add(i, j);
 }
 
 #if defined(__AVX512F__)
 // With the exp made of AVX-512's own instructions. The next block is fetched while this one computes: a hardware
 // prefetcher stops at a page, and a block of 16-bit logits is half of one.
 template <bool keep>
-float exponentials(const float* x, int n, float max, float inverse_temperature, float* e, const void* next,
-                   int64_t element) {
-  const __m512 shift = _mm512_set1_ps(max), beta = _mm512_set1_ps(inverse_temperature);
-  __m512 even = _mm512_setzero_ps(), odd = _mm512_setzero_ps();
-  auto exp_of_stretch = [&](__m512 logits) {
-    return exp_of_nonpositive(_mm512_mul_ps(_mm512_sub_ps(logits, shift), beta));
-  };
+void lane_exponentials(const float* x, int n, float max, float inverse_temperature, float* e, float* sums,
+                       const void* next, int64_t element) {
+  const __m512 shift = _mm512_set1_ps(max);
+  const Exponent beta(inverse_temperature);
+  __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    for (int64_t byte = i * element; byte < (i + 32) * element; byte += 64)
+  for (; i + 64 <= n; i += 64) {
+    for (int64_t byte = i * element; byte < (i + 64) * element; byte += 64)
       __builtin_prefetch((const char*)next + byte, 0, 2);
-    __m512 first = exp_of_stretch(_mm512_loadu_ps(x + i)), second = exp_of_stretch(_mm512_loadu_ps(x + i + 16));
-    if (keep) _mm512_storeu_ps(e + i, first), _mm512_storeu_ps(e + i + 16, second);
-    even = _mm512_add_ps(even, first), odd = _mm512_add_ps(odd, second);
+    __m512 v[4];
+    for (int j = 0; j < 4; ++j) v[j] = _mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * j), shift);
+    exps_of_nonpositive(v, beta);
+    for (int j = 0; j < 4; ++j) {
+      if (keep) _mm512_storeu_ps(e + i + 16 * j, v[j]);
+      sum[j] = _mm512_add_ps(sum[j], v[j]);
+    }
   }
-  for (; i < n; i += 16) {
+  for (int j = 0; j < 4; ++j) _mm512_store_ps(sums + 16 * j, sum[j]);
+  for (; i < n; i += 16, sums += 16) {
     __mmask16 inside = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
-    __m512 last = exp_of_stretch(_mm512_maskz_loadu_ps(inside, x + i));
-    if (keep) _mm512_mask_storeu_ps(e + i, inside, last);
-    even = _mm512_mask_add_ps(even, inside, even, last);
+    __m512 v[1] = {_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, x + i), shift)};
+    exps_of_nonpositive(v, beta);
+    if (keep) _mm512_mask_storeu_ps(e + i, inside, v[0]);
+    _mm512_store_ps(sums, _mm512_mask_add_ps(_mm512_load_ps(sums), inside, _mm512_load_ps(sums), v[0]));
   }
-  return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
+}
+
+inline float sum_of_lanes(const float* sums) {
+  auto of = [sums](int j) { return _mm512_load_ps(sums + 16 * j); };
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(of(0), of(1)), _mm512_add_ps(of(2), of(3))));
 }
 #endif
+
+template <class T> T sum_of_lanes(const T* sums) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < kMaxima; ++j) sum += sums[j];
+  return sum;
+}
+// The sum of all of them.
+template <bool keep, class T>
+T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void* next, int64_t element) {
+  alignas(64) T sums[kMaxima];
+  lane_exponentials<keep>(x, n, max, inverse_temperature, e, sums, next, element);
+  return sum_of_lanes(sums);
+}
 
 // Who works on a row: one thread, or all threads of a region block by block.
 struct Alone {
