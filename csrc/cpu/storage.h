@@ -8,7 +8,9 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-constexpr int kBlock = 64 * kLanes;     // a lane sums 64 terms before a merge; a few buffers fit the first-level cache
+// Columns that are gone through together: few enough that a few buffers fit the first-level cache, and so many that the
+// next block arrives while this one computes.
+constexpr int kBlock = 128 * kLanes;
 constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
