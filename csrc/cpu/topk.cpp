@@ -5,9 +5,11 @@
 // the workspace. What the entries and the bucket add up to is found from K + 1 log-probabilities. The second sweep
 // scales the exponentials into the gradient of the other classes, and puts the entries' own in their places.
 //
-// An extraction reads a row once from memory and twice in all. Each block's columns are kGroups groups. The k-th
-// largest of the groups' maxima is a threshold: at least k logits reach it, and those above it lie in fewer than k
-// groups. The second sweep sums exponentials relative to the threshold, and takes aside the few logits that reach it.
+// An extraction goes through a row once. Each block's columns are kGroups groups; their maxima, and their sums of
+// exponentials relative to the block's maximum, are kept. The k-th largest of the maxima of groups joined by two is a
+// threshold: at least k logits reach it, and those above it lie in fewer than k of these. Only groups that reach it are
+// gone through again, to take aside the logits that do and to sum the others: what lies below the threshold is never
+// found as a difference.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -537,19 +539,22 @@ void sort_entries(const SortEntriesCall& call) noexcept {
 
 // ---- extraction
 
-constexpr int kGroups = kLanes;  // of a block: column i is of group i % kGroups
+constexpr int kGroups = kMaxima;          // of a block: column i is of group i % kGroups
+constexpr int kGroup = kBlock / kGroups;  // columns of a group
+constexpr int kJoined = kGroups / 2;      // groups joined by two, before the threshold is sought
+static_assert(kGroups <= 64 && kGroup <= 64, "each has a bit in 64");
 
 template <class T> struct Candidate {
   T value;
-  int64_t index;
+  int32_t index;
   // Larger values first, smaller indices first among equals.
   bool before(const Candidate& other) const {
-    return value > other.value || (value == other.value && index < other.index);
+    return (value > other.value) | ((value == other.value) & (index < other.index));
   }
 };
 
 // Sorts by `before`, with a heap whose root comes last.
-template <class T> void sort(Candidate<T>* x, int64_t n) {
+template <class T> void heap_sort(Candidate<T>* x, int64_t n) {
   auto sift_down = [x](int64_t at, int64_t n) {
     Candidate<T> moved = x[at];
     for (int64_t child; (child = 2 * at + 1) < n; at = child) {
@@ -566,6 +571,21 @@ template <class T> void sort(Candidate<T>* x, int64_t n) {
     x[0] = last;
     sift_down(0, end);
   }
+}
+
+// The same; a few by how many come before each: many comparisons, but no branch that a processor mispredicts.
+template <class T> void sort(Candidate<T>* x, int64_t n) {
+  constexpr int few = 512;
+  if (n > few) return heap_sort(x, n);
+  Candidate<T> sorted[few];
+  for (int i = 0; i < n; ++i) {
+    const Candidate<T> one = x[i];
+    int place = 0;
+#pragma omp simd reduction(+ : place)
+    for (int j = 0; j < n; ++j) place += x[j].before(one);
+    sorted[place] = one;
+  }
+  memcpy(x, sorted, n * sizeof(Candidate<T>));
 }
 
 // Floats as integers of the same order.
@@ -586,9 +606,8 @@ inline double unordered(uint64_t bits) {
   return x;
 }
 
-// The k-th largest (k from 1 to n) of n numbers without NaN, by its bits from the highest down. `keys` has room for n.
-template <class T, class Key> T kth_largest(const T* x, int64_t n, int64_t k, Key* keys) {
-  for (int64_t i = 0; i < n; ++i) keys[i] = ordered(x[i]);
+// The k-th largest (k from 1 to n) of n keys, by its bits from the highest down.
+template <class Key> Key kth_largest(const Key* keys, int64_t n, int64_t k) {
   Key found = 0;
   for (Key bit = (Key)1 << (8 * sizeof(Key) - 1); bit; bit >>= 1) {
     const Key tried = found | bit;
@@ -597,32 +616,56 @@ template <class T, class Key> T kth_largest(const T* x, int64_t n, int64_t k, Ke
     for (int64_t i = 0; i < n; ++i) count += keys[i] >= tried;
     if (count >= k) found = tried;
   }
-  return unordered(found);
+  return found;
 }
+
+// A bit for each of n numbers (up to 64) that reaches the threshold.
+template <class T> uint64_t reaching(const T* x, int n, T threshold) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n; ++i) bits |= (uint64_t)(x[i] >= threshold) << i;
+  return bits;
+}
+#if defined(__AVX512F__)
+inline uint64_t reaching(const float* x, int n, float threshold) {
+  uint64_t bits = 0;
+  for (int i = 0; i < n; i += 16) {
+    const __mmask16 inside = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
+    const __m512 found = _mm512_maskz_loadu_ps(inside, x + i);
+    bits |= (uint64_t)_mm512_mask_cmp_ps_mask(inside, found, _mm512_set1_ps(threshold), _CMP_GE_OQ) << i;
+  }
+  return bits;
+}
+#endif
 
 template <class T> struct KeyOf;
 template <> struct KeyOf<float> { typedef uint32_t type; };
 template <> struct KeyOf<double> { typedef uint64_t type; };
 
 template <class T> struct TopkScratch {
-  T* group_max;
-  typename KeyOf<T>::type* keys;
+  typedef typename KeyOf<T>::type Key;
+  T *maxima, *sums;            // of each group
+  T* block_max;
+  Key* keys;                   // of the maxima of joined groups
   Candidate<T>* candidates;
 
-  static int64_t groups(int64_t columns) { return blocks_of(columns) * kGroups; }
-  // Those above the threshold lie in fewer than k groups; k more that equal it.
+  static int64_t joined(int64_t columns) { return blocks_of(columns) * kJoined; }
+  // Those above the threshold lie in fewer than k joined groups; of its equals k are kept, and all of a block.
   static int64_t most(int64_t columns, int64_t k) {
-    int64_t bound = k * (kBlock / kGroups + 1);
+    int64_t bound = k * (kBlock / kJoined + 1) + kBlock;
     return bound < columns ? bound : columns;
   }
+  static int64_t numbers(int64_t columns) { return rounded_up(blocks_of(columns) * (2 * kGroups + 1) * sizeof(T)); }
   static int64_t bytes(int64_t columns, int64_t k) {
-    return rounded_up(2 * groups(columns) * sizeof(T)) + rounded_up(most(columns, k) * sizeof(Candidate<T>));
+    return numbers(columns) + rounded_up(joined(columns) * sizeof(Key)) +
+           rounded_up(most(columns, k) * sizeof(Candidate<T>));
   }
   TopkScratch(void* workspace, int64_t columns, int64_t k, int region) {
     char* base = (char*)rounded_up((int64_t)workspace) + region * bytes(columns, k);
-    group_max = (T*)base;
-    keys = (typename KeyOf<T>::type*)(group_max + groups(columns));
-    candidates = (Candidate<T>*)(base + rounded_up(2 * groups(columns) * sizeof(T)));
+    maxima = (T*)base;
+    sums = maxima + blocks_of(columns) * kGroups;
+    block_max = sums + blocks_of(columns) * kGroups;
+    keys = (Key*)(base + numbers(columns));
+    candidates = (Candidate<T>*)((char*)keys + rounded_up(joined(columns) * sizeof(Key)));
   }
 };
 
@@ -638,66 +681,74 @@ template <class T> struct Extraction {
         x(call.logits, row, call.inner, call.columns),
         beta(1 / per_row<T>(call.temperature, row)) {}
 
-  // At least k logits reach it, and those above it lie in fewer than k groups.
-  T threshold(TopkScratch<T>& scratch) const {
-    alignas(64) T buffer[kBlock], maxima[kMaxima];
+  // In a last block that is not full, the maximum of a group without columns is -inf.
+  void sweep(TopkScratch<T>& scratch) const {
+    alignas(64) T buffer[kBlock];
     for (int64_t b = 0; b < x.blocks; ++b) {
-      lane_maxima(x.load(b, buffer), x.width(b), maxima);
-      T* out = scratch.group_max + b * kGroups;
-      for (int g = 0; g < kGroups; ++g) out[g] = maxima[g];
-      for (int j = kGroups; j < kMaxima; ++j)
-        if (maxima[j] > out[j % kGroups]) out[j % kGroups] = maxima[j];
+      const T* logits = x.load(b, buffer);
+      T *maxima = scratch.maxima + b * kGroups, *sums = scratch.sums + b * kGroups;
+      auto* keys = scratch.keys + b * kJoined;
+      lane_maxima(logits, x.width(b), maxima);
+      T max = -INFINITY;
+#pragma omp simd reduction(max : max)
+      for (int g = 0; g < kJoined; ++g) {
+        const T joined = maxima[g] > maxima[g + kJoined] ? maxima[g] : maxima[g + kJoined];
+        keys[g] = ordered(joined);
+        max = joined > max ? joined : max;
+      }
+      scratch.block_max[b] = max;
+      lane_exponentials<false>(logits, x.width(b), finite(max), beta, (T*)0, sums, x.at((b + 1) * kBlock),
+                               bytes_of(x.dtype));
     }
-    // In a last block that is not full, the maximum of a group without columns is -inf.
-    int64_t groups = scratch.groups(call.columns);
-    return groups < call.k ? T(-INFINITY) : kth_largest(scratch.group_max, groups, call.k, scratch.keys);
+  }
+  // At least k logits reach it, and those above it lie in fewer than k joined groups.
+  T threshold(const TopkScratch<T>& scratch) const {
+    int64_t groups = scratch.joined(call.columns);
+    return groups < call.k ? T(-INFINITY) : unordered(kth_largest(scratch.keys, groups, call.k));
   }
 
-  // Those above the threshold, and the first k that equal it: their numbers; and the sum of exponentials below it,
-  // relative to `base`.
+  // How many candidates there are: those above the threshold, and the first k that equal it and perhaps more; how many
+  // equal it at all; and the sum of exponentials below it, relative to `base`.
   struct Found {
-    int64_t above, kept_equals, equals;
+    int64_t candidates, kept_equals, equals;
     double below;
     T base;
   };
   Found find(TopkScratch<T>& scratch, T threshold) const {
-    alignas(64) T buffer[kBlock];
     Found found = {0, 0, 0, 0, finite(threshold)};
-    // Equals are kept from the end of the place for candidates.
-    Candidate<T>* end = scratch.candidates + scratch.most(call.columns, call.k);
-    const T base = found.base;
     for (int64_t b = 0; b < x.blocks; ++b) {
-      const T* logits = x.load(b, buffer);
-      const int n = x.width(b);
-      int first = 0;  // of the columns that are not summed yet
-      auto sum_until = [&](int last) {
-        if (first == last) return;
-        found.below += x.template block_exponentials<false>(b, logits + first, last - first, base, beta, (T*)0);
-      };
-      for (int i = 0; i < n; i += kMaxima) {
-        const int width = n - i < kMaxima ? n - i : kMaxima;
-        int reach = 0;
-#pragma omp simd reduction(+ : reach)
-        for (int j = 0; j < width; ++j) reach += logits[i + j] >= threshold;
-        if (!reach) continue;
-        sum_until(i);
-        alignas(64) T others[kMaxima];
-        for (int j = 0; j < width; ++j) {
-          T logit = logits[i + j];
-          others[j] = logit;
-          if (!(logit >= threshold)) continue;
-          others[j] = -INFINITY;
-          const Candidate<T> candidate = {logit, b * kBlock + i + j};
-          if (logit > threshold) scratch.candidates[found.above++] = candidate;
-          else if (++found.equals <= call.k) *(end - ++found.kept_equals) = candidate;
-        }
-        found.below += exponentials<false>(others, width, base, beta, (T*)0, (const void*)others, 0);
-        first = i + width;
+      T* sums = scratch.sums + b * kGroups;
+      const T distance = (scratch.block_max[b] - found.base) * beta;
+      uint64_t visited = reaching(scratch.maxima + b * kGroups, kGroups, threshold);
+      // Relative to a maximum so far above the threshold, exponentials of what is below it have lost digits.
+      if (visited && !(distance <= 10)) visited = ~(uint64_t)0 >> (64 - kGroups);
+      const bool keeps_equals = found.kept_equals < call.k;
+      for (; visited; visited &= visited - 1) {
+        const int group = __builtin_ctzll(visited);
+        visit(b, group, threshold, keeps_equals, scratch, found);
+        sums[group] = 0;
       }
-      sum_until(n);
+      const T sum = sum_of_lanes(sums);
+      found.below += sum == 0 ? T(0) : sum * exp_of(distance);
     }
-    if (found.below < 1e-30) find_far_below(threshold, found);
+    // Relative to a maximum up to 10 above the threshold, what lies 77 below the threshold was lost.
+    if (found.below < 1e-20) find_far_below(threshold, found);
     return found;
+  }
+  void visit(int64_t b, int group, T threshold, bool keeps_equals, TopkScratch<T>& scratch, Found& found) const {
+    alignas(64) T logits[kGroup];
+    int n = 0;
+    for (int i = group; i < x.width(b); i += kGroups) logits[n++] = x.logit(b * kBlock + i);
+    for (uint64_t reached = reaching(logits, n, threshold); reached; reached &= reached - 1) {
+      const int i = __builtin_ctzll(reached);
+      const bool equal = logits[i] == threshold;
+      found.equals += equal;
+      found.kept_equals += equal && keeps_equals;
+      if (!equal || keeps_equals)
+        scratch.candidates[found.candidates++] = {logits[i], (int32_t)(b * kBlock + group + i * kGroups)};
+      logits[i] = -INFINITY;
+    }
+    found.below += exponentials<false>(logits, n, found.base, beta, (T*)0, (const void*)logits, 0);
   }
   // Where all below the threshold is so far below that its exponentials were lost: relative to its own maximum.
   void find_far_below(T threshold, Found& found) const {
@@ -722,27 +773,27 @@ template <class T> struct Extraction {
   }
 
   void extract(TopkScratch<T>& scratch) const {
+    sweep(scratch);
     const T threshold = this->threshold(scratch);
-    Found found = find(scratch, threshold);
-    sort(scratch.candidates, found.above);
-    // Of equals as many as there is room for, the first first.
-    int64_t above = found.above < call.k ? found.above : call.k, equals = call.k - above;
-    if (above + found.kept_equals < call.k) return write_nan();  // not so many that are no NaN
-    Candidate<T>* end = scratch.candidates + scratch.most(call.columns, call.k);
-    auto chosen = [&](int64_t i) { return i < above ? scratch.candidates[i] : *(end - 1 - (i - above)); };
+    const Found found = find(scratch, threshold);
+    if (found.candidates < call.k) return write_nan();  // not so many that are no NaN
+    const Candidate<T>* sorted = scratch.candidates;
+    sort(scratch.candidates, found.candidates);
 
-    // The rest: those below the threshold, equals there was no room for, and rejected candidates, in a sum relative to
-    // the largest of them.
-    const double largest = chosen(0).value;
+    // The rest: those below the threshold, equals there was no room for, and rejected candidates above it, in a sum
+    // relative to the largest of them.
+    const int64_t above = found.candidates - found.kept_equals;
+    const int64_t equals = found.equals - (above < call.k ? call.k - above : 0);
+    const double largest = sorted[0].value;
     double rest_max = found.below == 0 ? -INFINITY : found.base;
-    if (found.equals > equals && threshold > rest_max) rest_max = threshold;
-    if (found.above > above) rest_max = scratch.candidates[above].value;
+    if (equals > 0 && threshold > rest_max) rest_max = threshold;
+    if (above > call.k) rest_max = sorted[call.k].value;
     auto relative_to = [&](double value, double base) { return value == -INFINITY ? 0 : ::exp((value - base) * beta); };
     double rest = found.below == 0 ? 0 : found.below * relative_to(found.base, rest_max);
-    if (found.equals > equals) rest += (found.equals - equals) * relative_to(threshold, rest_max);
-    for (int64_t i = above; i < found.above; ++i) rest += relative_to(scratch.candidates[i].value, rest_max);
+    if (equals > 0) rest += equals * relative_to(threshold, rest_max);
+    for (int64_t i = call.k; i < above; ++i) rest += relative_to(sorted[i].value, rest_max);
     double total = rest == 0 ? 0 : rest * relative_to(rest_max, largest);
-    for (int64_t i = 0; i < call.k; ++i) total += relative_to(chosen(i).value, largest);
+    for (int64_t i = 0; i < call.k; ++i) total += relative_to(sorted[i].value, largest);
     const double log_total = largest < INFINITY ? ::log(total) : NAN;
     if (!(log_total > -INFINITY)) return write_nan();  // of a NaN; and of -inf alone, as log_softmax
     const double log_rest = rest == 0 ? -INFINITY : ::log(rest) + (rest_max - largest) * beta;
@@ -750,9 +801,9 @@ template <class T> struct Extraction {
     T* log_probs = (T*)call.log_probs + row * call.k;
     int32_t* indices = call.indices + row * call.k;
     for (int64_t i = 0; i < call.k; ++i) {
-      const Candidate<T> x = chosen(i);
+      const Candidate<T>& x = sorted[i];
       log_probs[i] = (T)((x.value - largest) * beta - log_total);
-      indices[i] = log_probs[i] == T(-INFINITY) ? -1 : (int32_t)x.index;
+      indices[i] = log_probs[i] == T(-INFINITY) ? -1 : x.index;
     }
     ((T*)call.tail_log_prob)[row] = (T)(log_rest - log_total);
   }
