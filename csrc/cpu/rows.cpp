@@ -176,6 +176,14 @@ template <class T> struct Row {
     return *widen(row_start + column * bytes_of(x.dtype), x.dtype, 1, buffer);
   }
 
+  // Where a row's student_e lies: in the gradient's own row where it has their type, so that memory which is written
+  // for the first time is waited for while they are computed. Not where the logits lie, which are read again.
+  T* student_e(const Scratch<T>& scratch) const {
+    const bool is_apart = (call.sweeps & kGradient) && call.gradient != call.student.data;
+    const bool fits = is_apart && bytes_of(call.student.dtype) == (int64_t)sizeof(T);
+    return fits ? (T*)call.gradient + row * call.gradient_columns : scratch.student_e;
+  }
+
   // Sweep 1.
   void block_floats(int64_t b, Scratch<T>& scratch) const {
     alignas(64) T buffer[kBlock];
@@ -183,7 +191,7 @@ template <class T> struct Row {
     const T* s = load(call.student, student, b, buffer);
     out.student_max = block_max(s, width(b));
     out.student_sum = block_exponentials<true>(b, call.student, student, s, finite(out.student_max),
-                                               inverse_temperature, scratch.student_e + b * kBlock);
+                                               inverse_temperature, student_e(scratch) + b * kBlock);
     if (call.unit_log_sum)
       out.unit_sum = temperature == 1 ? out.student_sum
                                       : block_exponentials<false>(b, call.student, student, s,
@@ -372,7 +380,7 @@ template <class T> struct Row {
     if (find_sums) {
       Team::blocks(blocks, [&](int64_t b) {
         const BlockFloats<T>* kept = find_floats ? &scratch.floats[b] : nullptr;
-        T *student_e = scratch.student_e + b * kBlock, *teacher_e = scratch.teacher_e + b * kBlock;
+        T *student_e = this->student_e(scratch) + b * kBlock, *teacher_e = scratch.teacher_e + b * kBlock;
         if (call.gradient)
           block_sums<true>(b, kept, student_e, teacher_e, &scratch.sums[b]);
         else
@@ -383,7 +391,7 @@ template <class T> struct Row {
     if (!(call.sweeps & kGradient)) return;
     if (find_sums) {
       Team::blocks(blocks, [&](int64_t b) {
-        block_gradient(b, scratch.student_e + b * kBlock, scratch.teacher_e + b * kBlock);
+        block_gradient(b, student_e(scratch) + b * kBlock, scratch.teacher_e + b * kBlock);
       });
     } else {
       Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });

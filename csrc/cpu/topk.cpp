@@ -172,6 +172,14 @@ template <class T> struct TopkRow {
   bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.labels); }
   bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
 
+  // Where a row's exponentials lie: in the gradient's own row where it has their type, so that memory which is written
+  // for the first time is waited for while they are computed. Not where the logits lie, which are read again.
+  T* exponentials(const RowScratch<T>& scratch) const {
+    const bool is_apart = call.gradient && call.gradient != call.student.data;
+    const bool fits = is_apart && bytes_of(student.dtype) == (int64_t)sizeof(T);
+    return fits ? (T*)call.gradient + row * call.gradient_columns : scratch.e;
+  }
+
   void find_entries(RowScratch<T>& scratch) const {
     int k = 0;
     for (int64_t b = 0; b <= student.blocks; ++b) {
@@ -192,7 +200,7 @@ template <class T> struct TopkRow {
       logit = -INFINITY;
     }
     BlockSums<T>& out = scratch.blocks[b];
-    T* e = scratch.e + b * kBlock;
+    T* e = exponentials(scratch) + b * kBlock;
     out.max = block_max(x, n);
     out.sum = student.template block_exponentials<true>(b, x, n, finite(out.max), beta, e);
     out.unit_sum = out.sum;
@@ -345,7 +353,7 @@ template <class T> struct TopkRow {
     bool direct = bytes_of(student.dtype) == (int64_t)sizeof(T);
     T* out = direct ? (T*)to : gradient_buffer;
 
-    const T* e = scratch.e + b * kBlock;
+    const T* e = exponentials(scratch) + b * kBlock;
     T block_max = scratch.blocks[b].max;
     T share = bucket_sum == 0 ? T(0) : (T)(relative(block_max, bucket_max, beta) / bucket_sum);
     T factor = slopes.others == 0 ? T(0) : slopes.others * share;
