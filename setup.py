@@ -29,7 +29,8 @@ CSRC = ROOT / "csrc"
 # Of each Python one folder, whatever the command: an editable installation builds in a temporary folder otherwise, and
 # compiles everything again.
 FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
-FAMILIES = ("rows", "linear", "topk")  # of kernels: a file of that name in csrc/cpu and in csrc/cuda
+# Of kernels: a file of that name in csrc/cpu and in csrc/cuda.
+FAMILIES = ("rows", "linear", "topk", "pairwise", "sinkhorn", "uld")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-trapping-math lets g++ vectorise selects. Never -ffast-math: it flushes denormals for the whole process, drops

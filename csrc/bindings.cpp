@@ -9,9 +9,14 @@
 
 #include "arguments.h"
 #include "cpu/linear.h"
+#include "cpu/pairwise.h"
 #include "cpu/rows.h"
+#include "cpu/sinkhorn.h"
 #include "cpu/topk.h"
+#include "cpu/uld.h"
 #include "topk_arguments.h"
+#include "transport_arguments.h"
+#include "uld_arguments.h"
 #if defined(KDK_CUDA)
 #include "cuda/bindings.h"
 #endif
@@ -38,6 +43,16 @@ struct Cpu {
   int64_t (*sort_entries_workspace_bytes)(int64_t, int) noexcept;
   void (*topk)(const kdk::TopkCall&) noexcept;
   int64_t (*topk_workspace_bytes)(int64_t, int64_t, bool, int) noexcept;
+  void (*pair_costs)(const kdk::PairCostsCall&) noexcept;
+  int64_t (*pair_costs_workspace_bytes)(int64_t, int64_t, int64_t, bool, int) noexcept;
+  void (*pair_gradient)(const kdk::PairGradientCall&) noexcept;
+  int64_t (*pair_gradient_workspace_bytes)(int64_t, int64_t, int64_t, bool, int) noexcept;
+  void (*sinkhorn)(const kdk::SinkhornCall&) noexcept;
+  int64_t (*sinkhorn_workspace_bytes)(int64_t, int64_t, int64_t, int64_t, bool, bool, int) noexcept;
+  void (*plan_gradient)(const kdk::PlanGradientCall&) noexcept;
+  int64_t (*plan_gradient_workspace_bytes)(int64_t, int64_t, int) noexcept;
+  void (*uld)(const kdk::UldCall&) noexcept;
+  int64_t (*uld_workspace_bytes)(int64_t, bool, int) noexcept;
 };
 
 #define KDK_CPU(isa)                                                                         \
@@ -45,7 +60,12 @@ struct Cpu {
       kdk::isa::softcap, kdk::isa::softcap_gradient, kdk::isa::accumulate,                   \
       kdk::isa::topk_rows, kdk::isa::topk_rows_workspace_bytes,                              \
       kdk::isa::sort_entries, kdk::isa::sort_entries_workspace_bytes,                        \
-      kdk::isa::topk, kdk::isa::topk_workspace_bytes}
+      kdk::isa::topk, kdk::isa::topk_workspace_bytes,                                        \
+      kdk::isa::pair_costs, kdk::isa::pair_costs_workspace_bytes,                            \
+      kdk::isa::pair_gradient, kdk::isa::pair_gradient_workspace_bytes,                      \
+      kdk::isa::sinkhorn, kdk::isa::sinkhorn_workspace_bytes,                                \
+      kdk::isa::plan_gradient, kdk::isa::plan_gradient_workspace_bytes,                      \
+      kdk::isa::uld, kdk::isa::uld_workspace_bytes}
 
 bool runs(const std::string& isa) {
 #if defined(KDK_X86)
@@ -154,6 +174,27 @@ PYBIND11_MODULE(_native, m) {
   });
   m.def("topk_workspace_bytes", [](int64_t columns, int64_t k, bool fp64, int threads) {
     return cpu.topk_workspace_bytes(columns, k, fp64, threads);
+  });
+  m.def("pair_costs", kdk::taking_pair_costs_call(&run<kdk::PairCostsCall, &Cpu::pair_costs>));
+  m.def("pair_costs_workspace_bytes", [](int64_t clouds, int64_t rows, int64_t columns, bool fp64, int threads) {
+    return cpu.pair_costs_workspace_bytes(clouds, rows, columns, fp64, threads);
+  });
+  m.def("pair_gradient", kdk::taking_pair_gradient_call(&run<kdk::PairGradientCall, &Cpu::pair_gradient>));
+  m.def("pair_gradient_workspace_bytes", [](int64_t clouds, int64_t rows, int64_t columns, bool fp64, int threads) {
+    return cpu.pair_gradient_workspace_bytes(clouds, rows, columns, fp64, threads);
+  });
+  m.def("sinkhorn", kdk::taking_sinkhorn_call(&run<kdk::SinkhornCall, &Cpu::sinkhorn>));
+  m.def("sinkhorn_workspace_bytes", [](int64_t problems, int64_t n, int64_t m, int64_t iterations, bool fp64,
+                                       bool unrolled, int threads) {
+    return cpu.sinkhorn_workspace_bytes(problems, n, m, iterations, fp64, unrolled, threads);
+  });
+  m.def("plan_gradient", kdk::taking_plan_gradient_call(&run<kdk::PlanGradientCall, &Cpu::plan_gradient>));
+  m.def("plan_gradient_workspace_bytes", [](int64_t n, int64_t m, int threads) {
+    return cpu.plan_gradient_workspace_bytes(n, m, threads);
+  });
+  m.def("uld", kdk::taking_uld_call(&run<kdk::UldCall, &Cpu::uld>));
+  m.def("uld_workspace_bytes", [](int64_t columns, bool fp64, int threads) {
+    return cpu.uld_workspace_bytes(columns, fp64, threads);
   });
 #if defined(KDK_CUDA)
   kdk::bind_cuda(m);
