@@ -4,9 +4,14 @@
 #pragma once
 #include "../arguments.h"
 #include "../topk_arguments.h"
+#include "../uld_arguments.h"
+#include "../transport_arguments.h"
 #include "linear.h"
+#include "pairwise.h"
 #include "rows.h"
+#include "sinkhorn.h"
 #include "topk.h"
+#include "uld.h"
 
 namespace kdk {
 
@@ -35,6 +40,31 @@ inline void bind_cuda(pybind11::module_& m) {
   m.def("cuda_topk", taking_topk_call(+[](const TopkCall& call, int device, uintptr_t stream) {
           cuda::topk(call, device, (void*)stream);
         }));
+  m.def("cuda_uld", taking_ranked_uld_call(+[](const RankedUldCall& call, int device, uintptr_t stream) {
+          cuda::uld(call, device, (void*)stream);
+        }));
+  // Between the call's arguments and the device, the workspace.
+  m.def("cuda_pair_costs", taking_pair_costs_call(+[](const PairCostsCall& given, uintptr_t workspace, int device,
+                                                      uintptr_t stream) {
+          PairCostsCall call = given;
+          call.workspace = (void*)workspace;
+          cuda::pair_costs(call, device, (void*)stream);
+        }));
+  m.def("cuda_pair_gradient", taking_pair_gradient_call(+[](const PairGradientCall& given, uintptr_t workspace,
+                                                            int device, uintptr_t stream) {
+          PairGradientCall call = given;
+          call.workspace = (void*)workspace;
+          cuda::pair_gradient(call, device, (void*)stream);
+        }));
+  m.def("cuda_sinkhorn", taking_sinkhorn_call(+[](const SinkhornCall& given, uintptr_t workspace, int device,
+                                                  uintptr_t stream) {
+          SinkhornCall call = given;
+          call.workspace = (void*)workspace;
+          cuda::sinkhorn(call, device, (void*)stream);
+        }));
+  m.def("cuda_pair_costs_workspace_bytes", &cuda::pair_costs_workspace_bytes);
+  m.def("cuda_pair_gradient_workspace_bytes", &cuda::pair_gradient_workspace_bytes);
+  m.def("cuda_sinkhorn_workspace_bytes", &cuda::sinkhorn_workspace_bytes);
   m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

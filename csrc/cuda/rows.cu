@@ -55,12 +55,15 @@
 #include "groups.h"
 #include "launch.h"
 #include "linear.h"
+#include "pairwise.h"
 #include "plan.h"
 #include "row.h"
 #include "rows.h"
+#include "sinkhorn.h"
 #include "table.h"
 #include "team.h"
 #include "topk.h"
+#include "uld.h"
 
 namespace kdk {
 namespace cuda {
@@ -539,7 +542,10 @@ std::string refusal(int device) {
       for (Way way : {Way::streaming, Way::staged, Way::halves})
         KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(divergence, way));
     load_linear();
+    load_pairwise();
+    load_sinkhorn();
     load_topk();
+    load_uld();
   } catch (const std::runtime_error& error) {
     return error.what();
   }

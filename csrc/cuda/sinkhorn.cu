@@ -1,0 +1,699 @@
+// Sinkhorn's iterations on an NVIDIA GPU: the twin of csrc/cpu/sinkhorn.cpp. transport_call.h has the formulas.
+//
+// A block works on a problem from its costs to its derivatives, and then on another. Its threads read costs along rows,
+// where they lie side by side: of a row's sum each lane of a warp has a part, of a column's each warp. Two domains:
+//
+//     scalings     where the costs span at most 30 epsilon: K = exp(-(C - min C) / epsilon) is stored, the potentials
+//                  are u = exp((f - min C) / epsilon) and v = exp(g / epsilon), and a half step is a matrix-vector
+//                  product. Nothing leaves fp32: all u lie within e^30 of each other, and so do all v.
+//     logarithms   otherwise, and where a pair is forbidden: -(C - min C) / epsilon is stored, and a half step is a
+//                  log-sum-exp that is relative to its maximum. All in powers of 2.
+//
+// In both min C is put back into f at the end, and masses are in units of a power of two, the largest below their sum.
+// Sums of P C and their derivatives are of C - min C too: as the columns of P add up to b, the rest is min C sum b.
+//
+// Unrolled, the steps of all rounds are kept. The reverse sweep is a row's and a column's sum a round, of each step's
+// shares of its sum times the derivatives of the potentials it gave; those are kept too, and of_C is found at the end,
+// each element once, as the sum over the rounds of what both half steps add to it: no [n, m] is written more than once.
+//
+// Matrix and history are in shared memory where they fit (n = m = 160 with 20 rounds, on an H100), else in the
+// workspace, which a chip's L2 cache holds.
+//
+// Computed for an H100, and not yet measured: n = m = 64 takes 256 threads, 16 products and 12 shuffles a lane in a row
+// step and 16 products in a column step. A round is bound by their latency and that of three barriers, some 0.4 us.
+// Where the matrix is in the workspace a half step is bound by what one multiprocessor reads of the L2 cache: one large
+// problem alone leaves the chip idle.
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "device.h"
+#include "launch.h"
+#include "sinkhorn.h"
+#include "table.h"
+#include "team.h"
+
+namespace kdk {
+namespace cuda {
+
+constexpr float kLargestSpan = 30;     // of the costs, in epsilons, in the domain of scalings
+constexpr float kGuard = 80 * kLog2e;  // exponents of points without mass, which no sum bounds, end here
+constexpr int kRowsAtOnce = 4;         // of a warp
+constexpr float kLeastMass = 0x1p-100f, kMostMass = 0x1p100f;  // sums of masses that a power of two takes near 1
+
+// What shared memory holds beside the vectors of the points; the workspace has the rest.
+enum class Kept { matrix_and_history, matrix, nothing };
+
+struct SinkhornPlan : Launch {
+  Kept kept;
+  int64_t workspace;  // floats of a block
+};
+
+// ---- sums along rows and columns
+
+struct Sum {
+  float sum;
+
+  static __device__ Sum none() { return {0}; }
+  __device__ void merge(const Sum& other) { sum += other.sum; }
+  __device__ Sum across_warp() const {
+    Sum x = *this;
+    for (int by = kWarp / 2; by; by /= 2) x.sum += from_lane_below(x, by).sum;
+    return x;
+  }
+};
+
+// log2 of a sum of powers of 2, relative to the largest. One that is NaN makes `sum` NaN.
+struct LogSum {
+  float max, sum;
+
+  static __device__ LogSum none() { return {-INFINITY, 0}; }
+  __device__ void add(float exponent) {
+    if (exponent == -INFINITY) return;
+    const float smaller = exp2_approx(-fabsf(exponent - max));
+    sum = exponent > max ? fmaf(sum, smaller, 1) : sum + smaller;
+    max = fmaxf(max, exponent);
+  }
+  __device__ void merge(const LogSum& other) {
+    const float larger = fmaxf(max, other.max), base = base_of(larger);
+    sum = sum * exp2_approx(max - base) + other.sum * exp2_approx(other.max - base);
+    max = larger;
+  }
+};
+
+template <class X> inline __device__ X from_lane_across(const X& x, int bits) {
+  Words<X> moved(x);
+  for (int i = 0; i < moved.count; ++i) moved.words[i] = __shfl_xor_sync(0xffffffffu, moved.words[i], bits);
+  return moved.value();
+}
+
+// Word by word: a choice between places would put both into memory.
+template <class X> inline __device__ X either(bool first, const X& a, const X& b) {
+  Words<X> chosen(b);
+  const Words<X> other(a);
+  for (int i = 0; i < chosen.count; ++i) chosen.words[i] = first ? other.words[i] : chosen.words[i];
+  return chosen.value();
+}
+
+// Of four partial results a lane, the merge of the i-th in lanes 8 i to 8 i + 7: each exchange halves what is left.
+template <class X> inline __device__ X merge_four(const X (&x)[kRowsAtOnce]) {
+  const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
+  X a = either(upper, x[2], x[0]), b = either(upper, x[3], x[1]);
+  a.merge(from_lane_across(either(upper, x[0], x[2]), 16));
+  b.merge(from_lane_across(either(upper, x[1], x[3]), 16));
+  X mine = either(odd, b, a);
+  mine.merge(from_lane_across(either(odd, a, b), 8));
+  for (int by = 4; by; by /= 2) mine.merge(from_lane_across(mine, by));
+  return mine;
+}
+
+// Of each row the merge of what each(x, i, j) adds to an X for its columns, given to result(i, x), by one thread. All
+// of the block.
+template <class X, class Each, class Result>
+inline __device__ void reduce_rows(int n, int m, Each each, Result result) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  for (int first = warp * kRowsAtOnce; first < n; first += warps * kRowsAtOnce) {
+    X x[kRowsAtOnce];
+    for (int r = 0; r < kRowsAtOnce; ++r) x[r] = X::none();
+#pragma unroll 2
+    for (int j = lane; j < m; j += kWarp)
+      for (int r = 0; r < kRowsAtOnce; ++r) each(x[r], first + r < n ? first + r : n - 1, j);
+    const X mine = merge_four(x);
+    const int i = first + lane / 8;
+    if (lane % 8 == 0 && i < n) result(i, mine);
+  }
+}
+
+// The same of columns. A warp has 32 of them, and a part of the rows where there are more warps than that takes; parts
+// are merged in their order. `parts` has room for as many X as there are threads, and for one a column.
+template <class X, class Each, class Result>
+inline __device__ void reduce_columns(int n, int m, X* parts, Each each, Result result) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  const int strips = (m + kWarp - 1) / kWarp, count = strips < warps ? warps / strips : 1;
+  const int rows = (n + count - 1) / count;
+  for (int unit = warp; unit < strips * count; unit += warps) {
+    const int j = unit % strips * kWarp + lane, part = unit / strips;
+    if (j >= m) continue;
+    const int end = (part + 1) * rows < n ? (part + 1) * rows : n;
+    X x = X::none();
+#pragma unroll 8
+    for (int i = part * rows; i < end; ++i) each(x, i, j);
+    parts[part * m + j] = x;
+  }
+  __syncthreads();  // all parts are there
+  for (int j = threadIdx.x; j < m; j += blockDim.x) {
+    X x = parts[j];
+    for (int part = 1; part < count; ++part) x.merge(parts[part * m + j]);
+    result(j, x);
+  }
+}
+
+// ---- the two domains: what stands for exp(f / epsilon), and what a matrix element stores
+
+// A half step's result for a point: its potential, and how the step found it, as what each term is divided by. The
+// terms of its sum, over that, add up to 1 to the last digits, which exponentials of the rounded potential do not;
+// derivatives that nearly cancel need it.
+struct Step {
+  float potential;
+  float base, inverse;  // term / sum = 2^(exponent - base) * inverse
+};
+
+// `factor` is what a point's mass is in the domain, and share(x, stored, step) a term of the step's sum, over the sum:
+// that of a point whose potential, mass included or not, is x.
+struct Scalings {
+  static constexpr bool kNormalizes = false;  // steps have a potential, and nothing else
+  using Total = Sum;
+
+  static __device__ Step first() { return {1, 0, 1}; }  // of potential 0
+  static __device__ float stored(float exponent) { return exp2_approx(exponent); }
+  static __device__ float factor(float mass) { return mass; }
+  static __device__ float weighted(float potential, float factor) { return potential * factor; }
+  static __device__ void add(Total& total, float stored, float weighted) {
+    total.sum = fmaf(stored, weighted, total.sum);
+  }
+  static __device__ Step step(const Total& total, float) { return {1 / total.sum, 0, 1}; }
+  static __device__ float log2_of(float potential) { return log2f(potential); }
+  static __device__ float ratio(float before, float after) { return before / after; }
+  static __device__ float share(float x, float stored, const Step& step, float) { return x * step.potential * stored; }
+  // What a round adds to a cost's derivative: row and column_before are weighted, and of_rounds comes after the sum.
+  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
+                                   const Step& column_step, float alpha_g, float) {
+    return fmaf(row, column_step.potential * alpha_g, row_step.potential * alpha_f * column_before);
+  }
+  static __device__ float of_rounds(float sum, float stored) { return sum * stored; }
+};
+
+struct Logarithms {
+  static constexpr bool kNormalizes = true;
+  using Total = LogSum;
+
+  static __device__ Step first() { return {0, 0, 1}; }
+  static __device__ float stored(float exponent) { return exponent; }
+  static __device__ float factor(float mass) { return log2f(mass); }
+  static __device__ float weighted(float potential, float factor) { return potential + factor; }
+  static __device__ void add(Total& total, float stored, float weighted) { total.add(stored + weighted); }
+  // -inf stands for the potential 0 of a point that has no partner: it has no part in any sum.
+  static __device__ Step step(const Total& total, float own_mass) {
+    if (total.sum == 0) return own_mass == 0 ? Step{-INFINITY, INFINITY, 1} : Step{NAN, NAN, NAN};
+    return {-(total.max + log2f(total.sum)), total.max, 1 / total.sum};
+  }
+  static __device__ float log2_of(float potential) { return potential; }
+  static __device__ float ratio(float before, float after) { return exp2_approx(before - after); }
+  static __device__ float share(float x, float stored, const Step& step, float limit) {
+    const float exponent = (stored + x) - step.base;
+    return exp2_approx(exponent > limit ? limit : exponent) * step.inverse;
+  }
+  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
+                                   const Step& column_step, float alpha_g, float stored) {
+    return fmaf(share(row, stored, column_step, INFINITY), alpha_g,
+                share(column_before, stored, row_step, INFINITY) * alpha_f);
+  }
+  static __device__ float of_rounds(float sum, float) { return sum; }
+};
+
+// ---- what a block keeps
+
+// The points of one side, in shared memory. Masses are in units of the problem's.
+struct Points {
+  static constexpr int kVectors = 9;
+  int count;
+  float *mass, *factor, *potential, *weighted, *next, *base, *inverse, *alpha, *of_mass;
+
+  __device__ Points(float* memory, int count)
+      : count(count), mass(memory), factor(mass + count), potential(factor + count), weighted(potential + count),
+        next(weighted + count), base(next + count), inverse(base + count), alpha(inverse + count),
+        of_mass(alpha + count) {}
+  __device__ Step step(int i) const { return {potential[i], base[i], inverse[i]}; }
+  // What stands for the point where it is not summed over: one without mass has derivatives too. No sum bounds them.
+  __device__ float own(int i) const { return mass[i] == 0 ? potential[i] : weighted[i]; }
+  __device__ float limit(int i) const { return mass[i] == 0 ? kGuard : INFINITY; }
+  // x, which is of own(i), without the mass.
+  __device__ float without_mass(int i, float x) const { return mass[i] == 0 ? x : x / mass[i]; }
+  __device__ float with_mass(int i, float x) const { return mass[i] == 0 ? 0 : x; }
+};
+
+// Of costs as the domain stores them.
+template <Kept kept> struct Matrix {
+  float* data;
+
+  __device__ float get(int at) const { return kept == Kept::nothing ? load(data + at) : data[at]; }
+  __device__ void set(int at, float x) const {
+    if (kept == Kept::nothing) store(data + at, x);
+    else data[at] = x;
+  }
+};
+
+// Of the rows' steps [rounds], and the columns' [rounds + 1], of which the first is what the rounds began with: the
+// step's three numbers, and the derivative with respect to its potential.
+template <Kept kept> struct History {
+  static constexpr int kOfStep = 4, kAlpha = 3;
+  float* data;
+  int n, m;
+  int64_t rounds;
+
+  static __host__ __device__ int64_t floats(int64_t n, int64_t m, int64_t rounds) {
+    return kOfStep * (rounds * n + (rounds + 1) * m);
+  }
+  __device__ int64_t row(int what, int64_t t, int i) const { return (what * rounds + t) * n + i; }
+  __device__ int64_t column(int what, int64_t t, int j) const {
+    return kOfStep * rounds * n + (what * (rounds + 1) + t) * m + j;
+  }
+  __device__ float get(int64_t at) const { return kept == Kept::matrix_and_history ? data[at] : load(data + at); }
+  __device__ void set(int64_t at, float x) const {
+    if (kept == Kept::matrix_and_history) data[at] = x;
+    else store(data + at, x);
+  }
+  // `at` is row or column: of what number of a step.
+  template <class Domain, class At> __device__ void set_step(const Step& x, At at) const {
+    set(at(0), x.potential);
+    if (Domain::kNormalizes) set(at(1), x.base), set(at(2), x.inverse);
+  }
+  template <class Domain, class At> __device__ Step step(At at) const {
+    if (!Domain::kNormalizes) return {get(at(0)), 0, 1};
+    return {get(at(0)), get(at(1)), get(at(2))};
+  }
+  template <class Domain> __device__ void set_row(int64_t t, int i, const Step& x) const {
+    set_step<Domain>(x, [&](int what) { return row(what, t, i); });
+  }
+  template <class Domain> __device__ void set_column(int64_t t, int j, const Step& x) const {
+    set_step<Domain>(x, [&](int what) { return column(what, t, j); });
+  }
+  template <class Domain> __device__ Step row_step(int64_t t, int i) const {
+    return step<Domain>([&](int what) { return row(what, t, i); });
+  }
+  template <class Domain> __device__ Step column_step(int64_t t, int j) const {
+    return step<Domain>([&](int what) { return column(what, t, j); });
+  }
+};
+
+// What costs and masses say of a problem, each thread's and merged.
+struct Facts {
+  float least, largest;  // of finite costs
+  float mass_a, mass_b;
+  int forbidden, wrong;  // whether a pair is; whether a cost is NaN or -inf
+
+  static __device__ Facts none() { return {INFINITY, -INFINITY, 0, 0, 0, 0}; }
+  __device__ void add(float cost) {
+    if (cost == INFINITY) {
+      forbidden = 1;
+    } else if (cost > -INFINITY) {
+      least = fminf(least, cost), largest = fmaxf(largest, cost);
+    } else {
+      wrong = 1;
+    }
+  }
+  __device__ Facts across_warp() const {
+    Facts x = *this;
+    for (int by = kWarp / 2; by; by /= 2) {
+      const Facts below = from_lane_below(x, by);
+      x.least = fminf(x.least, below.least), x.largest = fmaxf(x.largest, below.largest);
+      x.mass_a += below.mass_a, x.mass_b += below.mass_b;
+      x.forbidden |= below.forbidden, x.wrong |= below.wrong;
+    }
+    return x;
+  }
+};
+
+// What all threads know of a problem.
+struct Units {
+  float epsilon, tolerance;
+  float offset;            // min C; NaN makes the problem NaN
+  float exponents;         // of 2 in a cost: log2(e) / epsilon
+  float mass;              // a power of two
+  float mass_a, mass_b;    // the sums, not in units
+  bool scalings;           // the domain
+
+  __device__ Units(const SinkhornCall& call, const Facts& facts)
+      : epsilon(load((const float*)call.epsilon)), tolerance(load((const float*)call.tolerance)), mass(1),
+        mass_a(facts.mass_a), mass_b(facts.mass_b) {
+    const bool wrong = facts.wrong || !(mass_a >= 0) || !(mass_b >= 0) || !(epsilon > 0);
+    offset = wrong ? NAN : facts.least < INFINITY ? facts.least : 0;
+    exponents = kLog2e / epsilon;
+    const bool ordinary = mass_a >= kLeastMass && mass_a <= kMostMass && mass_b >= kLeastMass && mass_b <= kMostMass;
+    if (ordinary) mass = __uint_as_float(__float_as_uint(mass_a) & 0x7f800000u);
+    scalings = ordinary && !wrong && !facts.forbidden && facts.largest - facts.least <= kLargestSpan * epsilon;
+  }
+  __device__ float exponent(float cost) const { return (offset - cost) * exponents; }
+  // Potentials as the caller has them, of their logarithms.
+  __device__ float f(float log2_potential) const {
+    return log2_potential == -INFINITY ? 0 : offset + (log2_potential - log2f(mass)) * (epsilon * kLn2);
+  }
+  __device__ float g(float log2_potential) const {
+    return log2_potential == -INFINITY ? 0 : log2_potential * (epsilon * kLn2);
+  }
+};
+
+// P C, where P is 0 if the pair is forbidden.
+inline __device__ float cost_of_plan(float plan, float cost) { return cost == INFINITY ? 0 : plan * cost; }
+
+// ---- a problem
+
+template <class Domain, Kept kept> struct Problem {
+  const SinkhornCall& call;
+  const Units& units;
+  Team& team;
+  Points rows, columns;
+  Matrix<kept> matrix;
+  History<kept> history;
+  void* parts;
+  const float* cost;
+
+  __device__ float stored(int i, int j) const { return matrix.get(i * columns.count + j); }
+  __device__ float cost_at(int i, int j) const {  // above the smallest
+    return load(cost + (int64_t)i * columns.count + j) - units.offset;
+  }
+  template <class X, class Each, class Result> __device__ void each_row(Each each, Result result) const {
+    reduce_rows<X>(rows.count, columns.count, each, result);
+  }
+  template <class X, class Each, class Result> __device__ void each_column(Each each, Result result) const {
+    reduce_columns(rows.count, columns.count, (X*)parts, each, result);
+  }
+  template <class Body> static __device__ void each_point(const Points& points, Body body) {
+    for (int i = threadIdx.x; i < points.count; i += blockDim.x) body(i);
+  }
+  static __device__ void set(const Points& points, int i, const Step& step) {
+    points.potential[i] = step.potential;
+    points.weighted[i] = Domain::weighted(step.potential, points.factor[i]);
+    if (Domain::kNormalizes) points.base[i] = step.base, points.inverse[i] = step.inverse;
+  }
+
+  __device__ void begin() {
+    for (int at = threadIdx.x; at < rows.count * columns.count; at += blockDim.x) {
+      const float x = kept == Kept::nothing ? load(cost + at) : matrix.get(at);
+      matrix.set(at, Domain::stored(units.exponent(x)));
+    }
+    each_point(rows, [&](int i) {
+      rows.mass[i] *= 1 / units.mass;
+      rows.factor[i] = Domain::factor(rows.mass[i]);
+    });
+    each_point(columns, [&](int j) {
+      columns.mass[j] *= 1 / units.mass;
+      columns.factor[j] = Domain::factor(columns.mass[j]);
+      set(columns, j, Domain::first());
+      if (call.unrolled) history.template set_column<Domain>(0, j, Domain::first());
+    });
+    __syncthreads();
+  }
+
+  // The rows' next potentials. Returns this thread's part of how far the rows' sums with the present ones, which are
+  // a_i exp((f_i - next_i) / epsilon), are from a.
+  __device__ float row_step(int64_t round) {
+    float off = 0;
+    each_row<typename Domain::Total>(
+        [&](auto& total, int i, int j) { Domain::add(total, stored(i, j), columns.weighted[j]); },
+        [&](int i, const auto& total) {
+          const Step step = Domain::step(total, rows.mass[i]);
+          if (round > 0 && rows.mass[i] != 0)
+            off += rows.mass[i] * fabsf(Domain::ratio(rows.potential[i], step.potential) - 1);
+          rows.next[i] = step.potential;
+          rows.weighted[i] = Domain::weighted(step.potential, rows.factor[i]);
+          if (call.unrolled && round < call.iterations) history.template set_row<Domain>(round, i, step);
+        });
+    return off;
+  }
+  __device__ void column_step(int64_t round) {
+    each_column<typename Domain::Total>(
+        [&](auto& total, int i, int j) { Domain::add(total, stored(i, j), rows.weighted[i]); },
+        [&](int j, const auto& total) {
+          const Step step = Domain::step(total, columns.mass[j]);
+          set(columns, j, step);
+          if (call.unrolled) history.template set_column<Domain>(round + 1, j, step);
+        });
+    __syncthreads();
+  }
+
+  // Returns the rounds done and sets the error.
+  __device__ int64_t iterate(float* error) {
+    for (int64_t round = 0;; ++round) {
+      float off = row_step(round);
+      if (round == call.iterations || (round > 0 && units.tolerance > 0)) {
+        off = team.merged(Sum{off}).sum;
+        *error = units.mass_a == 0 ? 0 : off * units.mass / units.mass_a;
+        if (round == call.iterations || *error <= units.tolerance) {  // the potentials stay those of the last round
+          each_point(rows, [&](int i) { rows.weighted[i] = Domain::weighted(rows.potential[i], rows.factor[i]); });
+          __syncthreads();
+          return round;
+        }
+      } else {
+        __syncthreads();
+      }
+      float* const before = rows.potential;
+      rows.potential = rows.next, rows.next = before;
+      column_step(round);
+    }
+  }
+
+  // a_i exp((f_i + g_j - C_ij) / epsilon), of a step of the columns: it adds up to 1 in each. `own`: without a_i where
+  // that is 0.
+  __device__ float of_column(int i, int j) const {
+    return Domain::share(rows.weighted[i], stored(i, j), columns.step(j), INFINITY);
+  }
+  __device__ float of_column_own(int i, int j) const {
+    return Domain::share(rows.own(i), stored(i, j), columns.step(j), rows.limit(i));
+  }
+  // The same with b_j, of a step of the rows.
+  __device__ float of_row_own(int i, int j) const {
+    return Domain::share(columns.own(j), stored(i, j), rows.step(i), columns.limit(j));
+  }
+
+  // sum_j P_ij C_ij, without a_i where that is 0, and sum_i P_ij C_ij / b_j, to the `next` of rows and columns.
+  __device__ void sum_costs() const {
+    each_row<Sum>(
+        [&](Sum& x, int i, int j) { x.sum += columns.mass[j] * cost_of_plan(of_column_own(i, j), cost_at(i, j)); },
+        [&](int i, const Sum& x) { rows.next[i] = x.sum; });
+    if (call.unrolled)
+      each_column<Sum>([&](Sum& x, int i, int j) { x.sum += cost_of_plan(of_column(i, j), cost_at(i, j)); },
+                       [&](int j, const Sum& x) { columns.next[j] = x.sum; });
+    __syncthreads();
+  }
+
+  __device__ float f_of(int i) const { return units.f(Domain::log2_of(rows.potential[i])); }
+  __device__ float g_of(int j) const { return units.g(Domain::log2_of(columns.potential[j])); }
+
+  __device__ float value() {
+    Sum mine = Sum::none();
+    if (!call.entropic) {
+      each_point(rows, [&](int i) { mine.sum += rows.with_mass(i, rows.next[i]); });
+      return units.mass * team.merged(mine).sum + units.offset * units.mass_b;
+    }
+    each_point(rows, [&](int i) { mine.sum += rows.mass[i] * f_of(i); });
+    each_point(columns, [&](int j) { mine.sum += columns.mass[j] * g_of(j); });
+    return units.mass * team.merged(mine).sum - units.epsilon * (units.mass_b - units.mass_a * units.mass_b);
+  }
+
+  __device__ void write(int64_t problem, float value, float error, int64_t rounds) const {
+    each_point(rows, [&](int i) { store((float*)call.f + problem * rows.count + i, f_of(i)); });
+    each_point(columns, [&](int j) { store((float*)call.g + problem * columns.count + j, g_of(j)); });
+    if (threadIdx.x) return;
+    store((float*)call.value + problem, value);
+    store((float*)call.error + problem, error);
+    store(call.done + problem, (int32_t)rounds);
+  }
+
+  // ---- the derivatives, of masses in units, so that those of the costs are in units too
+
+  __device__ void begin_reverse() const {
+    each_point(rows, [&](int i) {
+      rows.alpha[i] = call.entropic ? units.epsilon * rows.mass[i] : rows.with_mass(i, rows.next[i]);
+      rows.of_mass[i] = call.entropic ? f_of(i) + units.epsilon * units.mass_b : rows.without_mass(i, rows.next[i]);
+    });
+    each_point(columns, [&](int j) {
+      columns.alpha[j] = columns.mass[j] * (call.entropic ? units.epsilon : columns.next[j]);
+      const float smallest = columns.potential[j] == -INFINITY ? 0 : units.offset;  // no partner, no cost
+      columns.of_mass[j] = call.entropic ? g_of(j) + units.epsilon * (units.mass_a - 1) : columns.next[j] + smallest;
+    });
+    __syncthreads();
+  }
+
+  __device__ void reverse_round(int64_t round, bool last) const {
+    each_point(rows, [&](int i) { set(rows, i, history.template row_step<Domain>(round, i)); });
+    each_point(columns, [&](int j) {
+      set(columns, j, history.template column_step<Domain>(round + 1, j));
+      history.set(history.column(history.kAlpha, round + 1, j), columns.alpha[j]);
+    });
+    __syncthreads();
+    each_row<Sum>([&](Sum& x, int i, int j) { x.sum += of_column_own(i, j) * columns.alpha[j]; },
+                  [&](int i, const Sum& x) {
+                    rows.of_mass[i] -= rows.without_mass(i, x.sum);
+                    rows.alpha[i] = (last ? rows.alpha[i] : 0) - rows.with_mass(i, x.sum);
+                    history.set(history.row(history.kAlpha, round, i), rows.alpha[i]);
+                  });
+    __syncthreads();
+    each_point(columns, [&](int j) { set(columns, j, history.template column_step<Domain>(round, j)); });
+    __syncthreads();
+    each_column<Sum>([&](Sum& x, int i, int j) { x.sum += of_row_own(i, j) * rows.alpha[i]; },
+                     [&](int j, const Sum& x) {
+                       columns.of_mass[j] -= columns.without_mass(j, x.sum);
+                       columns.alpha[j] = -columns.with_mass(j, x.sum);
+                     });
+    __syncthreads();
+  }
+
+  // P - P C / epsilon, or 0, and the sum over the rounds of (a_i w_ij alpha_g_j + b_j w_ij alpha_f_i) / epsilon.
+  __device__ void write_of_costs(float* of_cost, int64_t rounds) const {
+    each_point(rows, [&](int i) { set(rows, i, history.template row_step<Domain>(rounds - 1, i)); });
+    each_point(columns, [&](int j) { set(columns, j, history.template column_step<Domain>(rounds, j)); });
+    __syncthreads();
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    const float per_epsilon = 1 / units.epsilon;
+    for (int first = warp * kRowsAtOnce; first < rows.count; first += warps * kRowsAtOnce)
+      for (int j = lane; j < columns.count; j += kWarp) {
+        float x[kRowsAtOnce], sum[kRowsAtOnce] = {};
+        int row[kRowsAtOnce];
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          row[r] = first + r < rows.count ? first + r : rows.count - 1;
+          x[r] = stored(row[r], j);
+        }
+        float before = history.get(history.column(0, 0, j));
+#pragma unroll 1
+        for (int64_t t = 0; t < rounds; ++t) {
+          const Step column = history.template column_step<Domain>(t + 1, j);
+          const float alpha_g = history.get(history.column(history.kAlpha, t + 1, j));
+          const float column_before = Domain::weighted(before, columns.factor[j]);
+          for (int r = 0; r < kRowsAtOnce; ++r) {
+            const Step step = history.template row_step<Domain>(t, row[r]);
+            const float alpha_f = history.get(history.row(history.kAlpha, t, row[r]));
+            sum[r] += Domain::of_round(Domain::weighted(step.potential, rows.factor[row[r]]), step, alpha_f,
+                                       column_before, column, alpha_g, x[r]);
+          }
+          before = column.potential;
+        }
+        for (int r = 0; r < kRowsAtOnce; ++r) {
+          if (first + r >= rows.count) break;
+          float of_pair = Domain::of_rounds(sum[r], x[r]) * per_epsilon;
+          if (!call.entropic) {
+            const float plan = columns.mass[j] * of_column(row[r], j);
+            of_pair += plan - cost_of_plan(plan, cost_at(row[r], j)) * per_epsilon;
+          }
+          store(of_cost + (int64_t)row[r] * columns.count + j, units.mass * of_pair);
+        }
+      }
+  }
+
+  __device__ void reverse(int64_t problem, int64_t rounds) const {
+    begin_reverse();
+    for (int64_t round = rounds - 1; round >= 0; --round) reverse_round(round, round == rounds - 1);
+    each_point(rows, [&](int i) { store((float*)call.of_a + problem * rows.count + i, rows.of_mass[i]); });
+    each_point(columns, [&](int j) { store((float*)call.of_b + problem * columns.count + j, columns.of_mass[j]); });
+    write_of_costs((float*)call.of_cost + problem * rows.count * columns.count, rounds);
+  }
+
+  __device__ void solve(int64_t problem) {
+    begin();
+    float error = 0;
+    const int64_t rounds = iterate(&error);
+    if (!call.entropic) sum_costs();
+    const float found = value();
+    write(problem, found, error, rounds);
+    if (call.unrolled) reverse(problem, rounds);
+  }
+};
+
+// Reads costs and masses; the costs stay in shared memory where it holds the matrix.
+template <Kept kept>
+inline __device__ Facts read_problem(const SinkhornCall& call, int64_t problem, const float* cost, const Points& rows,
+                                     const Points& columns, const Matrix<kept>& matrix, Team& team) {
+  Facts mine = Facts::none();
+  for (int at = threadIdx.x; at < rows.count * columns.count; at += blockDim.x) {
+    const float x = load(cost + at);
+    if (kept != Kept::nothing) matrix.set(at, x);
+    mine.add(x);
+  }
+  for (int i = threadIdx.x; i < rows.count; i += blockDim.x)
+    mine.mass_a += rows.mass[i] = load((const float*)call.a + problem * rows.count + i);
+  for (int j = threadIdx.x; j < columns.count; j += blockDim.x)
+    mine.mass_b += columns.mass[j] = load((const float*)call.b + problem * columns.count + j);
+  return team.merged(mine);
+}
+
+template <Kept kept>
+__global__ void __launch_bounds__(kMaxThreads)
+    sinkhorn_kernel(const __grid_constant__ SinkhornCall call, const __grid_constant__ SinkhornPlan plan) {
+  Team team(1);
+  const int n = (int)call.n, m = (int)call.m;
+  char* memory = (char*)(&team.board + 1);
+  void* const parts = memory;
+  float* vectors = (float*)memory + 2 * (blockDim.x > m ? (int)blockDim.x : m);
+  const Points rows(vectors, n), columns(vectors + Points::kVectors * n, m);
+  vectors += Points::kVectors * (n + m);
+  float* const workspace = (float*)call.workspace + blockIdx.x * plan.workspace;
+  const Matrix<kept> matrix = {kept == Kept::nothing ? workspace : vectors};
+  const History<kept> history = {
+      kept == Kept::matrix_and_history ? vectors + n * m : kept == Kept::matrix ? workspace : workspace + n * m, n, m,
+      call.iterations};
+
+  for (int64_t problem = blockIdx.x; problem < call.problems; problem += gridDim.x) {
+    const float* cost = (const float*)call.cost + problem * n * m;
+    const Units units(call, read_problem(call, problem, cost, rows, columns, matrix, team));
+    if (units.scalings)
+      Problem<Scalings, kept>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
+    else
+      Problem<Logarithms, kept>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
+    __syncthreads();  // all have read what the next problem overwrites
+  }
+}
+
+// ---- the host
+
+namespace {
+
+using SinkhornKernel = void (*)(const SinkhornCall, const SinkhornPlan);
+
+SinkhornKernel sinkhorn_kernel_of(Kept kept) {
+  return kept == Kept::matrix_and_history ? sinkhorn_kernel<Kept::matrix_and_history>
+         : kept == Kept::matrix           ? sinkhorn_kernel<Kept::matrix>
+                                          : sinkhorn_kernel<Kept::nothing>;
+}
+
+// Some 16 pairs a thread: a problem that is small leaves its multiprocessor to others.
+SinkhornPlan plan_sinkhorn(int64_t problems, int64_t n, int64_t m, int64_t iterations, bool unrolled, int device) {
+  const Chip chip(device, sinkhorn_kernel_of(Kept::nothing));
+  SinkhornPlan plan = {};
+  plan.blocks = 1;
+  plan.threads = kWarp;
+  while (plan.threads < kMaxThreads && n * m > 16 * plan.threads) plan.threads *= 2;
+  const int64_t floats = Points::kVectors * (n + m) + 2 * (plan.threads > m ? plan.threads : m);
+  const int64_t vectors = (int64_t)sizeof(Board) + floats * (int64_t)sizeof(float);
+  if (vectors > chip.shared)
+    throw std::runtime_error("sinkhorn: problems of " + std::to_string(n) + " and " + std::to_string(m) +
+                             " points take " + std::to_string(vectors) + " bytes of shared memory beside their " +
+                             "costs, and a block of this device may have " + std::to_string(chip.shared) +
+                             "; the backend reference takes any number");
+  const int64_t matrix = n * m, history = unrolled ? History<Kept::nothing>::floats(n, m, iterations) : 0;
+  auto fits = [&](int64_t more) { return vectors + more * (int64_t)sizeof(float) <= chip.shared; };
+  plan.kept = fits(matrix + history) ? Kept::matrix_and_history : fits(matrix) ? Kept::matrix : Kept::nothing;
+  const int64_t shared = plan.kept == Kept::nothing ? 0 : plan.kept == Kept::matrix ? matrix : matrix + history;
+  plan.shared = (int)(vectors + shared * (int64_t)sizeof(float));
+  plan.workspace = matrix + history - shared;
+  const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.kept), plan, chip, device);
+  if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  plan.grid = (int)(problems < at_once ? problems : at_once);
+  return plan;
+}
+
+}  // namespace
+
+int64_t sinkhorn_workspace_bytes(int64_t problems, int64_t n, int64_t m, int64_t iterations, bool fp64, bool unrolled,
+                                 int device) {
+  if (fp64) throw std::runtime_error("these kernels compute in fp32");
+  OnDevice guard(device);
+  const SinkhornPlan plan = plan_sinkhorn(problems, n, m, iterations, unrolled, device);
+  return plan.grid * plan.workspace * (int64_t)sizeof(float);
+}
+
+void sinkhorn(const SinkhornCall& call, int device, void* stream) {
+  if (call.fp64) throw std::runtime_error("these kernels compute in fp32");
+  OnDevice guard(device);
+  const SinkhornPlan plan = plan_sinkhorn(call.problems, call.n, call.m, call.iterations, call.unrolled, device);
+  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, sinkhorn_kernel_of(plan.kept), call, plan);
+}
+
+void load_sinkhorn() {
+  cudaFuncAttributes attributes;
+  for (Kept kept : {Kept::matrix_and_history, Kept::matrix, Kept::nothing})
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, sinkhorn_kernel_of(kept));
+}
+
+}  // namespace cuda
+}  // namespace kdk
