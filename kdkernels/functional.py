@@ -1,24 +1,15 @@
 """The public functions: what a training loop calls."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from . import backends, ops, options
-from .autograd import LinearRows, Rows
+from .autograd import LinearRows, Rows, refuse_transforms
 from .backends import ROW_STATISTICS, compute_dtype, linear, reference, topk
 from .backends.row_options import RowOptions
 from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence
-
-
-@dataclass(frozen=True, eq=False)
-class LossOutput:
-    """A loss and the row statistics that were asked for, by name; each has the logits' leading shape."""
-
-    loss: Tensor
-    statistics: dict[str, Tensor]
+from .options import LossOutput
 
 
 def fused_divergence(
@@ -213,7 +204,7 @@ def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             return reference.rows(*tensors, *static, statistics)
-    _refuse_transforms(student, backend)
+    refuse_transforms(student, backend)
     if not (torch.is_grad_enabled() and student.requires_grad):
         loss, _, _, _, row_statistics, top1 = ops.rows(*tensors, *static, False, statistics, backend)
         return loss, row_statistics, top1
@@ -232,7 +223,7 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
     tensors = [x for side in (of_student, of_teacher) for x in (side.data, side.weight, side.bias)] + sparse
     for x in tensors:
         if x is not None:
-            _refuse_transforms(x, backend)
+            refuse_transforms(x, backend)
     numbers = [x for side in (of_student, of_teacher) for x in (side.scale, side.softcap)]
     budget = linear.current_budget()
     static = (
@@ -303,19 +294,6 @@ def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, s
             offset = topk.tail_offset(divergence, parameters, entries.log_probs)
             loss, row_statistics = topk.with_offset(offset, row, temperature_squared, loss, row_statistics)
         return loss, row_statistics, top1
-
-
-def _refuse_transforms(student: Tensor, backend: str):
-    """torch.func's transforms and forward-mode AD would find no derivative in an operator, and say nothing."""
-    if torch.compiler.is_compiling():
-        return
-    forward_ad = torch.autograd.forward_ad
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None
-    if dual or torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            f"forward-mode AD and torch.func transforms: the {backend!r} backend has reverse-mode derivatives only; "
-            'backend="reference" goes through torch.func.grad and vmap, and leading dimensions take the place of vmap'
-        )
 
 
 def _statistic(name: str, row_statistics: Tensor, top1: Tensor, leading: torch.Size) -> Tensor:

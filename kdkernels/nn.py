@@ -1,33 +1,60 @@
 """Modules over the functional losses."""
 
+import inspect
+
 import torch
 from torch import Tensor
 
 from . import divergences
+from .class_ot import fused_class_ot
 from .distributions import LinearLogits, SparseLogProbs
-from .functional import LossOutput, fused_divergence
+from .functional import fused_divergence
+from .options import LossOutput
+from .transport import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_kd
+from .uld import fused_uld
 
 
-class Divergence(torch.nn.Module):
-    """`fused_divergence` with the options that stay the same from call to call.
+class _Loss(torch.nn.Module):
+    """A function with the options that stay the same from call to call.
+
+    Options are those of the function, and one that is given in a call replaces the module's own. Holds no parameters
+    and no state.
+    """
+
+    function = staticmethod(lambda: None)
+
+    def __init__(self, **options):
+        super().__init__()
+        parameters = inspect.signature(self.function).parameters.values()
+        known = [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        self.options = options
+
+    def _call(self, *tensors, **options):
+        return self.function(*tensors, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class Divergence(_Loss):
+    """`fused_divergence` with static options.
 
     >>> loss = kdkernels.nn.Divergence("js", temperature=2.0)
     >>> loss(student, teacher, mask=mask)
 
-    `divergence` is a name or a `kdkernels.Divergence`; static and per-call options are those of `fused_divergence`, and
-    one that is given in the call replaces the static one. Holds no parameters and no state.
+    `divergence` is a name or a `kdkernels.Divergence`.
     """
 
+    function = staticmethod(fused_divergence)
+
     def __init__(self, divergence: str | divergences.Divergence = "kl", **options):
-        super().__init__()
+        super().__init__(**options)
         if not isinstance(divergence, divergences.Divergence):
             divergence = divergences.Divergence(divergence)
-        unknown = set(options) - set(fused_divergence.__kwdefaults__)
-        if unknown:
-            known = ", ".join(fused_divergence.__kwdefaults__)
-            raise TypeError(f"unknown option {', '.join(sorted(unknown))}; known: {known}")
         self.divergence = divergence
-        self.options = options
 
     @staticmethod
     def gkd(beta: float, **options) -> "Divergence":
@@ -37,7 +64,51 @@ class Divergence(torch.nn.Module):
     def forward(
         self, student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, **options
     ) -> Tensor | LossOutput:
-        return fused_divergence(student, teacher, self.divergence, **{**self.options, **options})
+        return self._call(student, teacher, self.divergence, **options)
 
     def extra_repr(self) -> str:
-        return ", ".join([repr(self.divergence), *(f"{name}={value!r}" for name, value in self.options.items())])
+        return ", ".join(x for x in (repr(self.divergence), super().extra_repr()) if x)
+
+
+class SinkhornKD(_Loss):
+    """`fused_sinkhorn_kd` with static options."""
+
+    function = staticmethod(fused_sinkhorn_kd)
+
+    def forward(self, student: Tensor, teacher: Tensor, **options) -> Tensor:
+        return self._call(student, teacher, **options)
+
+
+class Sinkhorn(_Loss):
+    """`fused_sinkhorn` with static options."""
+
+    function = staticmethod(fused_sinkhorn)
+
+    def forward(self, cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, **options) -> SinkhornOutput:
+        return self._call(cost, a, b, **options)
+
+
+class ClassOT(_Loss):
+    """`fused_class_ot` with static options; the costs of classes are given in the call.
+
+    >>> loss = kdkernels.nn.ClassOT(temperature=10.0, epsilon=0.05)
+    >>> loss(student, teacher, class_cost, exclude_labels=labels)
+    """
+
+    function = staticmethod(fused_class_ot)
+
+    def forward(self, student: Tensor, teacher: Tensor, class_cost: Tensor, **options) -> Tensor:
+        return self._call(student, teacher, class_cost, **options)
+
+
+class ULD(_Loss):
+    """`fused_uld` with static options.
+
+    >>> loss = kdkernels.nn.ULD(temperature=2.0)
+    >>> loss(student, teacher, mask=mask)
+    """
+
+    function = staticmethod(fused_uld)
+
+    def forward(self, student: Tensor, teacher: Tensor, **options) -> Tensor | LossOutput:
+        return self._call(student, teacher, **options)

@@ -1,4 +1,4 @@
-"""torch.library operators of the row and linear families: schema, fake, and dispatch to a backend's function.
+"""torch.library operators of every family: schema, fake, and dispatch to a backend's function.
 
 They mutate nothing and return fresh tensors (`scale_` excepted), take no floats that change from call to call (a float
 argument recompiles at every new value), and know nothing of autograd: autograd.py stands outside.
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, compute_dtype, linear
+from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, class_ot, compute_dtype, linear, transport
+from .backends import uld as uld_family
 from .backends.row_options import RowOptions
 from .backends.topk import Sparse
 
@@ -25,13 +26,22 @@ _LABEL = "Tensor? labels, Tensor temperature, Tensor? hard_weight"
 
 def _define(schema: str, implementation, fake):
     """Registers an operator whose last argument names the backend."""
+
+    def of_backend(*args):
+        *args, backend = args
+        return implementation(backends.kernels(backend), *args)
+
+    return _define_for_all(schema, of_backend, fake)
+
+
+def _define_for_all(schema: str, implementation, fake):
+    """Registers an operator that is the same for every backend."""
     name = schema.split("(")[0].strip()
     _library.define(schema)
 
     def run(*args):
-        *args, backend = args
         with torch._C._DisableAutocast():
-            return implementation(backends.kernels(backend), *args)
+            return implementation(*args)
 
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
@@ -187,6 +197,127 @@ topk_log_probs = _define(
     "SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, str backend) -> (Tensor, Tensor, Tensor)",
     _topk_log_probs,
     _topk_log_probs_fake,
+)
+
+
+def _sinkhorn_fake(cost, a, b, epsilon, tolerance, iterations, entropic, gradient, backend):
+    problems = cost.shape[0]
+    derivatives = [torch.empty_like(x) if gradient != "none" else _new(x, 0, dtype=x.dtype) for x in (cost, a, b)]
+    return (
+        _new(cost, problems, dtype=cost.dtype),
+        torch.empty_like(a),
+        torch.empty_like(b),
+        _new(cost, problems, dtype=cost.dtype),
+        _new(cost, problems, dtype=torch.int32),
+        *derivatives,
+    )
+
+
+# Sinkhorn's iterations of problems [problems, n, m] with masses a [problems, n] and b [problems, m], all contiguous in
+# one compute dtype: values, potentials f and g, errors, rounds done, and the derivatives of the values with respect to
+# cost, a and b as `gradient` defines them (of shape [0] with "none"). csrc/transport_call.h has the formulas.
+sinkhorn = _define(
+    "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tolerance, SymInt iterations, bool entropic, "
+    "str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda kernels, *args: transport.checked_sinkhorn(kernels, *args),
+    _sinkhorn_fake,
+)
+
+
+def _sinkhorn_kd_fake(student, teacher, kept, temperature, epsilon, iterations, cost, gradient, vocab_size, backend):
+    clouds, n = kept.shape
+    wanted = gradient != "none"
+    return (
+        _new(kept, clouds, dtype=kept.dtype),
+        _new(kept, *((clouds, n, n) if wanted else (0,)), dtype=kept.dtype),
+        _new(kept, *((clouds, n) if wanted else (0,)), dtype=kept.dtype),
+        _new(kept, 4, clouds, n, dtype=kept.dtype),
+    )
+
+
+# SinKD between the rows of clouds of logits [clouds, n, columns]; kept [clouds, n] is 1, or 0 for a row that is dropped
+# and never read. Losses [clouds], and what its gradient is made of: derivatives with respect to the costs
+# [clouds, n, n], their products with the costs' moments [clouds, n] (both [0] with gradient "none"), row floats.
+sinkhorn_kd = _define(
+    "sinkhorn_kd(Tensor student, Tensor teacher, Tensor kept, Tensor temperature, Tensor epsilon, SymInt iterations, "
+    "str cost, str gradient, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda kernels, *args: transport.sinkhorn_kd(kernels, *args),
+    _sinkhorn_kd_fake,
+)
+# The gradient of the student's logits, of these.
+sinkhorn_kd_gradient = _define(
+    "sinkhorn_kd_gradient(Tensor student, Tensor teacher, Tensor kept, Tensor temperature, Tensor of_pairs, "
+    "Tensor dot, Tensor floats, str cost, SymInt vocab_size, str backend) -> Tensor",
+    lambda kernels, *args: transport.sinkhorn_kd_gradient(kernels, *args),
+    lambda student, *args: _gradient_like(student),
+)
+
+
+def _class_ot_fake(student, teacher, class_cost, row_scale, exclude_labels, temperature, epsilon, iterations, gradient,
+                   chunk_budget):  # fmt: skip
+    dtype = class_ot.gradient_dtype(student.dtype)
+    return (
+        _new(student, row_scale.shape[0], dtype=row_scale.dtype),
+        _new(student, *(student.shape if gradient else (0,)), dtype=dtype),
+    )
+
+
+# Optimal transport between the classes of student and teacher [outer, inner, V] under class_cost [V, V]: loss [rows],
+# and its gradient by the named way (of the student's shape; fp32 of an fp16 student), or empty where none is named.
+# The products are torch's, and no backend's. exclude_labels: a class of each row that is left out, or class_ot.NOTHING;
+# epsilon [1] is fp64.
+classes_ot = _define_for_all(
+    "class_ot(Tensor student, Tensor teacher, Tensor class_cost, Tensor row_scale, Tensor? exclude_labels, "
+    "Tensor temperature, Tensor epsilon, SymInt iterations, str? gradient, SymInt chunk_budget) -> (Tensor, Tensor)",
+    class_ot.class_ot,
+    _class_ot_fake,
+)
+
+
+def _uld(kernels, student, teacher, row_scale, temperature, *sizes_and_gradient):
+    _check_temperature(row_scale, temperature)
+    return kernels.uld(student, teacher, row_scale, temperature, *sizes_and_gradient)
+
+
+def _uld_topk(kernels, student, teacher, row_scale, temperature, *others):
+    _check_temperature(row_scale, temperature)
+    return uld_family.uld_topk(kernels, student, teacher, row_scale, temperature, *others)
+
+
+def _check_temperature(row_scale: Tensor, temperature: Tensor):
+    if row_scale.device.type == "cpu" or backends.values_are_checked():
+        backends.check_values(row_scale, None, temperature, None, 0)
+
+
+def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, gradient, backend):
+    count = row_scale.shape[0]
+    return (
+        _new(student, count, dtype=row_scale.dtype),
+        _gradient_like(student) if gradient else _new(student, 0, dtype=student.dtype),
+        _new(student, count, dtype=row_scale.dtype),
+    )
+
+
+def _uld_topk_fake(student, teacher, row_scale, temperature, k, *sizes_and_others):
+    *sizes, _, gradient, backend = sizes_and_others
+    found = _uld_fake(student, teacher, row_scale, temperature, *sizes, gradient, backend)
+    return *found, _new(student, row_scale.shape[0], dtype=row_scale.dtype)
+
+
+# Universal Logit Distillation (csrc/uld_call.h) of two vocabularies: loss [rows] (row_scale folded in), gradient (the
+# student's shape, or empty), divergence [rows]. uld_topk compares the k largest probabilities of each side alone, in
+# chunks of rows whose buffers take so many bytes, and says by how much the divergence may be off.
+uld = _define(
+    f"uld({_LOGITS}, Tensor temperature, SymInt student_vocab_size, SymInt teacher_vocab_size, bool gradient, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _uld,
+    _uld_fake,
+)
+uld_topk = _define(
+    f"uld_topk({_LOGITS}, Tensor temperature, SymInt k, SymInt student_vocab_size, SymInt teacher_vocab_size, "
+    "SymInt chunk_budget, bool gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _uld_topk,
+    _uld_topk_fake,
 )
 
 # gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.

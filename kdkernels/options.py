@@ -4,6 +4,7 @@ Mask, labels, row weights, reduction and normalizer fold, on the device and with
 Nothing here reads a value of a tensor: that is left to the operators, which on a CPU can afford it.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,14 @@ STATISTICS = (*ROW_STATISTICS, *ROW_TOP1)
 NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_prob")
 
 
+@dataclass(frozen=True, eq=False)
+class LossOutput:
+    """A loss and the row statistics that were asked for, by name; each has the logits' leading shape."""
+
+    loss: Tensor
+    statistics: dict[str, Tensor]
+
+
 def check_logits(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, vocab_size: int | None
 ) -> int:
@@ -33,6 +42,18 @@ def check_logits(
             or_sparse = ", a LinearLogits or a SparseLogProbs" if name == "teacher" else " or a LinearLogits"
             raise TypeError(f"{name}: expected a tensor of logits{or_sparse}; got {type(x).__name__}")
         check_stored_or_head(name, x)
+    check_pair(student, teacher)
+    vocab_size = check_vocab_size(vocab_size, {name: x.shape[-1] for name, x in sides.items()})
+    sparse = isinstance(teacher, SparseLogProbs)
+    if sparse and teacher.tail != "truncate" and teacher.shape[-1] > vocab_size:  # where none may be there twice
+        raise ValueError(
+            f"teacher: expected at most {vocab_size} entries a row, the vocabulary; got {teacher.shape[-1]}"
+        )
+    return vocab_size
+
+
+def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs):
+    """Raises where they are not of the same rows, or the teacher wants a gradient."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must agree in all dimensions but the last; "
@@ -44,13 +65,6 @@ def check_logits(
         raise ValueError(
             "teacher requires grad, but the loss has no gradient with respect to it; pass teacher.detach()"
         )
-    vocab_size = check_vocab_size(vocab_size, {name: x.shape[-1] for name, x in sides.items()})
-    sparse = isinstance(teacher, SparseLogProbs)
-    if sparse and teacher.tail != "truncate" and teacher.shape[-1] > vocab_size:  # where none may be there twice
-        raise ValueError(
-            f"teacher: expected at most {vocab_size} entries a row, the vocabulary; got {teacher.shape[-1]}"
-        )
-    return vocab_size
 
 
 def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
@@ -74,7 +88,7 @@ def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
 
 def check_stored_or_head(name: str, x: Tensor | LinearLogits):
     if x.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
+        raise TypeError(f"{name}: expected dtype {one_of(STORAGE_DTYPES)}; got {x.dtype}")
     if not isinstance(x, Tensor):
         return
     if x.dim() == 0:
@@ -151,7 +165,7 @@ def side_of(x: Tensor | LinearLogits, heads: HeadOptions) -> Side:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):
     if value not in choices:
-        raise ValueError(f"{name}: expected {_one_of(choices)}; got {value!r}")
+        raise ValueError(f"{name}: expected {one_of(choices)}; got {value!r}")
 
 
 def check_type(name: str, value, expected: type):
@@ -201,19 +215,21 @@ def resolve(
     hard_weight,
     reduction: str,
     normalizer,
+    dtype: torch.dtype | None = None,
 ) -> RowOptions:
+    """`dtype`: of the row numbers, where more than student and teacher decide it."""
     leading, device = student.shape[:-1], student.device
-    dtype = compute_dtype(student, teacher)
+    dtype = dtype or compute_dtype(student, teacher)
     check_choice_of_reduction(reduction)
 
     if mask is not None:
-        _check_per_row("mask", mask, leading, device, torch.bool)
+        check_per_row("mask", mask, leading, device, torch.bool)
     if labels is not None:
-        _check_per_row("labels", labels, leading, device, torch.int64)
+        check_per_row("labels", labels, leading, device, torch.int64)
         check_type("ignore_index", ignore_index, int)
         labels = savable(labels.reshape(-1).contiguous())
     if row_weight is not None:
-        _check_per_row("row_weight", row_weight, leading, device)
+        check_per_row("row_weight", row_weight, leading, device)
 
     temperature = _number_or_per_row("temperature", temperature, leading, device, dtype)
     if not isinstance(hard_weight, Tensor):
@@ -287,7 +303,7 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
             _check_real(name, value)
             _refuse_gradient(name, value)
             return _moved(value.detach().reshape(1), device, dtype)
-        _check_per_row(name, value, leading, device)
+        check_per_row(name, value, leading, device)
         return _moved(value.detach().reshape(-1).contiguous(), device, dtype)
     if name == "temperature":
         check_temperature(name, value)
@@ -296,6 +312,27 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected from 0 to 1; got {value}")
     return torch.ones(1, dtype=dtype, device=device) * value
+
+
+def positive_number(name: str, value: float | Tensor, device, dtype) -> Tensor:
+    """A number or a 0-d tensor, as [1]; of a tensor on a CPU the value is checked too."""
+    if not isinstance(value, Tensor):
+        _check_positive(name, value, dtype)
+        return torch.ones(1, dtype=dtype, device=device) * value
+    if value.dim() != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d tensor; got shape {list(value.shape)}")
+    _check_real(name, value)
+    _refuse_gradient(name, value)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_positive(name, value.item(), dtype)
+    return _moved(value.detach().reshape(1), device, dtype)
+
+
+def _check_positive(name: str, value, dtype: torch.dtype):
+    """A number that is not 0 in the dtype either."""
+    check_temperature(name, value)
+    if value < torch.finfo(dtype).tiny:
+        raise ValueError(f"{name}: expected at least {torch.finfo(dtype).tiny}, the least of {dtype}; got {value}")
 
 
 def check_temperature(name: str, value):
@@ -307,7 +344,7 @@ def check_temperature(name: str, value):
         raise ValueError(f"{name}: expected finite and > 0; got {value}")
 
 
-def _check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):
+def check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
     if dtype is not None and x.dtype != dtype:
@@ -350,5 +387,5 @@ def _shown(value) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def _one_of(choices) -> str:
+def one_of(choices) -> str:
     return " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)

@@ -5,16 +5,22 @@ wherever the package is installed.
 """
 
 import argparse
+import itertools
 import sys
 
 import torch
 
 from . import backends
+from .backends import class_ot, transport
+from .backends.uld import mean_of_runs
+from .class_ot import fused_class_ot
 from .distributions import TAILS, LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE
 from .functional import fused_divergence
 from .options import STATISTICS
 from .teachers import topk_log_probs
+from .transport import fused_sinkhorn, fused_sinkhorn_kd
+from .uld import fused_uld
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, classes): widths that are odd and that are aligned, one tile and many. A GPU gets more rows than it holds at
@@ -24,7 +30,12 @@ GPU_SHAPES = ((5, 1), (8000, 1000), (500, 50_001), (250, 128_256))
 INTERPRETED_SHAPES = ((5, 1), (5, 1000), (5, 5001))
 # (rows, classes, width) of heads: several chunks.
 HEAD_SHAPE, GPU_HEAD_SHAPE = (30, 1001, 64), (1500, 32_001, 256)
+# (clouds, rows, classes) of SinKD, and (problems, n, m).
+CLOUD_SHAPE, GPU_CLOUD_SHAPE = (2, 10, 501), (3, 100, 32_001)
+PROBLEM_SHAPE, GPU_PROBLEM_SHAPE = (3, 9, 12), (300, 64, 70)
 TOPK_ENTRIES = 100
+# (rows, classes) of transport, whose reference has plans [rows, classes, classes].
+CLASS_OT_SHAPE, GPU_CLASS_OT_SHAPE = (10, 50), (20, 200)
 PADDING = 8  # columns past the classes, which hold NaN
 
 
@@ -177,6 +188,132 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     return (*worst, extraction)
 
 
+def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], device: str):
+    """Of transport between classes, whose products are torch's: of loss and gradient, as parts of the tolerance."""
+    rows, classes = shape
+    generator = torch.Generator().manual_seed(classes)
+    student, teacher = ((2 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
+    student[4::5], teacher[4::5] = torch.nan, torch.nan
+    student[1::5, 2] = -torch.inf
+    labels = torch.where(torch.arange(rows) % 3 == 2, -100, torch.arange(rows) % classes).to(device)
+    options = {"mask": (torch.arange(rows) % 5 != 4).to(device), "exclude_labels": labels, "reduction": "none"}
+    options |= {"temperature": 2.0, "epsilon": 0.2, "gradient": gradient}
+    cost = torch.rand(classes, classes, generator=generator).to(device)
+
+    def one_call(student, teacher, cost, backend):
+        student = student.detach().requires_grad_()
+        loss = fused_class_ot(student, teacher, cost, backend=backend, **options)
+        (2 * loss).sum().backward()
+        return loss.detach(), student.grad
+
+    want = one_call(student.double(), teacher.double(), cost.double(), "reference")
+    got = one_call(student, teacher, cost, "auto")
+    # A masked class has no derivative in the reference's softmax but 0 * -inf.
+    right = want[1].nan_to_num(0)
+    allowed = tolerance(dtype) * right.abs().amax(-1, keepdim=True) + 4e-7
+    errors = (
+        ((got[0] - want[0]).abs() / (1e-5 + 1e-6 * want[0].abs())).max(),
+        ((got[1].double() - right).abs() / allowed).nan_to_num(torch.inf).max(),
+    )
+    return tuple(float(x) for x in errors)
+
+
+def undecided_ranks(student, teacher, temperature) -> torch.Tensor:
+    """What rounding may do to the gradient of ULD: as `undecided`, of ranks, in the place of their classes."""
+    (s, order), (t, _) = (x.double().sort(dim=-1, descending=True, stable=True) for x in (student, teacher))
+    lp, lq = ((x / temperature[:, None]).log_softmax(-1) for x in (s, t))
+    ranks = min(lp.shape[1], lq.shape[1])
+    near = torch.zeros_like(lp)
+    near[:, :ranks] = ((lp[:, :ranks] - lq[:, :ranks]).abs() < 1e-5) * 2
+    p = lp.exp()
+    of_class = p * mean_of_runs(near, s) + p * (p * near).sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, order, of_class).nan_to_num(0)
+
+
+def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
+    """Of loss and gradient between two vocabularies, as parts of the tolerance."""
+    rows, width = shape
+    generator = torch.Generator().manual_seed(width)
+    widths = width, width // 2 + 1
+    student, teacher = (3 * torch.randn(rows, classes + PADDING, generator=generator) for classes in widths)
+    student, teacher = student.to(device, dtype), teacher.to(device, dtype)
+    student[4::5], teacher[4::5] = torch.nan, torch.nan
+    if width > 2:
+        student[1::5, 2] = -torch.inf
+    temperature = torch.tensor([0.7, 1.0, 1.0, 2.0, 1.0], device=device).repeat(rows // 5)
+    options = {
+        "mask": (torch.arange(rows) % 5 != 4).to(device), "reduction": "none", "student_vocab_size": widths[0],
+        "teacher_vocab_size": widths[1],
+    }  # fmt: skip
+
+    def one_call(student, teacher, temperature, backend, gradient):
+        student = student.detach().requires_grad_()
+        loss = fused_uld(student, teacher, temperature=temperature, backend=backend, gradient=gradient, **options)
+        (2 * loss).sum().backward()
+        return loss.detach(), student.grad
+
+    right = one_call(student.double(), teacher.double(), temperature.double(), "reference", "auto")
+    allowed = tolerance(dtype) * right[1].abs().amax(-1, keepdim=True) + 4e-6
+    signs = undecided_ranks(student[:, : widths[0]], teacher[:, : widths[1]], temperature) / temperature[:, None]
+    allowed = allowed + torch.nn.functional.pad(2 * signs, (0, PADDING))
+    worst = [0.0, 0.0]
+    for gradient in ("forward", "backward"):
+        found = one_call(student, teacher, temperature, backend, gradient)
+        errors = (
+            ((found[0] - right[0]).abs() / 1e-5).max(),
+            ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+        )
+        worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
+    return tuple(worst)
+
+
+def sinkhorn_kd_errors(cost: str, dtype: torch.dtype, shape: tuple[int, int, int], device: str, backend: str):
+    """Of SinKD between clouds [clouds, rows, classes], every fifth row dropped: as parts of the tolerance."""
+    generator = torch.Generator().manual_seed(shape[2])
+    student, teacher = ((2 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in range(2))
+    student[:, 4::5], teacher[:, 4::5] = torch.nan, torch.nan
+    mask = (torch.arange(shape[1]) % 5 != 4).expand(shape[:2]).to(device)
+
+    def one_call(student, teacher, backend):
+        student = student.detach().requires_grad_()
+        loss = fused_sinkhorn_kd(student, teacher, cost=cost, mask=mask, reduction="none", backend=backend)
+        (2 * loss).sum().backward()
+        return loss.detach(), student.grad
+
+    right, found = one_call(student.double(), teacher.double(), "reference"), one_call(student, teacher, backend)
+    allowed = tolerance(dtype) * right[1].abs().amax((1, 2), keepdim=True) + 4e-6
+    errors = (
+        ((found[0] - right[0]).abs() / (1e-5 * right[0].abs() + 1e-6 * shape[1])).max(),
+        ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+    )
+    return tuple(float(x) for x in errors)
+
+
+def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], device: str, backend: str):
+    """Of problems [problems, n, m] with points without mass: of the values, and of their derivatives with respect to
+    the costs, as parts of the tolerance. Twenty rounds, of which the rounding of cost / epsilon is carried along."""
+    generator = torch.Generator().manual_seed(shape[2])
+    cost = torch.rand(shape, generator=generator).to(device)
+    a, b = ((torch.rand(shape[0], n, generator=generator) + 0.1).to(device) for n in shape[1:])
+    a[:, 1], b[:, 2] = 0, 0
+    a, b = (x / x.sum(1, keepdim=True) for x in (a, b))
+
+    def one_call(cost, a, b, backend):
+        cost = cost.detach().requires_grad_()
+        value = fused_sinkhorn(cost, a, b, epsilon=epsilon, iterations=20, gradient=gradient, backend=backend).value
+        (2 * value).sum().backward()
+        return value.detach(), cost.grad
+
+    right = one_call(cost.double(), a.double(), b.double(), "reference")
+    found = one_call(cost, a, b, backend)
+    rounding = 1e-6 * (4 + 1 / epsilon)
+    errors = (
+        ((found[0] - right[0]).abs() / (rounding * right[0].abs())).max(),
+        ((found[1] - right[1]).abs() / (4 * rounding * right[1].abs().amax((1, 2), keepdim=True))).max(),
+    )
+    return tuple(float(x) for x in errors)
+
+
 def check(device: str) -> bool:
     x = torch.empty(1, 1, device=device)
     served = []
@@ -196,33 +333,40 @@ def check(device: str) -> bool:
     )
     print(f"{'':>66} or, of a top k, its extraction")
     right = True
+
+    def show(backend: str, what: str, dtype: torch.dtype, shape: tuple[int, ...], found: tuple[float, ...]):
+        """Prints a row; an error of 1 or more, or NaN, is wrong."""
+        nonlocal right
+        is_wrong = not all(e < 1 for e in found)
+        right &= not is_wrong
+        columns = [f"{x:{width}.2f}" for x, width in zip(found, (6, 9, 11), strict=False)]
+        columns += ["" if is_wrong else " " * 11] * (len(found) == 2)
+        print(f"{backend:8} {what:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7}", *columns, "  WRONG" * is_wrong)
+
+    on_gpu = device != "cpu"
     for backend in served:
-        shapes = GPU_SHAPES if device != "cpu" else INTERPRETED_SHAPES if backend == "triton" else SHAPES
-        for divergence in CATALOGUE:
-            for dtype in DTYPES:
-                for shape in shapes:
-                    found = errors(divergence, dtype, shape, device, backend)
-                    wrong = not all(e < 1 for e in found)
-                    right &= not wrong
-                    print(f"{backend:8} {divergence:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
-                          f"{found[1]:9.2f} {found[2]:11.2f}{'  WRONG' if wrong else ''}")  # fmt: skip
+        shapes = GPU_SHAPES if on_gpu else INTERPRETED_SHAPES if backend == "triton" else SHAPES
+        for divergence, dtype, shape in itertools.product(CATALOGUE, DTYPES, shapes):
+            show(backend, divergence, dtype, shape, errors(divergence, dtype, shape, device, backend))
         for dtype in DTYPES:
             for logits_dtype in (None,) if dtype == torch.float32 else (None, torch.float32):
-                shape = GPU_HEAD_SHAPE if device != "cpu" else HEAD_SHAPE
-                found = head_errors(dtype, shape, device, backend, logits_dtype)
-                wrong = not all(e < 1 for e in found)
-                right &= not wrong
+                shape = GPU_HEAD_SHAPE if on_gpu else HEAD_SHAPE
                 name = "head, fp32 logits" if logits_dtype else "head"
-                print(f"{backend:8} {name:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} {found[0]:6.2f} "
-                      f"{found[1]:9.2f} {'':>11}{'  WRONG' if wrong else ''}")  # fmt: skip
-        for tail in TAILS:
-            for dtype in DTYPES:
-                for shape in shapes:
-                    found = topk_errors(tail, dtype, shape, device, backend)
-                    wrong = not all(e < 1 for e in found)
-                    right &= not wrong
-                    print(f"{backend:8} {'top k, ' + tail:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7} "
-                          f"{found[0]:6.2f} {found[1]:9.2f} {found[2]:11.2f}{'  WRONG' if wrong else ''}")  # fmt: skip
+                show(backend, name, dtype, shape, head_errors(dtype, shape, device, backend, logits_dtype))
+        for tail, dtype, shape in itertools.product(TAILS, DTYPES, shapes):
+            show(backend, f"top k, {tail}", dtype, shape, topk_errors(tail, dtype, shape, device, backend))
+        for dtype, shape in itertools.product(DTYPES, shapes):
+            show(backend, "uld", dtype, shape, uld_errors(dtype, shape, device, backend))
+        for cost, dtype in itertools.product(transport.COSTS, DTYPES):
+            shape = GPU_CLOUD_SHAPE if on_gpu else CLOUD_SHAPE
+            show(backend, f"sinkd, {cost}", dtype, shape[1:], sinkhorn_kd_errors(cost, dtype, shape, device, backend))
+        for gradient, epsilon in itertools.product(transport.GRADIENTS, (0.1, 0.01)):
+            shape = GPU_PROBLEM_SHAPE if on_gpu else PROBLEM_SHAPE
+            found = sinkhorn_errors(gradient, epsilon, shape, device, backend)
+            show(backend, f"{gradient} at {epsilon}", torch.float32, shape[1:], found)
+    for gradient, dtype in itertools.product(class_ot.GRADIENTS, DTYPES):
+        shape = GPU_CLASS_OT_SHAPE if on_gpu else CLASS_OT_SHAPE
+        show("torch", f"ot, {gradient}", dtype, shape, class_ot_errors(gradient, dtype, shape, device))
     print("\nall right" if right else "\nWRONG: see above")
     return right
 

@@ -42,8 +42,8 @@ def compute_dtype(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str | None:
-    """Why backend `name` cannot serve these tensors, or None."""
+def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> str | None:
+    """Why backend `name` cannot serve these tensors, or None. `points`: of the larger side of a transport problem."""
     if name == "reference":
         return None
     if name in ("cpu", "cuda"):
@@ -53,18 +53,18 @@ def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str | Non
     if name == "triton":
         from . import triton
 
-        return triton.refuse(student, teacher)
+        return triton.refuse(student, teacher, points)
     raise ValueError(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(map(repr, NAMES))}")
 
 
-def select(name: str, student: torch.Tensor, teacher: torch.Tensor) -> str:
+def select(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> str:
     """The backend that serves this call: `name` itself, or for "auto" the first that does not refuse."""
     if name == "auto":
         for candidate in ORDER:
             modelled = candidate in _GPU and student.device.type == "cpu"
-            if not modelled and refuse(candidate, student, teacher) is None:
+            if not modelled and refuse(candidate, student, teacher, points) is None:
                 return candidate
-    reason = refuse(name, student, teacher)
+    reason = refuse(name, student, teacher, points)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")
     return name

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, STORAGE_DTYPES, check_values, compute_dtype
+from . import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, STORAGE_DTYPES, check_values, compute_dtype, uld
 
 try:
     from .. import _native
@@ -37,6 +37,7 @@ if not hasattr(_native, "cuda_rows"):
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _FLOATS, _SUMS, _GRADIENT = 1, 2, 4
 _NO_ROW = (0, 0)
+_PAIR_COSTS = ("l1", "l2")  # in the order of PairCost
 
 
 def refuse(name: str, student: Tensor, teacher: Tensor) -> str | None:
@@ -65,6 +66,11 @@ class Kernels(ABC):
         self, name: str, arguments: tuple, device: torch.device, fp64: bool, vocab_size: int, k: int
     ) -> None:
         """Calls the compiled function of that name with `arguments` (csrc/topk_arguments.h)."""
+
+    @abstractmethod
+    def _launch_transport(self, name: str, arguments: tuple, device: torch.device, sizes: tuple[int, ...]) -> None:
+        """Calls the compiled function of that name with `arguments` (csrc/transport_arguments.h) and the workspace that
+        its `sizes` need."""
 
     @abstractmethod
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
@@ -239,6 +245,80 @@ class Kernels(ABC):
             self._launch_topk("topk", arguments, device, row_scale.dtype == torch.float64, vocab_size, k)
         return indices, log_probs, tail_log_prob
 
+    # ---- the pairwise and sinkhorn families: csrc/transport_call.h says what they find
+
+    def pairwise_costs(
+        self, student: Tensor, teacher: Tensor, kept: Tensor, temperature: Tensor, floats: Tensor, cost: str,
+        vocab_size: int, moments: bool,
+    ):  # fmt: skip
+        """Costs and moments [clouds, n, n] (or empty) between rows of logits [clouds, n, columns]."""
+        clouds, rows = kept.shape
+        costs = torch.empty(clouds, rows, rows, dtype=kept.dtype, device=kept.device)
+        found = torch.empty_like(costs) if moments else costs.new_empty(0)
+        fp64 = _checked_numbers(kept, temperature, floats)
+        if costs.numel():
+            arguments = (
+                _PAIR_COSTS.index(cost), fp64, (clouds, rows, vocab_size), _logits(student), _logits(teacher),
+                kept.data_ptr(), _per_row(temperature), floats.data_ptr(), costs.data_ptr(),
+                found.data_ptr() if moments else 0,
+            )  # fmt: skip
+            self._launch_transport("pair_costs", arguments, student.device, (clouds, rows, vocab_size, fp64))
+        return costs, found
+
+    def pairwise_gradient(
+        self, student: Tensor, teacher: Tensor, kept: Tensor, temperature: Tensor, weights: Tensor, dot: Tensor,
+        floats: Tensor, cost: str, vocab_size: int,
+    ):  # fmt: skip
+        """The gradient of the student's logits, of weights [clouds, n, n] of the costs' derivatives."""
+        clouds, rows = kept.shape
+        gradient = self.empty(*student.shape, dtype=student.dtype, device=student.device)
+        fp64 = _checked_numbers(kept, temperature, floats, weights, dot)
+        if gradient.numel():
+            arguments = (
+                _PAIR_COSTS.index(cost), fp64, (clouds, rows, vocab_size, student.shape[2]), _logits(student),
+                _logits(teacher), kept.data_ptr(), _per_row(temperature), floats.data_ptr(), weights.data_ptr(),
+                dot.data_ptr(), gradient.data_ptr(),
+            )  # fmt: skip
+            self._launch_transport("pair_gradient", arguments, student.device, (clouds, rows, vocab_size, fp64))
+        return gradient
+
+    def sinkhorn(
+        self, cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int, entropic: bool,
+        unrolled: bool,
+    ):  # fmt: skip
+        """Values, potentials, errors and rounds done of problems [problems, n, m], and the derivatives with respect to
+        cost, a and b (or empty)."""
+        problems, n, m = cost.shape
+        fp64 = _checked_numbers(cost, a, b, epsilon, tolerance)
+        value, error = (cost.new_empty(problems) for _ in range(2))
+        f, g = torch.empty_like(a), torch.empty_like(b)
+        done = torch.empty(problems, dtype=torch.int32, device=cost.device)
+        derivatives = [torch.empty_like(x) if unrolled else cost.new_empty(0) for x in (cost, a, b)]
+        found = (value, f, g, error, done, *derivatives)
+        if problems:
+            pointers = [x.data_ptr() if x.numel() else 0 for x in found]
+            arguments = (
+                fp64, entropic, unrolled, (problems, n, m, iterations), cost.data_ptr(), a.data_ptr(), b.data_ptr(),
+                epsilon.data_ptr(), tolerance.data_ptr(), *pointers,
+            )  # fmt: skip
+            self._launch_transport("sinkhorn", arguments, cost.device, (problems, n, m, iterations, fp64, unrolled))
+        return found
+
+    # ---- the uld family
+
+    @abstractmethod
+    def uld(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        temperature: Tensor,
+        student_vocab_size: int,
+        teacher_vocab_size: int,
+        gradient: bool,
+    ):
+        """Loss [rows], gradient and divergence [rows]; csrc/uld_call.h says what these are."""
+
     # ---- the linear family: in place, on contiguous tensors of any shape
 
     def softcap_(self, logits: Tensor, cap: float) -> None:
@@ -318,6 +398,50 @@ class Cpu(Kernels):
         workspace = torch.empty(size, dtype=torch.uint8)
         getattr(_native, name)(*arguments, workspace.data_ptr(), threads)
 
+    def plan_gradient(
+        self, cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: Tensor, implicit: bool
+    ):  # fmt: skip
+        """What `transport.plan_gradient` finds, in a fraction of its time and memory."""
+        fp64 = _checked_numbers(cost, a, b, f, g, epsilon)
+        found = [torch.empty_like(x) for x in (cost, a, b)]
+        if cost.numel():
+            pointers = [x.data_ptr() for x in (cost, a, b, f, g, epsilon, *found)]
+            self._launch_transport(
+                "plan_gradient", (fp64, implicit, tuple(cost.shape), *pointers), cost.device, cost.shape[1:]
+            )
+        return found
+
+    def uld(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        temperature: Tensor,
+        student_vocab_size: int,
+        teacher_vocab_size: int,
+        gradient: bool,
+    ):
+        fp64, threads, count = row_scale.dtype == torch.float64, torch.get_num_threads(), row_scale.numel()
+        into = self._gradient_target(student, gradient, None)
+        loss, divergence = (torch.empty(count, dtype=row_scale.dtype) for _ in range(2))
+        if count:
+            size = _native.uld_workspace_bytes(max(student_vocab_size, teacher_vocab_size), fp64, threads)
+            workspace = torch.empty(size, dtype=torch.uint8)
+            _native.uld(
+                fp64,
+                (count, student.shape[1], student_vocab_size, teacher_vocab_size, student.shape[2]),
+                _logits(student),
+                _logits(teacher),
+                _per_row(row_scale),
+                _per_row(temperature),
+                loss.data_ptr(),
+                divergence.data_ptr(),
+                into.data_ptr() if gradient else 0,
+                workspace.data_ptr(),
+                threads,
+            )
+        return loss, into, divergence
+
     def sorted_entries(self, indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
         """What `topk.sorted_entries` does, in a fraction of its time."""
         indices, log_probs, threads = indices.contiguous(), log_probs.contiguous(), torch.get_num_threads()
@@ -334,6 +458,11 @@ class Cpu(Kernels):
             found.data_ptr(), outside.data_ptr(), repeated.data_ptr(), workspace.data_ptr(), threads,
         )  # fmt: skip
         return classes, found, outside, repeated
+
+    def _launch_transport(self, name: str, arguments: tuple, device: torch.device, sizes: tuple[int, ...]) -> None:
+        threads = torch.get_num_threads()
+        workspace = torch.empty(getattr(_native, f"{name}_workspace_bytes")(*sizes, threads), dtype=torch.uint8)
+        getattr(_native, name)(*arguments, workspace.data_ptr(), threads)
 
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
         getattr(_native, name)(*arguments, torch.get_num_threads())
@@ -392,8 +521,48 @@ class Cuda(Kernels):
     ) -> None:
         self._launch(getattr(self.compiled(), f"cuda_{name}"), arguments, device)
 
+    def _launch_transport(self, name: str, arguments: tuple, device: torch.device, sizes: tuple[int, ...]) -> None:
+        compiled = self.compiled()
+        size = getattr(compiled, f"cuda_{name}_workspace_bytes")(*sizes, device.index or 0)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        self._launch(getattr(compiled, f"cuda_{name}"), (*arguments, workspace.data_ptr()), device)
+
     def _launch_elementwise(self, name: str, arguments: tuple, device: torch.device) -> None:
         self._launch(getattr(self.compiled(), f"cuda_{name}"), arguments, device)
+
+    def uld(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        row_scale: Tensor,
+        temperature: Tensor,
+        student_vocab_size: int,
+        teacher_vocab_size: int,
+        gradient: bool,
+    ):
+        device = student.device
+        into = self._gradient_target(student, gradient, None)
+        loss, divergence = (torch.empty(row_scale.numel(), device=device) for _ in range(2))
+        target = uld.rows_of(into) if gradient else None
+        for ranked in uld.ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
+            chunk, rows = ranked.rows, ranked.student.shape[0]
+            sums_of_signs = torch.empty(
+                (rows, student_vocab_size + 1) if gradient else 0, dtype=torch.int32, device=device
+            )
+            arguments = (
+                (rows, student_vocab_size, teacher_vocab_size, student.shape[2]),
+                (ranked.student.data_ptr(), _DTYPE_CODE[student.dtype]),
+                (ranked.teacher.data_ptr(), _DTYPE_CODE[teacher.dtype]),
+                ranked.indices.data_ptr() if gradient else 0,
+                sums_of_signs.data_ptr() if gradient else 0,
+                _per_row(row_scale[chunk]),
+                _per_row(temperature if temperature.numel() == 1 else temperature[chunk]),
+                loss[chunk].data_ptr(),
+                divergence[chunk].data_ptr(),
+                target[chunk].data_ptr() if gradient else 0,
+            )
+            self._launch(self.compiled().cuda_uld, arguments, device)
+        return loss, into, divergence
 
     def _launch(self, function, arguments: tuple, device: torch.device) -> None:
         if self.device_type == "cpu":
@@ -431,6 +600,13 @@ def _statistics(row_scale: Tensor, dtype: torch.dtype, wanted: bool) -> dict[str
         "statistics": torch.empty(len(ROW_STATISTICS) if wanted else 0, count, dtype=dtype, device=device),
         "top1": torch.empty(len(ROW_TOP1) if wanted else 0, count, dtype=torch.int64, device=device),
     }
+
+
+def _checked_numbers(first: Tensor, *others: Tensor) -> bool:
+    """Whether the compute type, that of all of these, is double."""
+    for x in (first, *others):
+        assert x.dtype == first.dtype and x.is_contiguous(), (x.dtype, first.dtype, x.stride())
+    return first.dtype == torch.float64
 
 
 def _logits(x: Tensor):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ROW_STATISTICS, ROW_TOP1, bad_rows, check_values, compute_dtype, values_are_checked
+from .uld import mean_of_runs
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
@@ -237,6 +238,85 @@ def topk_rows(
     return loss, *_stacked(values, top1, kept)
 
 
+class _WithSlope(torch.autograd.Function):
+    """A loss [rows] whose gradient with respect to a [rows, V] is said to be `slope`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, loss, slope):
+        return loss.view_as(loss)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "second derivatives: gradient='implicit' and 'envelope' have first derivatives only; "
+                "'unrolled' is twice differentiable"
+            )
+        return grad_loss[:, None] * ctx.saved_tensors[0], None, None
+
+
+def class_ot(
+    student: Tensor,
+    teacher: Tensor,
+    class_cost: Tensor,
+    row_scale: Tensor,
+    exclude_labels: Tensor | None,
+    temperature: Tensor,
+    epsilon: Tensor,
+    iterations: int,
+    gradient: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Losses [rows] of `ops.class_ot`, by its formulas in `dtype`, with the plans [rows, V, V] of all rows.
+
+    "unrolled" is left to autograd; the other gradients with respect to a, the student's distribution, are put in.
+    """
+    kept = row_scale != 0
+    classes = student.shape[-1]
+    tempered = torch.where(kept, temperature, 1)[:, None].to(dtype)
+    s, t = (_kept_logits(x, kept, classes, dtype) / tempered for x in (student, teacher))
+    u = torch.full_like(t, 1 / classes)
+    if exclude_labels is not None:
+        excluded = exclude_labels[:, None] == torch.arange(classes, device=student.device)
+        s, t, u = s.masked_fill(excluded, -torch.inf), t.masked_fill(excluded, -torch.inf), u.masked_fill(excluded, 0)
+    a, b = torch.softmax(s, -1), torch.softmax(t, -1)
+    cost, epsilon = class_cost.to(dtype), epsilon.to(dtype)
+    kernel = torch.exp(-(cost - cost.min()) / epsilon)
+    for _ in range(iterations):
+        v = b / (u[:, :, None] * kernel).sum(-2)
+        row_sums = (kernel * v[:, None, :]).sum(-1)
+        u = a / row_sums
+    plan = u[:, :, None] * kernel * v[:, None, :]
+    loss = (plan * cost).sum((-2, -1))
+    if gradient == "envelope":
+        loss = _WithSlope.apply(a, loss.detach(), -epsilon * torch.log(row_sums).detach())
+    elif gradient == "implicit":
+        loss = _WithSlope.apply(a, loss.detach(), _implicit_slope(plan.detach(), cost))
+    return torch.where(kept, row_scale * loss, 0)
+
+
+def _implicit_slope(plan: Tensor, cost: Tensor) -> Tensor:
+    """x of [diag(P 1) P; P^T diag(P^T 1)] [x; y] = [(P * M) 1; (P * M)^T 1], up to a constant.
+
+    Rows and columns are divided by the roots of their masses first, so that small ones keep their digits.
+    """
+    masses = torch.cat([plan.sum(-1), plan.sum(-2)], -1)
+    over_roots = torch.where(masses > 0, masses.rsqrt(), 0)
+    of_rows, of_columns = torch.diag_embed(plan.sum(-1)), torch.diag_embed(plan.sum(-2))
+    system = torch.cat([torch.cat([of_rows, plan], -1), torch.cat([plan.mT, of_columns], -1)], -2)
+    system = over_roots[:, :, None] * system * over_roots[:, None, :]
+    costs = over_roots * torch.cat([(plan * cost).sum(-1), (plan * cost).sum(-2)], -1)
+    inverse = torch.linalg.pinv(system.nan_to_num(0), hermitian=True)  # which raises on NaN
+    found = over_roots * (inverse * costs[:, None, :]).sum(-1)
+    return found[:, : cost.shape[0]] + 0 * plan.sum((-2, -1))[:, None]
+
+
 def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
     """Indices, log-probabilities [rows, k] and the rest's [rows], as `ops.topk_log_probs` returns them."""
     kept = row_scale != 0
@@ -250,6 +330,46 @@ def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: in
     values = torch.where(kept[:, None], values, -torch.inf)
     indices = torch.where(torch.isneginf(values), -1, indices)
     return indices.to(torch.int32), values, torch.where(kept, tail, 0)
+
+
+def uld(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    temperature: Tensor,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+    topk: int | None,
+):
+    """Universal Logit Distillation (csrc/uld_call.h): losses, divergences and error bounds [rows].
+
+    The loss is linear in the sorted probabilities where no two of them change places; its slopes are the signs of their
+    differences, of equal logits the mean.
+    """
+    dtype, kept = compute_dtype(student, teacher), row_scale != 0
+    bad = _bad_rows(row_scale, None, temperature, None, student_vocab_size)
+    s = _kept_logits(student, kept, student_vocab_size, dtype)
+    t = _kept_logits(teacher, kept, teacher_vocab_size, dtype)
+    sorted_logits, order = s.detach().sort(dim=-1, descending=True, stable=True)
+    p = torch.softmax(s / temperature[:, None], -1).gather(-1, order)
+    q = torch.softmax(t / temperature[:, None], -1).detach().sort(dim=-1, descending=True).values
+    ranks = max(student_vocab_size, teacher_vocab_size) if topk is None else topk
+    error_bound = p[:, ranks:].detach().sum(-1) + q[:, ranks:].sum(-1)
+    p, q, sorted_logits = p[:, :ranks], q[:, :ranks], sorted_logits[:, :ranks]
+    p = torch.nn.functional.pad(p, (0, ranks - p.shape[1]))
+    q = torch.nn.functional.pad(q, (0, ranks - q.shape[1]))
+
+    difference = (p - q).detach()
+    # 0 at 0, and NaN for NaN, where torch.sign has 0.
+    sign = torch.where(difference == 0, 0, difference / difference.abs())
+    divergence = difference.abs().sum(-1)
+    count = sorted_logits.shape[1]
+    slopes = p[:, :count] * mean_of_runs(sign[:, :count], sorted_logits)
+    # Its value is that of the divergence, its derivative that of the slopes.
+    loss = slopes.sum(-1)
+    loss = divergence + (loss - loss.detach())
+    divergence, error_bound = (torch.where(kept, x, 0) for x in (divergence, error_bound))
+    return _row_loss(loss, None, row_scale, temperature, None, False, bad), divergence, error_bound
 
 
 def _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size) -> dict[str, Tensor]:

@@ -13,7 +13,20 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def refuse(student: Tensor, teacher: Tensor) -> str | None:
+# Of a side of a transport problem: its kernels hold a row of costs in the registers of one program.
+MAX_POINTS = 1024
+
+
+def refuse_points(points: int) -> str | None:
+    if points > MAX_POINTS:
+        return (
+            f"it takes transport problems of at most {MAX_POINTS} points a side; got {points} "
+            "(cpu, cuda and reference take more)"
+        )
+    return None
+
+
+def refuse(student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
     if not _INSTALLED:
         return "triton is not installed (pip install kdkernels[triton])"
     if torch.float64 in (student.dtype, teacher.dtype):
@@ -24,4 +37,4 @@ def refuse(student: Tensor, teacher: Tensor) -> str | None:
                 f"it takes tensors on a GPU; got {name} on {x.device} "
                 "(TRITON_INTERPRET=1, set before the import, runs it on a CPU, slowly)"
             )
-    return None
+    return refuse_points(points)

@@ -1,0 +1,135 @@
+"""The definition of the transport losses in plain PyTorch: pairwise costs, Sinkhorn iterations and their gradients.
+
+Everything is in the log domain, in any float dtype. "unrolled" gradients are autograd's own; "implicit" and "envelope"
+are the formulas that transport.py gives the kernels too, attached to a value that is found without a graph.
+"""
+
+import torch
+from torch import Tensor
+
+from .transport import Sinkhorn, costs_times_plan, plan_gradient, plan_of
+
+
+def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int):
+    """f [..., n] and g [..., m] after `iterations` rounds, rows first, from g = 0; the error, and the rounds done.
+
+    A problem stops before a round that would begin with its error at the tolerance or below; 0 is no tolerance.
+    """
+    scores = -cost / epsilon
+    f, g = torch.zeros_like(a), torch.zeros_like(b)
+    running = torch.ones(cost.shape[:-2], dtype=torch.bool, device=cost.device)
+    done = torch.zeros(cost.shape[:-2], dtype=torch.int32, device=cost.device)
+    mass = a.sum(-1)
+    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    for step in range(iterations + 1):
+        next_f = half_step(scores, a, b, g, epsilon)
+        row_sums = a * torch.where(a == 0, 0, (f - next_f) / epsilon).exp()
+        error = torch.where(mass == 0, 0, (row_sums - a).abs().sum(-1) / mass).detach()
+        if step == iterations:
+            break
+        if step > 0:
+            running = running & ~((tolerance > 0) & (error <= tolerance))
+        if not (is_traced or running.any()):
+            break
+        f = torch.where(running[..., None], next_f, f)
+        g = torch.where(running[..., None], half_step(scores.transpose(-1, -2), b, a, f, epsilon), g)
+        done = done + running.to(torch.int32)
+    return f, g, error, done
+
+
+def half_step(scores: Tensor, own_mass: Tensor, mass: Tensor, potential: Tensor, epsilon: Tensor) -> Tensor:
+    """-epsilon log sum_j mass_j exp(potential_j / epsilon + scores_ij).
+
+    A point without a partner that has mass gets 0 where it has no mass itself, else NaN: it can be sent nowhere.
+    """
+    x = scores + (potential / epsilon)[..., None, :]
+    weight = mass[..., None, :].expand_as(x)
+    shift = torch.where(weight == 0, -torch.inf, x + weight.log()).amax(-1, keepdim=True).detach()
+    nothing = torch.isneginf(shift[..., 0])
+    shift = torch.where(torch.isneginf(shift), 0, shift)
+    x = torch.where(torch.isneginf(x), -torch.inf, x - shift)
+    # A point without mass counts for its derivative alone.
+    terms = weight * torch.where(weight == 0, x.clamp_max(80), x).exp()
+    total = torch.where(nothing, 1, terms.sum(-1))
+    found = -epsilon * (total.log() + shift[..., 0])
+    return torch.where(nothing, torch.where(own_mass == 0, 0, torch.nan), found)
+
+
+def sinkhorn(
+    cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int, entropic: bool,
+    gradient: str,
+) -> Sinkhorn:  # fmt: skip
+    """What `transport.sinkhorn` returns for problems [problems, n, m], with a value that autograd differentiates."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "unrolled"):
+        f, g, error, done = potentials(cost, a, b, epsilon, tolerance, iterations)
+        value = entropic_value(a, b, f, g, epsilon) if entropic else transport_value(cost, a, b, f, g, epsilon)
+    if gradient in ("envelope", "implicit"):
+        with torch.no_grad():
+            of_inputs = plan_gradient(cost, a, b, f, g, epsilon, gradient == "implicit" and not entropic)
+        for derivative, x in zip(of_inputs, (cost, a, b), strict=True):
+            value = value + _Derivative.apply(x, derivative)
+    return Sinkhorn(value, f.detach(), g.detach(), error, done)
+
+
+def transport_value(cost, a, b, f, g, epsilon):
+    return costs_times_plan(cost, plan_of(cost, a, b, f, g, epsilon)).sum((-1, -2))
+
+
+def entropic_value(a, b, f, g, epsilon):
+    """<a, f> + <b, g> - epsilon (sum P - sum a sum b): the dual; after a round sum P is sum b."""
+    mass_a, mass_b = a.sum(-1), b.sum(-1)
+    return (a * f).sum(-1) + (b * g).sum(-1) - epsilon * (mass_b - mass_a * mass_b)
+
+
+class _Derivative(torch.autograd.Function):
+    """0 [problems], with a given derivative with respect to x [problems, ...], and no second one."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, derivative):
+        return x.new_zeros(x.shape[0])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad_value):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "second derivatives: gradient='implicit' and 'envelope' have first derivatives only; "
+                "'unrolled' is twice differentiable"
+            )
+        (derivative,) = ctx.saved_tensors
+        return derivative * grad_value.view(-1, *(1,) * (derivative.dim() - 1)), None
+
+
+def pairwise_costs(p: Tensor, q: Tensor, cost: str) -> Tensor:
+    """Between distributions [..., n, V] and [..., m, V]."""
+    if cost in ("l1", "l2"):
+        difference = p[..., :, None, :] - q[..., None, :, :]
+        if cost == "l1":
+            return difference.abs().sum(-1)
+        squares = (difference**2).sum(-1)
+        return torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
+    products = p @ q.transpose(-1, -2)
+    if cost == "dot":
+        return 1 - products
+    return (p**2).sum(-1)[..., :, None] + (q**2).sum(-1)[..., None, :] - 2 * products
+
+
+def sinkhorn_kd(
+    student: Tensor, teacher: Tensor, kept: Tensor, temperature: Tensor, epsilon: Tensor, iterations: int, cost: str,
+    gradient: str, vocab_size: int,
+) -> Tensor:  # fmt: skip
+    """Losses [clouds] of logits [clouds, n, columns]; kept [clouds, n] is 1 or 0."""
+    there = (kept != 0)[..., None]
+    p, q = (
+        torch.softmax(torch.where(there, x[..., :vocab_size].to(kept.dtype), 0) / temperature, -1)
+        for x in (student, teacher)
+    )
+    if not kept.shape[1]:
+        return p.sum((1, 2))  # 0
+    pairs = torch.where(there & there.transpose(1, 2), pairwise_costs(p, q, cost), 0)
+    return sinkhorn(pairs, kept, kept, epsilon, torch.zeros_like(epsilon), iterations, False, gradient).value

@@ -1,0 +1,190 @@
+"""Universal Logit Distillation in Triton, the twin of csrc/cuda/uld.cu; csrc/uld_call.h says what is computed.
+
+torch.sort ranks the logits, rows of some hundred MiB at a time. Then, a tile of BLOCK ranks at a time:
+
+    uld_ranks_kernel      sums       of exponentials of both sides, a row to a program
+                          loss       and signs: their sum before each rank, and the sum of p times the sign
+    uld_gradient_kernel   gradient   of the class of each rank, a tile to a program; of equal logits the ends of their
+                          run say what its signs add up to
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..uld import ranked_chunks, rows_of
+from .launch import device_of, fill_gradient, gradient_target, is_bad_temperature, load_tile, stride, tile, written
+
+
+@triton.jit
+def _probabilities(row_start, start, columns, maximum, inverse_temperature, inverse_sum, BLOCK: tl.constexpr):
+    """Of a tile of ranks; 0 past the last."""
+    x = load_tile(row_start, start, columns, BLOCK)
+    return tl.exp((x - maximum) * inverse_temperature) * inverse_sum
+
+
+@triton.jit(do_not_specialize=["row_scale_stride", "temperature_stride"])
+def uld_ranks_kernel(
+    student,  # [rows, student_columns], descending
+    teacher,  # [rows, teacher_columns]
+    row_scale,
+    temperature,
+    sums_of_signs,  # [rows, student_columns + 1], or None without a gradient
+    floats,  # [2, rows] with a gradient: 1 / sum of exponentials, sum p s
+    loss,  # [rows]
+    divergence,  # [rows]
+    rows,
+    student_columns,
+    teacher_columns,
+    row_scale_stride,
+    temperature_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(row_scale + row * row_scale_stride)
+    row_temperature = tl.load(temperature + row * temperature_stride)
+    # As rows.py: a skipped row is 0 everywhere, one with a bad value is NaN, and neither is read.
+    if (scale == 0) | is_bad_temperature(row_temperature):
+        fill = tl.where(scale == 0, 0.0, float("nan"))
+        tl.store(loss + row, fill)
+        tl.store(divergence + row, fill)
+        return
+    inverse_temperature = 1 / row_temperature
+    student_row = student + row * student_columns
+    teacher_row = teacher + row * teacher_columns
+    student_max = tl.load(student_row).to(tl.float32)
+    teacher_max = tl.load(teacher_row).to(tl.float32)
+    ranks = tl.maximum(student_columns, teacher_columns)
+
+    student_sum = tl.full((), 0, tl.float32)
+    teacher_sum = tl.full((), 0, tl.float32)
+    for start in range(0, ranks, BLOCK):
+        student_sum += tl.sum(
+            _probabilities(student_row, start, student_columns, student_max, inverse_temperature, 1.0, BLOCK), 0
+        )
+        teacher_sum += tl.sum(
+            _probabilities(teacher_row, start, teacher_columns, teacher_max, inverse_temperature, 1.0, BLOCK), 0
+        )
+    student_factor = 1 / student_sum
+    teacher_factor = 1 / teacher_sum
+
+    distance = tl.full((), 0, tl.float32)
+    signed_mass = tl.full((), 0, tl.float32)
+    before = tl.full((), 0, tl.int32)
+    for start in range(0, ranks, BLOCK):
+        p = _probabilities(student_row, start, student_columns, student_max, inverse_temperature, student_factor, BLOCK)
+        q = _probabilities(teacher_row, start, teacher_columns, teacher_max, inverse_temperature, teacher_factor, BLOCK)
+        distance += tl.sum(tl.abs(p - q), 0)
+        if sums_of_signs is not None:
+            rank = start + tl.arange(0, BLOCK)
+            inside = rank < student_columns
+            sign = tl.where(inside, (p > q).to(tl.int32) - (p < q).to(tl.int32), 0)
+            signed_mass += tl.sum(p * sign.to(tl.float32), 0)
+            upto = before + tl.cumsum(sign, 0)
+            tl.store(sums_of_signs + row * (student_columns + 1) + rank, upto - sign, mask=inside)
+            before += tl.sum(sign, 0)
+    tl.store(loss + row, scale * distance)
+    tl.store(divergence + row, distance)
+    if sums_of_signs is not None:
+        tl.store(sums_of_signs + row * (student_columns + 1) + student_columns, before)
+        tl.store(floats + row, student_factor)
+        # Where the teacher is NaN no sign is.
+        tl.store(floats + rows + row, tl.where(distance == distance, signed_mass, float("nan")))
+
+
+@triton.jit
+def _first_below(row_start, x, low, high, OR_EQUAL: tl.constexpr):
+    """The first rank from `low` to `high` whose logit is less than x (or equal); `high` where there is none before."""
+    while tl.max(high - low, 0) > 0:
+        middle = (low + high) // 2
+        searching = low < high
+        at = tl.load(row_start + middle, mask=searching, other=0).to(tl.float32)
+        found = at < x
+        if OR_EQUAL:
+            found = at <= x
+        high = tl.where(searching & found, middle, high)
+        low = tl.where(searching & (found == 0), middle + 1, low)
+    return high
+
+
+@triton.jit(do_not_specialize=["row_scale_stride", "temperature_stride"])
+def uld_gradient_kernel(
+    student,
+    indices,  # [rows, student_columns], int64
+    row_scale,
+    temperature,
+    sums_of_signs,
+    floats,
+    gradient,  # [rows, gradient_columns], contiguous
+    rows,
+    student_columns,
+    gradient_columns,
+    row_scale_stride,
+    temperature_stride,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * BLOCK
+    gradient_row = gradient + row * gradient_columns
+    if start == 0:
+        fill_gradient(gradient_row, student_columns, gradient_columns, 0.0, BLOCK)
+    scale = tl.load(row_scale + row * row_scale_stride)
+    row_temperature = tl.load(temperature + row * temperature_stride)
+    if (scale == 0) | is_bad_temperature(row_temperature):
+        fill = tl.where(scale == 0, 0.0, float("nan"))
+        fill_gradient(gradient_row, start, tl.minimum(start + BLOCK, student_columns), fill, BLOCK)
+        return
+    inverse_temperature = 1 / row_temperature
+    student_row = student + row * student_columns
+    signs_row = sums_of_signs + row * (student_columns + 1)
+    rank = start + tl.arange(0, BLOCK)
+    inside = rank < student_columns
+    x = tl.load(student_row + rank, mask=inside, other=-float("inf")).to(tl.float32)
+    above = tl.load(student_row + rank - 1, mask=inside & (rank > 0), other=float("nan")).to(tl.float32)
+    below = tl.load(student_row + rank + 1, mask=rank + 1 < student_columns, other=float("nan")).to(tl.float32)
+    first = _first_below(student_row, x, tl.where(x == above, 0, rank), rank, True)
+    end = _first_below(student_row, x, rank + 1, tl.where(inside & (x == below), student_columns, rank + 1), False)
+
+    signs = tl.load(signs_row + end, mask=inside, other=0) - tl.load(signs_row + first, mask=inside, other=0)
+    mean_sign = signs.to(tl.float32) / (end - first).to(tl.float32)
+    p = tl.exp((x - tl.load(student_row).to(tl.float32)) * inverse_temperature) * tl.load(floats + row)
+    value = scale * inverse_temperature * p * (mean_sign - tl.load(floats + rows + row))
+    index = tl.load(indices + row * student_columns + rank, mask=inside, other=0)
+    tl.store(gradient_row + index, value.to(gradient_row.dtype.element_ty), mask=inside)
+
+
+def uld(
+    student: Tensor,
+    teacher: Tensor,
+    row_scale: Tensor,
+    temperature: Tensor,
+    student_vocab_size: int,
+    teacher_vocab_size: int,
+    gradient: bool,
+):
+    """Loss [rows], gradient (or an empty tensor) and divergence [rows]."""
+    device = student.device
+    made = gradient_target(student, gradient, None)
+    loss, divergence = (torch.empty(row_scale.numel(), device=device) for _ in range(2))
+    block, warps = tile(max(student_vocab_size, teacher_vocab_size))
+    gradient_block, gradient_warps = tile(student_vocab_size, statistics=True)
+    with device_of(student), written(made) as target:
+        target = rows_of(target) if gradient else None
+        for ranked in ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
+            chunk, rows = ranked.rows, ranked.student.shape[0]
+            options = row_scale[chunk], temperature if temperature.numel() == 1 else temperature[chunk]
+            signs, floats = None, None
+            if gradient:
+                signs = torch.empty(rows, student_vocab_size + 1, dtype=torch.int32, device=device)
+                floats = torch.empty(2, rows, device=device)
+            uld_ranks_kernel[(rows,)](
+                ranked.student, ranked.teacher, *options, signs, floats, loss[chunk], divergence[chunk], rows,
+                student_vocab_size, teacher_vocab_size, *map(stride, options), BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+            if gradient:
+                uld_gradient_kernel[(rows, triton.cdiv(student_vocab_size, gradient_block))](
+                    ranked.student, ranked.indices, *options, signs, floats, target[chunk], rows, student_vocab_size,
+                    student.shape[2], *map(stride, options), BLOCK=gradient_block, num_warps=gradient_warps,
+                )  # fmt: skip
+    return loss, made, divergence

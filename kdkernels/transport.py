@@ -1,0 +1,330 @@
+"""Optimal transport: Sinkhorn's iterations for batches of problems, its divergence, and SinKD of clouds of logits."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, options
+from .autograd import Sinkhorn, SinkhornKD, refuse_transforms
+from .backends import compute_dtype, reference_transport, transport
+
+VALUES = ("transport", "entropic")
+
+
+@dataclass(frozen=True, eq=False)
+class SinkhornOutput:
+    """What `fused_sinkhorn` found, in the problems' leading shape; all but the value is detached.
+
+    Attributes:
+        value: [...], differentiable.
+        f: [..., n] and
+        g: [..., m], the potentials of the entropic problem, in units of the cost. Only f_i + g_j is determined.
+        error: [...], sum_i |sum_j P_ij - a_i| / sum a: how far the rows' sums are from their masses. The columns',
+            which are scaled last, are right but for rounding.
+        iterations: [...] int32, the rounds done.
+        converged: [...] bool, whether the error is at the tolerance or below. None where no tolerance was given.
+        plan: [..., n, m], where it was asked for.
+    """
+
+    value: Tensor
+    f: Tensor
+    g: Tensor
+    error: Tensor
+    iterations: Tensor
+    converged: Tensor | None
+    plan: Tensor | None
+
+
+def fused_sinkhorn(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor,
+    iterations: int = 100,
+    tolerance: float | Tensor | None = None,
+    value: str = "transport",
+    gradient: str = "implicit",
+    plan: bool = False,
+    backend: str = "auto",
+) -> SinkhornOutput:
+    """Entropic optimal transport of many problems at once, by Sinkhorn's iterations, with gradients of cost and masses.
+
+    Of masses a and b and costs C, the plan that minimises <P, C> + epsilon KL(P | a (x) b) over plans with these
+    marginals, KL(P | a (x) b) = sum P log(P / (a b)) - P + a b, is
+
+        P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)
+
+    From g = 0, in each of the iterations, rows first, with log-sum-exps relative to the masses,
+
+        f_i = -epsilon log sum_j b_j exp((g_j - C_ij) / epsilon)
+        g_j = -epsilon log sum_i a_i exp((f_i - C_ij) / epsilon)
+
+    Args:
+        cost: C [..., n, m], fp32, bf16, fp16 or fp64; leading dimensions are problems. inf forbids a pair.
+        a: [..., n], masses that are not negative; the leading shape broadcasts. None: 1 / n each.
+        b: [..., m], of the same sum as a (to 1e-4 of it: normalise in fp32, not in 16 bits). None: 1 / m each.
+        epsilon: > 0, a number or a 0-d tensor, in the unit of the cost.
+        iterations: rounds, at least 1: so many, or with a tolerance at most so many.
+        tolerance: ends a problem's rounds when its error is at it or below. What was reached is in the result: `error`,
+            `converged`.
+        value: "transport" is <P, C>; "entropic" the regularised minimum <P, C> + epsilon KL(P | a (x) b), as its dual
+            <a, f> + <b, g> - epsilon (sum P - sum a sum b), which is never above it.
+        gradient: what the derivatives with respect to cost, a and b are of.
+            "implicit": of the value at convergence, by the implicit function theorem at the plan found: the right one
+            where the rounds have converged. Of "entropic" it is that of "envelope".
+            "unrolled": of the value as these rounds found it, however few, exactly.
+            "envelope": of the entropic value with the plan held fixed, whichever value is returned: P, f and g.
+            Derivatives with respect to a and b are meant for changes that keep the sums equal: a constant in them (one
+            for each block of points that no finite cost joins to others) is not determined.
+        plan: whether the result has P, which is not kept otherwise.
+        backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (PyTorch, in the log domain).
+
+    Returns:
+        SinkhornOutput. All numbers fp32, fp64 where cost is fp64; gradients have the dtype of what they are of.
+
+    Rounding in fp32: exponents have that of (max C - min C) / epsilon, and "entropic" that of terms of size epsilon.
+
+    A point without mass has no part in sums, a potential all the same, and a finite gradient. A point with mass that no
+    finite cost joins to mass on the other side makes its problem NaN.
+
+    Raises:
+        TypeError, ValueError: for what does not fit. NaN and -inf in cost, negative masses and sums that differ raise
+            on a CPU; on a GPU they make their problem NaN, unless `kdkernels.checks(True)`.
+        RuntimeError: where the backend cannot serve the call, with the reason, and for second derivatives outside of
+            backend="reference" (gradient="unrolled").
+
+    The masses and KL are those of GeomLoss and OTT-JAX, whose regularised values "entropic" gives; POT's value of its
+    regularisation "KL" too, where its "entropy" has sum P log P in place of KL. Source: arXiv:1306.0895; the unrolled
+    and implicit derivatives follow from the formulas above.
+    """
+    _check_cost("cost", cost)
+    options.check_choice("value", value, VALUES)
+    options.check_choice("gradient", gradient, transport.GRADIENTS)
+    options.check_type("plan", plan, bool)
+    iterations = _iterations(iterations)
+    dtype, device = compute_dtype(cost, cost), cost.device
+    leading, (n, m) = cost.shape[:-2], cost.shape[-2:]
+    epsilon = options.positive_number("epsilon", epsilon, device, dtype)
+    # Of a tolerance there is a tensor also where there is none, so that a number in its place compiles nothing anew.
+    limit = torch.zeros(1, dtype=dtype, device=device)
+    if tolerance is not None:
+        limit = options.positive_number("tolerance", tolerance, device, dtype)
+    a, b = (_masses(name, x, leading, size, device, dtype) for name, x, size in (("a", a, n), ("b", b, m)))
+    backend = backends.select(backend, cost, cost, max(n, m))
+    problems = cost.to(dtype).reshape(-1, n, m).contiguous()
+    # Costs that have much in common would cancel. P does not change where each has less, f changes as much, and the
+    # value by that times the mass (whose derivative is a constant that b's have no part in).
+    common = problems.detach().where(torch.isfinite(problems.detach()), torch.inf).amin((1, 2))
+    common = torch.where(torch.isfinite(common), common, 0)
+    problems = problems - common[:, None, None]
+    numbers = (problems, a, b, epsilon, limit, iterations, value == "entropic")
+
+    if backend == "reference":
+        with torch.autocast(device.type, enabled=False):
+            if device.type == "cpu" and not _is_transformed():
+                transport.check_problems(*(x.detach() for x in numbers[:3]))
+            found = reference_transport.sinkhorn(*numbers, gradient)
+    else:
+        wanted = [torch.is_grad_enabled() and x.requires_grad for x in numbers[:3]]
+        for x in numbers[:3]:
+            refuse_transforms(x, backend)
+        if any(wanted):
+            found = Sinkhorn.apply(*numbers, gradient, backend)
+        else:
+            found = ops.sinkhorn(*numbers, "none", backend)[:5]
+    found = transport.Sinkhorn(*found)
+    with torch.no_grad():
+        whole = transport.plan_of(problems, a, b, found.f, found.g, epsilon).view(cost.shape) if plan else None
+        f = found.f + common[:, None]
+    return SinkhornOutput(
+        (found.value + common * b.detach().sum(1)).view(leading),
+        f.view(*leading, n), found.g.view(*leading, m), found.error.view(leading),
+        found.iterations.view(leading), None if tolerance is None else (found.error <= limit).view(leading), whole,
+    )  # fmt: skip
+
+
+def fused_sinkhorn_divergence(
+    cost_xy: Tensor,
+    cost_xx: Tensor,
+    cost_yy: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor,
+    iterations: int = 100,
+    tolerance: float | Tensor | None = None,
+    gradient: str = "implicit",
+    backend: str = "auto",
+) -> Tensor:
+    """The debiased Sinkhorn divergence W(x, y) - W(x, x) / 2 - W(y, y) / 2 of entropic values W.
+
+    It is 0 between equal clouds, where W is not, and positive otherwise, where exp(-C / epsilon) is a positive definite
+    kernel: of Euclidean distances, squared or not, and of L1; not of any matrix of costs. Where x is trained, pass
+    cost_xy = C(x, y) and cost_xx = C(x, x) with their graph.
+
+    Args:
+        cost_xy: [..., n, m], cost_xx: [..., n, n], cost_yy: [..., m, m], of one leading shape.
+        a, b: masses of x [..., n] and y [..., m].
+        epsilon, iterations, tolerance, gradient, backend: as in `fused_sinkhorn`, of each of the three problems.
+
+    Returns:
+        [...], fp32 or fp64. With a tolerance a problem that does not reach it makes its divergence NaN: half of a
+        difference of values that are not there yet may have any sign. `fused_sinkhorn` says how far each is.
+
+    Raises:
+        as `fused_sinkhorn`. Source: arXiv:1810.08278.
+    """
+    for name, x in (("cost_xy", cost_xy), ("cost_xx", cost_xx), ("cost_yy", cost_yy)):
+        _check_cost(name, x)
+    leading, (n, m) = cost_xy.shape[:-2], cost_xy.shape[-2:]
+    if cost_xx.shape != (*leading, n, n) or cost_yy.shape != (*leading, m, m):
+        raise ValueError(
+            f"cost_xx and cost_yy: expected {[*leading, n, n]} and {[*leading, m, m]} with cost_xy "
+            f"{list(cost_xy.shape)}; got {list(cost_xx.shape)} and {list(cost_yy.shape)}"
+        )
+
+    def entropic(cost, a, b):
+        found = fused_sinkhorn(
+            cost, a, b, epsilon=epsilon, iterations=iterations, tolerance=tolerance, value="entropic",
+            gradient=gradient, backend=backend,
+        )  # fmt: skip
+        return found.value if tolerance is None else torch.where(found.converged, found.value, torch.nan)
+
+    return entropic(cost_xy, a, b) - 0.5 * entropic(cost_xx, a, a) - 0.5 * entropic(cost_yy, b, b)
+
+
+def fused_sinkhorn_kd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float | Tensor = 2.0,
+    epsilon: float | Tensor = 0.1,
+    iterations: int = 20,
+    cost: str = "l1",
+    gradient: str = "unrolled",
+    mask: Tensor | None = None,
+    reduction: str = "sum",
+    vocab_size: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SinKD: the cost of transporting a batch's student distributions to its teacher distributions.
+
+    The rows of one batch are a cloud. With p_i = softmax(student_i / T), q_j = softmax(teacher_j / T) and C_ij a cost
+    between them, the rounds of `fused_sinkhorn` with a mass of 1 a row (not 1 / B) find a plan P, and
+
+        loss of the cloud = sum_ij P_ij C_ij
+
+    It compares every student row with every teacher row: a plan whose mass is on the diagonal sends each row to its
+    own. The costs are found in one sweep over the logits after that of their log-sum-exps, and the gradient in another;
+    no [B, B, V] differences are stored. A student that equals its teacher has neither loss 0 nor gradient 0: that is
+    the entropic bias, which `fused_sinkhorn_divergence` takes away.
+
+    Args:
+        student: logits [..., B, V], fp32, bf16, fp16 or fp64. Leading dimensions are clouds of their own. Gets the
+            gradient.
+        teacher: logits [..., B, V]; the dtype may differ. Must not require grad.
+        temperature: T > 0, a number or a 0-d tensor.
+        epsilon: > 0, a number or a 0-d tensor, in the unit of the cost.
+        iterations: rounds, rows first, at least 1.
+        cost: "l1": sum_v |p_v - q_v| (SinKD's; at most 2). "l2": sqrt(sum_v (p_v - q_v)^2). "sqeuclidean":
+            sum_v (p_v - q_v)^2. "dot": 1 - sum_v p_v q_v.
+        gradient: "unrolled" is exact for these rounds, and what autograd finds in SinKD's own code. "implicit" is of
+            the converged plan. "envelope" holds the plan fixed. As in `fused_sinkhorn`.
+        mask: bool [..., B]; rows that are False are no part of the cloud, on both sides, and may hold anything.
+        reduction: "sum" of the clouds' losses; "mean" over the clouds that have a row; "none": [...].
+        vocab_size: classes that count; columns past it are padding in either tensor, with gradient 0.
+        backend: as in `fused_divergence`.
+
+    Returns:
+        The loss in fp32 (fp64 when a side is fp64). The gradient has the student's dtype. A cloud without rows has loss
+        0 and gradient 0. A NaN, or a row of -inf alone, makes its cloud NaN.
+
+    Memory beside the gradient: [B, B] a cloud. Backward reads the logits again, so neither may change before it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `fused_divergence`.
+
+    Source: arXiv:2402.17110; mass, rounds and "unrolled" are those of its code.
+    """
+    vocab_size = options.check_logits(student, teacher, vocab_size)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
+        if x.dim() < 2:
+            raise ValueError(f"{name}: expected logits of shape [..., B, vocabulary]; got {list(x.shape)}")
+    options.check_choice("cost", cost, transport.COSTS)
+    options.check_choice("gradient", gradient, transport.GRADIENTS)
+    options.check_choice("reduction", reduction, options.REDUCTIONS)
+    iterations = _iterations(iterations)
+    dtype, device, leading = compute_dtype(student, teacher), student.device, student.shape[:-2]
+    temperature = options.positive_number("temperature", temperature, device, dtype)
+    epsilon = options.positive_number("epsilon", epsilon, device, dtype)
+    if mask is not None:
+        options.check_per_row("mask", mask, student.shape[:-1], device, torch.bool)
+    backend = backends.select(backend, student, teacher, student.shape[-2])
+
+    rows = student.shape[-2]
+    clouds = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
+    kept = torch.ones(leading.numel(), rows, dtype=dtype, device=device)
+    if mask is not None:
+        kept = torch.where(mask.reshape(kept.shape), kept, 0)
+    numbers = (*clouds, kept, temperature, epsilon, iterations, cost)
+    if backend == "reference":
+        with torch.autocast(device.type, enabled=False):
+            loss = reference_transport.sinkhorn_kd(*numbers, gradient, vocab_size)
+    else:
+        refuse_transforms(student, backend)
+        if torch.is_grad_enabled() and student.requires_grad:
+            # What is made in inference mode cannot be saved for backward.
+            tensors = (numbers[0], options.savable(numbers[1]))
+            loss = SinkhornKD.apply(*tensors, *numbers[2:], gradient, vocab_size, backend)
+        else:
+            loss = ops.sinkhorn_kd(*numbers, "none", vocab_size, backend)[0]
+    if reduction == "none":
+        return loss.view(leading)
+    if reduction == "sum":
+        return loss.sum()
+    with_rows = (kept != 0).any(1).sum()
+    return loss.sum() / with_rows.clamp_min(1)
+
+
+def _check_cost(name: str, cost: Tensor):
+    if not isinstance(cost, Tensor):
+        raise TypeError(f"{name}: expected a tensor; got {type(cost).__name__}")
+    if cost.dtype not in backends.STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected dtype {options.one_of(backends.STORAGE_DTYPES)}; got {cost.dtype}")
+    if cost.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got layout {cost.layout}")
+    if cost.dim() < 2 or 0 in cost.shape[-2:]:
+        raise ValueError(f"{name}: expected costs of shape [..., n, m], n and m at least 1; got {list(cost.shape)}")
+
+
+def _masses(name: str, x: Tensor | None, leading, size: int, device, dtype) -> Tensor:
+    """[problems, size], contiguous, in the compute dtype."""
+    if x is None:
+        return torch.full((leading.numel(), size), 1 / size, dtype=dtype, device=device)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of masses; got {type(x).__name__}")
+    if x.dtype not in backends.STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected dtype {options.one_of(backends.STORAGE_DTYPES)}; got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected on {device}, as the cost; got {x.device}")
+    expected = (*leading, size)
+    fits = 0 < x.dim() <= len(expected) and x.shape[-1] == size
+    if not fits or any(mine not in (1, its) for mine, its in zip(x.shape[::-1], expected[::-1], strict=False)):
+        raise ValueError(f"{name}: expected masses of a shape that broadcasts to {list(expected)}; got {list(x.shape)}")
+    return x.to(dtype).expand(expected).reshape(-1, size).contiguous()
+
+
+def _iterations(iterations: int) -> int:
+    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
+        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1; got {iterations}")
+    return iterations
+
+
+def _is_transformed() -> bool:
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
