@@ -46,12 +46,13 @@ def uninitialised_memory_is_nan():
 
 @pytest.fixture(autouse=True)
 def cuda_kernels_on_a_cpu(request):
-    """Where there is no GPU, the tests of the backend "cuda" run its kernels in the execution model."""
+    """Where there is no GPU, the tests of the backend "cuda" run its kernels in the execution model: on a small chip,
+    or the one that their file names."""
     callspec = getattr(request.node, "callspec", None)
     if torch.cuda.is_available() or callspec is None or callspec.params.get("backend") != "cuda":
         yield
         return
     if emulated.missing_because:
         pytest.skip(emulated.missing_because)
-    with chips.on("small"):
+    with chips.on(getattr(request.module, "CUDA_CHIP", "small")):
         yield

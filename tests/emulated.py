@@ -190,8 +190,45 @@ class Emulated:
         with self._allowing(memory_of_topk(*call)):
             self.module.cuda_topk(*call, self.device, stream)
 
+    def cuda_uld(self, *arguments) -> None:
+        *call, _, stream = arguments
+        with self._allowing(memory_of_uld(*call)):
+            self.module.cuda_uld(*call, self.device, stream)
+
+    def cuda_pair_costs(self, *arguments) -> None:
+        *call, workspace, _, stream = arguments
+        with self._allowing(memory_of_pair_costs(*call)):
+            self._allow_workspace(workspace, self.cuda_pair_costs_workspace_bytes(*_pair_sizes(*call)))
+            self.module.cuda_pair_costs(*call, workspace, self.device, stream)
+
+    def cuda_pair_gradient(self, *arguments) -> None:
+        *call, workspace, _, stream = arguments
+        with self._allowing(memory_of_pair_gradient(*call)):
+            self._allow_workspace(workspace, self.cuda_pair_gradient_workspace_bytes(*_pair_sizes(*call)))
+            self.module.cuda_pair_gradient(*call, workspace, self.device, stream)
+
+    def cuda_sinkhorn(self, *arguments) -> None:
+        *call, workspace, _, stream = arguments
+        fp64, _, unrolled, sizes = call[:4]
+        with self._allowing(memory_of_sinkhorn(*call)):
+            self._allow_workspace(workspace, self.cuda_sinkhorn_workspace_bytes(*sizes, fp64, unrolled))
+            self.module.cuda_sinkhorn(*call, workspace, self.device, stream)
+
+    def cuda_pair_costs_workspace_bytes(self, clouds, rows, columns, fp64, _device=None) -> int:
+        return self.module.cuda_pair_costs_workspace_bytes(clouds, rows, columns, fp64, self.device)
+
+    def cuda_pair_gradient_workspace_bytes(self, clouds, rows, columns, fp64, _device=None) -> int:
+        return self.module.cuda_pair_gradient_workspace_bytes(clouds, rows, columns, fp64, self.device)
+
+    def cuda_sinkhorn_workspace_bytes(self, problems, n, m, iterations, fp64, unrolled, _device=None) -> int:
+        sizes = (problems, n, m, iterations, fp64, unrolled)
+        return self.module.cuda_sinkhorn_workspace_bytes(*sizes, self.device)
+
     def cuda_refusal(self, _device: int) -> str:
         return self.module.cuda_refusal(self.device)
+
+    def _allow_workspace(self, address: int, size: int) -> None:
+        self.module.allow(address, size, True)
 
     @contextlib.contextmanager
     def _allowing(self, memory: Iterator[tuple[int, int, bool]]):
@@ -281,6 +318,58 @@ def memory_of_topk(sizes, logits, row_scale, temperature, indices, log_probs, ta
     yield tail_log_prob, rows * number, True
 
 
+def memory_of_uld(sizes, student, teacher, indices, sums_of_signs, row_scale, temperature, loss, divergence, gradient):
+    """As above, of cuda_uld."""
+    rows, student_columns, teacher_columns, gradient_columns = sizes
+    for row, scale in enumerate(_numbers(row_scale, rows, 4)):
+        if scale == 0:
+            continue
+        for (data, dtype), columns in ((student, student_columns), (teacher, teacher_columns)):
+            size = columns * _ELEMENT_BYTES[dtype]
+            yield data + row * size, size, False
+        if gradient:
+            yield indices + row * student_columns * 8, student_columns * 8, False
+            yield sums_of_signs + row * (student_columns + 1) * 4, (student_columns + 1) * 4, True
+    yield from _per_row_memory(rows, 4, row_scale, temperature)
+    yield loss, rows * 4, True
+    yield divergence, rows * 4, True
+    yield gradient, rows * gradient_columns * _ELEMENT_BYTES[student[1]], True
+
+
+def memory_of_pair_costs(kind, fp64, sizes, student, teacher, kept, temperature, floats, costs, moments):
+    """As above, of cuda_pair_costs, without the workspace."""
+    clouds, rows, columns = sizes
+    yield from _clouds_memory(fp64, (clouds, rows, columns), student, teacher, kept, temperature, floats)
+    number = 8 if fp64 else 4
+    for found in (costs, moments):
+        yield found, clouds * rows * rows * number, True
+
+
+def memory_of_pair_gradient(kind, fp64, sizes, student, teacher, kept, temperature, floats, weights, dot, gradient):
+    """As above, of cuda_pair_gradient, without the workspace."""
+    clouds, rows, columns, gradient_columns = sizes
+    yield from _clouds_memory(fp64, (clouds, rows, columns), student, teacher, kept, temperature, floats)
+    number = 8 if fp64 else 4
+    yield weights, clouds * rows * rows * number, False
+    yield dot, clouds * rows * number, False
+    yield gradient, clouds * rows * gradient_columns * _ELEMENT_BYTES[student[1]], True
+
+
+def memory_of_sinkhorn(fp64, entropic, unrolled, sizes, cost, a, b, epsilon, tolerance, value, f, g, error, done,
+                       of_cost, of_a, of_b):  # fmt: skip
+    """As above, of cuda_sinkhorn, without the workspace."""
+    problems, n, m, _ = sizes
+    number = 8 if fp64 else 4
+    for data, count in ((cost, problems * n * m), (a, problems * n), (b, problems * m), (epsilon, 1), (tolerance, 1)):
+        yield data, count * number, False
+    found = [(value, problems), (f, problems * n), (g, problems * m), (error, problems)]
+    if unrolled:
+        found += [(of_cost, problems * n * m), (of_a, problems * n), (of_b, problems * m)]
+    for data, count in found:
+        yield data, count * number, True
+    yield done, problems * 4, True
+
+
 def memory_of_scale_rows(x, dtype, rows, columns, factor):
     """As above, of cuda_scale_rows, which leaves rows of factor 1 alone."""
     element = _ELEMENT_BYTES[dtype]
@@ -299,6 +388,23 @@ def memory_of_softcap(x, dtype, count, cap):
 def memory_of_softcap_gradient(gradient, logits, dtype, count, cap):
     yield gradient, count * _ELEMENT_BYTES[dtype], True
     yield logits, count * _ELEMENT_BYTES[dtype], False
+
+
+def _pair_sizes(kind, fp64, sizes, *others) -> tuple[int, int, int, bool]:
+    return *sizes[:3], fp64
+
+
+def _clouds_memory(fp64, sizes, student, teacher, kept, temperature, floats):
+    """What both kernels of pairs read: the logits of rows that are kept, and numbers of all."""
+    clouds, rows, columns = sizes
+    number = 8 if fp64 else 4
+    there = [row for row, keep in enumerate(_numbers((kept, 1), clouds * rows, number)) if keep != 0]
+    for logits in (student, teacher):
+        for address in _row_addresses(logits, there, rows):
+            yield address, columns * _ELEMENT_BYTES[logits[1]], False
+    yield kept, clouds * rows * number, False
+    yield temperature[0], number, False
+    yield floats, 4 * clouds * rows * number, False
 
 
 def _row_addresses(logits: tuple[int, int, int, int], rows: list[int], inner: int) -> list[int]:

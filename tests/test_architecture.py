@@ -12,7 +12,7 @@ import torch
 
 import kdkernels
 from kdkernels import CATALOGUE, backends
-from kdkernels.backends import linear, native, reference
+from kdkernels.backends import class_ot, linear, native, reference, transport
 
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -25,20 +25,30 @@ LAYERS = {
     "kdkernels": 9,
     "kdkernels.nn": 8,
     "kdkernels.interop": 8,
+    "kdkernels.class_ot": 7,
     "kdkernels.functional": 7,
     "kdkernels.teachers": 7,
+    "kdkernels.transport": 7,
+    "kdkernels.uld": 7,
     "kdkernels.autograd": 6,
     "kdkernels.options": 6,
     "kdkernels.ops": 5,
     "kdkernels.backends.triton.kernels": 4,
     "kdkernels.backends.triton.linear": 3,
+    "kdkernels.backends.triton.pairwise": 3,
     "kdkernels.backends.triton.rows": 3,
+    "kdkernels.backends.triton.sinkhorn": 3,
     "kdkernels.backends.triton.topk": 3,
+    "kdkernels.backends.triton.uld": 3,
     "kdkernels.backends.triton.launch": 2,
     "kdkernels.backends.triton": 2,
+    "kdkernels.backends.class_ot": 4,
     "kdkernels.backends.linear": 3,
     "kdkernels.backends.topk": 2,
+    "kdkernels.backends.transport": 4,
+    "kdkernels.backends.reference_transport": 5,
     "kdkernels.backends.row_options": 1,
+    "kdkernels.backends.uld": 1,
     "kdkernels.backends.triton.table": 2,
     "kdkernels.backends.native": 2,
     "kdkernels.backends.reference": 2,
@@ -151,13 +161,18 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "INTERPRETED_SHAPES", ((5, 7),))
     monkeypatch.setattr(selftest, "CATALOGUE", {"kl": None, "js": None})
     monkeypatch.setattr(selftest, "TAILS", ("bucket",))
+    monkeypatch.setattr(selftest, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(transport, "COSTS", ("l1", "dot"))
+    monkeypatch.setattr(transport, "GRADIENTS", ("unrolled",))
     assert selftest.check("cpu")
     assert "all right" in capsys.readouterr().out
-    right = reference.TABLE["js"]
+    right, unrolled = reference.TABLE["js"], class_ot._unrolled
     with monkeypatch.context() as patch:
         patch.setitem(reference.TABLE, "js", lambda *args: 1.001 * right(*args))
+        patch.setattr(class_ot, "_unrolled", lambda *args: 1.001 * unrolled(*args))
         assert not selftest.check("cpu")
-        assert "WRONG" in capsys.readouterr().out
+        wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+        assert any(" js " in line for line in wrong) and any("ot, unrolled" in line for line in wrong)
     project = linear._project
     monkeypatch.setattr(linear, "_project", lambda hidden, *others: project(1.1 * hidden, *others))
     assert not selftest.check("cpu")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import class_ot
 import contenders
 import data
 import gpu
@@ -21,6 +22,8 @@ import run
 import screen
 import timing
 import topk
+import transport
+import uld
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdkernels
@@ -149,6 +152,64 @@ def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
     monkeypatch.setitem(topk.LOSSES, topk.OURS, lambda *args: 1.01 * topk.ours(*args))
     tiny.topk()
     assert run.conclude(tiny) == 1 and "top-k teacher" in tiny.results.failures[0]
+
+
+def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
+    batch = class_ot.Batch(6, 40)
+    class_ot.measure(tiny, batch, rounds=2)
+    class_ot.measure_memory(tiny, 6, 40, peak_bytes=lambda name: 1000)
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == class_ot.ERRORS}
+    of_ours, of_eager = errors[class_ot.OURS], errors[class_ot.EAGER]
+    # The guard in the denominators takes mass from the plan.
+    assert of_ours["loss_error"] < 1e-6 and 10 * of_ours["loss_error"] < of_eager["loss_error"] < 0.1
+    assert of_ours["gradient_error"] < 2e-5 and of_eager["gradient_error"] < 0.1
+    timed = {row["contender"] for row in tiny.results.rows if row["case"] == class_ot.CASE}
+    assert timed == {*class_ot.LOSSES, class_ot.PRODUCTS}
+    memory = [row["contender"] for row in tiny.results.rows if row["case"].endswith("memory")]
+    assert memory == [class_ot.OURS, class_ot.EAGER]
+    monkeypatch.setitem(class_ot.LOSSES, class_ot.OURS, lambda *args: 1.01 * class_ot.ours(*args))
+    class_ot.measure(tiny, batch, rounds=2)
+    assert run.conclude(tiny) == 1 and "transport" in tiny.results.failures[0]
+
+
+def test_transport_of_clouds_and_problems_is_checked_and_timed(tiny, monkeypatch):
+    transport.measure_sinkd(tiny, [(6, 300)], rounds=2)
+    transport.sweep_sinkd(tiny, transport.OVER_B, [(3, 100), (5, 100)], rounds=2)
+    transport.measure_problems(tiny, 3, rounds=1)
+    transport.measure_memory(tiny, 6, 300, peak_bytes=lambda name: 1000)
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == transport.PROBLEM_ERRORS}
+    assert {name: row["loss_error"] for name, row in errors.items() if row["loss_error"] > 1e-3} == {}
+    timed = {row["contender"] for row in tiny.results.rows if row["case"] == transport.PROBLEMS}
+    assert {transport.OURS, transport.POT, transport.GEOMLOSS} <= timed
+    assert len([row for row in tiny.results.rows if row["case"] == transport.OVER_B]) == 4
+    monkeypatch.setitem(transport.LOSSES, transport.OURS, lambda *args: 1.01 * transport.ours(*args))
+    transport.measure_sinkd(tiny, [(6, 300)], rounds=2)
+    assert run.conclude(tiny) == 1 and "SinKD" in tiny.results.failures[0]
+
+
+def test_the_products_are_those_of_the_transport(monkeypatch):
+    monkeypatch.setattr(kdkernels.ops, "classes_ot", kdkernels.backends.class_ot.class_ot)  # whose products are seen
+    batch = class_ot.Batch(6, 40)
+    counted = {}
+    for name, step in {"ours": batch.step(class_ot.ours), "products": batch.products()}.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        counted[name] = counter.get_total_flops()
+    assert counted["ours"] == counted["products"] == 4 * class_ot.ITERATIONS * 2 * 6 * 40 * 40
+
+
+def test_universal_logit_distillation_is_checked_and_timed(tiny, monkeypatch):
+    tiny.uld()
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    errors = [row for row in tiny.results.rows if row["case"] == uld.ERRORS]
+    assert len(errors) == 4 and all(row["gradient_error"] < 1e-2 for row in errors)
+    timed = [row["contender"] for row in tiny.results.rows if row["case"] == uld.CASE]
+    assert timed == 2 * list(uld.LOSSES)
+    monkeypatch.setitem(uld.LOSSES, uld.OURS, lambda *args: 1.01 * kdkernels.fused_uld(*args))
+    tiny.uld()
+    assert run.conclude(tiny) == 1 and "uld" in tiny.results.failures[0]
 
 
 def test_the_products_are_those_of_the_loss():

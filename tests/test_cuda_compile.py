@@ -26,7 +26,10 @@ specification.loader.exec_module(build)
 
 
 # Those that are not made for a divergence each.
-OTHERS = ("scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel", "topk_kernel")
+OTHERS = (
+    "scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel", "topk_kernel", "pair_costs_kernel",
+    "finish_pairs_kernel", "pair_gradient_kernel", "sinkhorn_kernel", "uld_kernel",
+)  # fmt: skip
 
 
 class Kernel(NamedTuple):
@@ -79,7 +82,9 @@ def demangled(names: list[str]) -> dict[str, str]:
         return dict(zip(names, names, strict=True))
     lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     # rows_kernel<Js<float>, 1>, of "void kdk::cuda::rows_kernel<kdk::cuda::Js<float>, (kdk::cuda::Way)1>(...)".
-    short = [re.sub(r"^void |\([\w:]*Way\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()]
+    short = [
+        re.sub(r"^void |\([\w:]*(Way|PairCost|Kept)\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()
+    ]
     return dict(zip(names, short, strict=True))
 
 

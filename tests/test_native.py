@@ -42,7 +42,14 @@ assert "baseline" in ISAS, "the module runs on no instruction set"
 @pytest.mark.parametrize("isa", ISAS[1:])
 def test_suite_passes_on_every_instruction_set(isa):
     """The best one runs in this process; the others run the CPU's property and edge tests in one of their own."""
-    files = ("test_rows.py", "test_edges.py", "test_linear_kernels.py", "test_topk.py")
+    files = (
+        "test_rows.py",
+        "test_edges.py",
+        "test_linear_kernels.py",
+        "test_topk.py",
+        "test_uld.py",
+        "test_transport.py",
+    )
     tests = [str(ROOT / "tests" / name) for name in files]
     others = "not cuda and not triton and not reference and not compile and not gradcheck and not bad and not sampled"
     out = subprocess.run(
@@ -100,6 +107,10 @@ def test_inner_loops_are_packed(isa):
     for name, loop in (("entry_sums<float", packed), ("lane_maxima<float>", packed), ("kth_largest<float", integers)):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(loop, body)) >= 2 for body in mine), f"{name} is not packed in {isa}"
+    # Of optimal transport: a tile of the gradient, the reverse of a round.
+    for name in ("Gradient<float>::write(", "Problem<float>::unroll_row("):
+        mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
+        assert any(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
     # Those of heads, and the sums in fp32 of 16-bit products, which are part of what each thread runs.
     for name in ("cap_block<float>", "cap_gradient_block<float>", "accumulate"):
         mine = [body for head, body in functions.items() if re.search(rf"kdk::{isa}::{re.escape(name)}\(", head)]

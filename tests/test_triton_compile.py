@@ -29,7 +29,19 @@ TARGETS = {
 }
 MAIN_TARGET = "sm_90"
 FEW = ("kl", "js", "alpha")
-WITH_GRADIENT = ("rows, gradient", "rows, label, gradient", "topk_rows, gradient", "topk_rows, label, gradient")
+WITH_GRADIENT = (
+    "rows, gradient",
+    "rows, label, gradient",
+    "topk_rows, gradient",
+    "topk_rows, label, gradient",
+    "pairwise_costs, l1, moments",
+    "pairwise_gradient, l1",
+    "uld, gradient",
+    "uld, gradient, its result",
+)
+# Points a side: those that stay in registers, and those of two shapes of tiles. Of odd numbers rows are not aligned.
+SINKHORN_POINTS = (63, 128, 1023)
+SINKHORN_OPTIONS = ("", ", unrolled", ", entropic, unrolled")
 # The same for every divergence.
 ONCE = (
     "row_floats",
@@ -40,6 +52,12 @@ ONCE = (
     "topk of many",
     "topk of one",
     "topk_rows of one",
+    *(f"pairwise_costs, {cost}{moments}" for cost in ("l1", "l2") for moments in ("", ", moments")),
+    "pairwise_gradient, l1",
+    "pairwise_gradient, l2",
+    *(f"sinkhorn of {points}{options}" for points in SINKHORN_POINTS for options in SINKHORN_OPTIONS),
+    "uld",
+    "uld, gradient",
 )
 ENTRIES = 64
 
@@ -103,7 +121,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     """{operator and options: (kernel, arguments, keyword arguments)}, as the launchers choose them."""
     import torch
 
-    from kdkernels.backends.triton import linear, topk
+    from kdkernels.backends.triton import linear, pairwise, sinkhorn, topk, uld
     from kdkernels.backends.triton import rows as launchers
 
     def meta(*shape, dtype=torch.float32):
@@ -131,6 +149,10 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
             one, *entries, logits[2], *label, divergence, 1, False, False, True, True
         ),
     }
+    for gradient in (False, True):
+        calls["uld" + ", gradient" * gradient] = lambda gradient=gradient: uld.uld(
+            *logits, temperature, VOCABULARY, VOCABULARY - 1, gradient
+        )
     for options, row in (("", plain), (", label", label)):
         # Bound now: the loop goes on.
         calls["row_gradient" + options] = lambda row=row: launchers.row_gradient(
@@ -159,10 +181,34 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
                 student, *entries, logits[2], *row, divergence, VOCABULARY, False, *choice
             )
 
+    clouds, cloud_floats, weights = (
+        (student, teacher, meta(1, count), meta(1)),
+        meta(4, 1, count),
+        meta(1, count, count),
+    )
+    for cost in ("l1", "l2"):
+        calls[f"pairwise_gradient, {cost}"] = lambda cost=cost: pairwise.pairwise_gradient(
+            *clouds, weights, meta(1, count), cloud_floats, cost, VOCABULARY
+        )
+        for moments in (False, True):
+            name = f"pairwise_costs, {cost}" + ", moments" * moments
+            calls[name] = lambda cost=cost, moments=moments: pairwise.pairwise_costs(
+                *clouds, cloud_floats, cost, VOCABULARY, moments
+            )
+    for points in SINKHORN_POINTS:
+        for options in SINKHORN_OPTIONS:
+            calls[f"sinkhorn of {points}{options}"] = lambda points=points, options=options: sinkhorn.sinkhorn(
+                meta(count, points, points), meta(count, points), meta(count, points), meta(1), meta(1), 20,
+                "entropic" in options, "unrolled" in options,
+            )  # fmt: skip
+
     recorded, found = [], {}
     kernels = [(launchers, name) for name in ("rows_kernel", "scale_kernel")]
     kernels += [(linear, name) for name in ("softcap_kernel", "softcap_gradient_kernel")]
     kernels += [(topk, name) for name in ("topk_rows_kernel", "topk_kernel", "topk_result_kernel")]
+    kernels += [(pairwise, f"pair_{name}_kernel") for name in ("costs", "costs_sum", "gradient")]
+    kernels += [(sinkhorn, name) for name in ("sinkhorn_kernel", "tiled_sinkhorn_kernel")]
+    kernels += [(uld, name) for name in ("uld_ranks_kernel", "uld_gradient_kernel")]
     originals = [(module, name, getattr(module, name)) for module, name in kernels]
     try:
         for module, name, kernel in originals:

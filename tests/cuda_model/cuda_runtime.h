@@ -116,6 +116,7 @@ template <class To, class From> To bits_of(From from) {
 inline float __uint_as_float(uint32_t x) { return kdk::model::bits_of<float>(x); }
 inline float __int_as_float(int32_t x) { return kdk::model::bits_of<float>(x); }
 inline uint32_t __float_as_uint(float x) { return kdk::model::bits_of<uint32_t>(x); }
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int32_t __float_as_int(float x) { return kdk::model::bits_of<int32_t>(x); }
 
 // Of floating-point numbers, as fmin and fmax: a NaN loses.
