@@ -3,9 +3,12 @@
 import statistics
 from pathlib import Path
 
+import class_ot
 import heads
 import topk
 import torch
+import transport
+import uld
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import (
     CATALOGUE,
@@ -49,6 +52,9 @@ class CpuBenchmark(Benchmark):
             ("heads", self.heads),
             ("heads: memory", self.head_memory),
             ("top-k teachers", self.topk),
+            ("optimal transport", self.transport),
+            ("transport between classes", self.class_ot),
+            ("universal logit distillation", self.uld),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -214,6 +220,39 @@ class CpuBenchmark(Benchmark):
             return in_own_process("topk-memory", contenders=name, dtype="float32", **shape)
 
         topk.measure_memory(self, **shape, peak_bytes=peak_bytes)
+
+    def transport(self) -> None:
+        """SinKD over rows and vocabulary, and batches of Sinkhorn problems; peak memory."""
+        rounds = min(self.rounds, 5)
+        rows, widths = (16, (4_000,)) if self.quick else (64, (32_000, 128_000))
+        transport.measure_sinkd(self, [(rows, width) for width in widths], rounds)
+        widths, heights = ((2_000, 4_000), (8, 16)) if self.quick else ((8_000, 16_000, 64_000), (16, 32, 128))
+        transport.sweep_sinkd(self, transport.OVER_V, [(rows, width) for width in widths], rounds)
+        transport.sweep_sinkd(self, transport.OVER_B, [(height, widths[1]) for height in heights], rounds)
+        transport.measure_problems(self, 256 if self.quick else 4096, min(rounds, 3))
+        shape = {"rows": rows, "vocabulary": 4_000 if self.quick else 32_000}
+
+        def peak_bytes(name: str) -> int:
+            return in_own_process("transport-memory", contenders=name, **shape)
+
+        transport.measure_memory(self, **shape, peak_bytes=peak_bytes)
+
+    def class_ot(self) -> None:
+        """Optimal transport between the classes of images, and its peak memory."""
+        shape = class_ot.QUICK if self.quick else class_ot.SHAPE
+        class_ot.measure(self, class_ot.Batch(*shape), min(self.rounds, 3))  # of seconds each, in eager's case
+
+        def peak_bytes(name: str) -> int:
+            return in_own_process("class-ot-memory", contenders=name, rows=shape[0], vocabulary=shape[1])
+
+        class_ot.measure_memory(self, *shape, peak_bytes=peak_bytes)
+
+    def uld(self) -> None:
+        """Between two vocabularies and between two of one size, in both dtypes."""
+        for classes in (uld.TEACHER_CLASSES, VOCABULARY):
+            for dtype in DTYPES.values():
+                logits = uld.logits(4 if self.quick else 8, VOCABULARY, classes, dtype)
+                uld.measure(self, *logits, min(self.rounds, 5))
 
     def memory(self) -> None:
         """Peak beyond the inputs of one loss with gradient, each in a process of its own."""

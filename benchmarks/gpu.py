@@ -12,6 +12,7 @@ from pathlib import Path
 import heads
 import topk
 import torch
+import uld
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import CATALOGUE, NOT_COMPARED, available_backends, kdkernels_loss, label, operator, peers, reason
 from data import real_or_synthetic, synthetic_heads, synthetic_logits
@@ -116,6 +117,7 @@ class GpuBenchmark(Benchmark):
             *(phase for dtype in others for phase in of_dtype(dtype)),
             ("heads", self.heads),
             ("top-k teachers", self.topk),
+            ("universal logit distillation", self.uld),
             ("small call", self.small_call),
             ("import", self.import_time),
         ]
@@ -182,6 +184,13 @@ class GpuBenchmark(Benchmark):
             shape = self.plan.main_rows, self.plan.main_vocabularies[-1]
             student, teacher = synthetic_logits(*shape, DTYPES[dtype], self.device)
             topk.measure(self, student, teacher, self.plan.rounds[0])
+
+    def uld(self) -> None:
+        """Between two vocabularies."""
+        for dtype in self.plan.dtypes:
+            rows, classes = min(self.plan.main_rows, 512), self.plan.main_vocabularies[-1]
+            logits = uld.logits(rows, classes, classes - classes // 8, DTYPES[dtype], self.device)
+            uld.measure(self, *logits, self.plan.rounds[0])
 
     def heads(self) -> None:
         """kl from hidden states beside its matrix products; the memory of each, and as the rows grow."""

@@ -9,9 +9,11 @@ import os
 import subprocess
 import sys
 
+import class_ot
 import timing
 import topk
 import torch
+import transport
 from contenders import kdkernels_loss, peers
 from data import synthetic_heads, synthetic_logits
 from head_contenders import Leaves, head_losses
@@ -33,7 +35,9 @@ def in_own_process(measurement: str, *, environment: dict[str, str] | None = Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("measurement", choices=["memory", "head-memory", "topk-memory", "rounds"])
+    parser.add_argument(
+        "measurement", choices=["memory", "head-memory", "topk-memory", "transport-memory", "class-ot-memory", "rounds"]
+    )
     parser.add_argument("--contenders", help="names, separated by commas")
     parser.add_argument("--divergence", default="kl")
     parser.add_argument("--rows", type=int)
@@ -53,6 +57,15 @@ def main() -> None:
         dtype = getattr(torch, arguments.dtype)
         step = topk.memory_step(arguments.contenders, arguments.rows, arguments.vocabulary, dtype)
         print(json.dumps(timing.peak_extra_bytes(*step, "cpu")))
+        return
+    if arguments.measurement == "transport-memory":
+        step = transport.memory_step(arguments.contenders, arguments.rows, arguments.vocabulary)
+        print(json.dumps(timing.peak_extra_bytes(*step, "cpu")))
+        return
+    if arguments.measurement == "class-ot-memory":
+        batch = class_ot.Batch(arguments.rows, arguments.vocabulary)
+        step = batch.step(class_ot.LOSSES[arguments.contenders])
+        print(json.dumps(timing.peak_extra_bytes(step, batch.drop_gradient, "cpu")))
         return
     names = arguments.contenders.split(",")
     losses = {"kdkernels": kdkernels_loss(arguments.divergence)}

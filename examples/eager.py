@@ -1,4 +1,4 @@
-"""The divergences as they are usually written in PyTorch: what kdkernels is compared with.
+"""The losses as they are usually written in PyTorch: what kdkernels is compared with.
 
 p is the teacher, q the student, lp and lq their log-probabilities [..., V]; each function returns one value
 per row. Logits are widened to fp32 first, because a log-softmax rounded to bf16 spoils the gradient.
@@ -55,6 +55,25 @@ DIVERGENCES = {
     function.__name__: function
     for function in (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger, alpha)
 }
+
+
+def sinkhorn_loss(student, teacher, temperature=2.0, epsilon=0.1, iterations=20):
+    """SinKD between clouds of rows [..., B, V]: the plan's rows and columns divided by their sums in turn."""
+    p, q = (torch.softmax(x.float() / temperature, -1) for x in (student, teacher))
+    cost = torch.cdist(p, q, p=1)
+    plan = torch.exp(-cost / epsilon)
+    for _ in range(iterations):
+        plan = plan / plan.sum(-1, keepdim=True)
+        plan = plan / plan.sum(-2, keepdim=True)
+    return (plan * cost).sum((-1, -2)).mean()
+
+
+def uld_loss(student, teacher, temperature=1.0):
+    """ULD between vocabularies of any size: sorted probabilities, the shorter row padded with zeros."""
+    p, q = (torch.softmax(x.float() / temperature, -1).sort(dim=-1, descending=True).values for x in (student, teacher))
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (F.pad(x, (0, width - x.shape[-1])) for x in (p, q))
+    return (p - q).abs().sum(-1).mean()
 
 
 def row_divergences(student, teacher, name="kl", temperature=1.0, **parameters):
