@@ -79,7 +79,8 @@ def fused_sinkhorn(
             Derivatives with respect to a and b are meant for changes that keep the sums equal: a constant in them (one
             for each block of points that no finite cost joins to others) is not determined.
         plan: whether the result has P, which is not kept otherwise.
-        backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++), "triton", "reference" (PyTorch, in the log domain).
+        backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++; at most 2,048 points a side), "triton" (at most 1,024),
+            "reference" (PyTorch, in the log domain).
 
     Returns:
         SinkhornOutput. All numbers fp32, fp64 where cost is fp64; gradients have the dtype of what they are of.

@@ -49,7 +49,7 @@ def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int 
     if name in ("cpu", "cuda"):
         from . import native
 
-        return native.refuse(name, student, teacher)
+        return native.refuse(name, student, teacher, points)
     if name == "triton":
         from . import triton
 

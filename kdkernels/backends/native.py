@@ -37,12 +37,13 @@ if not hasattr(_native, "cuda_rows"):
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _FLOATS, _SUMS, _GRADIENT = 1, 2, 4
 _NO_ROW = (0, 0)
+_MOST_POINTS = 2048  # a side of a transport problem, whose vectors lie in the shared memory of a block
 _PAIR_COSTS = ("l1", "l2")  # in the order of PairCost
 
 
-def refuse(name: str, student: Tensor, teacher: Tensor) -> str | None:
+def refuse(name: str, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
     """Why "cpu" or "cuda" cannot serve these tensors, or None."""
-    return KERNELS[name].refuse(student, teacher)
+    return KERNELS[name].refuse(student, teacher, points)
 
 
 class Kernels(ABC):
@@ -53,8 +54,8 @@ class Kernels(ABC):
         return _native
 
     @abstractmethod
-    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
-        """Why these tensors cannot be served, or None."""
+    def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+        """Why these tensors cannot be served, or None. `points`: of the larger side of a transport problem."""
 
     @abstractmethod
     def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
@@ -378,7 +379,7 @@ class Kernels(ABC):
 
 
 class Cpu(Kernels):
-    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
+    def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
         if _native is None:
             return _missing()
         if student.device.type != "cpu" or teacher.device.type != "cpu":
@@ -495,7 +496,7 @@ class Cuda(Kernels):
     def compiled(self):
         return _native if self.module is None else self.module
 
-    def refuse(self, student: Tensor, teacher: Tensor) -> str | None:
+    def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
         if self.module is None:
             if _native is None:
                 return _missing()
@@ -510,6 +511,8 @@ class Cuda(Kernels):
             )
         if torch.float64 in (student.dtype, teacher.dtype):
             return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
+        if points > _MOST_POINTS:
+            return f"it takes transport problems of at most {_MOST_POINTS} points a side; got {points}"
         return _cuda_device_refusal(student.device.index or 0) or None
 
     def _launch_rows(self, arguments: tuple, student: Tensor, fp64: bool, vocab_size: int) -> bool:
