@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
+from contenders import eager
 from data import synthetic_logits
 from timing import interleaved, ratio
 
@@ -17,16 +18,9 @@ TEACHER_CLASSES = 128_256  # beside a student of benchmark.VOCABULARY
 OVER_EAGER = 4
 
 
-def eager_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    p, q = (x.float().softmax(-1).sort(dim=-1, descending=True).values for x in (student, teacher))
-    ranks = max(p.shape[-1], q.shape[-1])
-    p, q = (torch.nn.functional.pad(x, (0, ranks - x.shape[-1])) for x in (p, q))
-    return (p - q).abs().sum(-1).mean()
-
-
 LOSSES = {
     OURS: kdkernels.fused_uld,
-    EAGER: eager_loss,
+    EAGER: eager.uld_loss,
     TOPK: lambda student, teacher: kdkernels.fused_uld(student, teacher, topk=min(64, student.shape[-1])),
 }
 
