@@ -101,14 +101,15 @@ def test_inner_loops_are_packed(isa):
         ]
         assert mine, f"{name}: no loop of its own found in {isa}"
         assert all(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
-    # Of a sparse teacher's entries, and the maxima and the search of an extraction.
+    # Of a sparse teacher's entries, and the sweep and the search for the k-th largest of an extraction.
     register = {"avx512": "zmm", "avx2": "ymm", "baseline": "xmm"}[isa]
     integers = rf"p(cmp|max|min|add|sub)[a-z]+ .*{register}"
-    for name, loop in (("entry_sums<float", packed), ("lane_maxima<float>", packed), ("kth_largest<float", integers)):
+    extraction = (("Extraction<float>::sweep(", packed), ("Extraction<float>::extract(", integers))
+    for name, loop in (("entry_sums<float", packed), *extraction):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(loop, body)) >= 2 for body in mine), f"{name} is not packed in {isa}"
     # Of optimal transport: a tile of the gradient, the reverse of a round.
-    for name in ("Gradient<float>::write(", "Problem<float>::unroll_row("):
+    for name in ("Gradient<float>::write(", "Problem<float>::unroll"):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
     # Those of heads, and the sums in fp32 of 16-bit products, which are part of what each thread runs.
