@@ -129,7 +129,8 @@ def test_both_gradients_agree(divergence, backend):
     at_once = run(student, teacher, divergence, gradient="forward", grad_output=grad_output, **options)
     assert not at_once.gradient[1, 1].any()
     in_backward = run(student, teacher, divergence, gradient="backward", grad_output=grad_output, **options)
-    torch.testing.assert_close(at_once.loss, in_backward.loss, rtol=0, atol=0)
+    # The loop with slopes and that without are compiled apart, and may contract products and sums in other places.
+    torch.testing.assert_close(at_once.loss, in_backward.loss, rtol=2.0**-22, atol=0)
     scale = at_once.gradient.abs().max()
     torch.testing.assert_close(at_once.gradient, in_backward.gradient, rtol=1e-5, atol=1e-6 * scale.item())
 

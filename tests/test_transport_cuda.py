@@ -245,7 +245,8 @@ def test_points_without_a_partner():
         with chips.on("h100"):
             found, derivatives = recipe.run("cuda", torch.float32, (cost, a, b))
         want, right = recipe.run("reference", torch.float64, (cost, a, b))
-        assert found.f[0, 2] == 0 == want.f[0, 2]
+        least = cost[0].min()  # 0, of costs less what they have in common
+        assert abs(found.f[0, 2] - least) < 1e-6 and abs(want.f[0, 2] - least) < 1e-6
         assert found.value[2].isnan() and want.value[2].isnan()
         torch.testing.assert_close(found.value[:2].double(), want.value[:2], rtol=1e-5, atol=1e-6)
         for x, truth in zip(derivatives, right, strict=True):

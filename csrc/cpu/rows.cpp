@@ -177,11 +177,13 @@ template <class T> struct Row {
   }
 
   // Where a row's student_e lies: in the gradient's own row where it has their type, so that memory which is written
-  // for the first time is waited for while they are computed. Not where the logits lie, which are read again.
+  // for the first time is waited for while they are computed. Not where the logits lie, which are read again; nor where
+  // the row is not aligned as the scratch is, on which the order of sums may depend.
   T* student_e(const Scratch<T>& scratch) const {
     const bool is_apart = (call.sweeps & kGradient) && call.gradient != call.student.data;
-    const bool fits = is_apart && bytes_of(call.student.dtype) == (int64_t)sizeof(T);
-    return fits ? (T*)call.gradient + row * call.gradient_columns : scratch.student_e;
+    if (!is_apart || bytes_of(call.student.dtype) != (int64_t)sizeof(T)) return scratch.student_e;
+    T* of_row = (T*)call.gradient + row * call.gradient_columns;
+    return (uintptr_t)of_row % 64 == 0 ? of_row : scratch.student_e;
   }
 
   // Sweep 1.

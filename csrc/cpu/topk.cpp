@@ -173,11 +173,13 @@ template <class T> struct TopkRow {
   bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
 
   // Where a row's exponentials lie: in the gradient's own row where it has their type, so that memory which is written
-  // for the first time is waited for while they are computed. Not where the logits lie, which are read again.
+  // for the first time is waited for while they are computed. Not where the logits lie, which are read again; nor where
+  // the row is not aligned as the scratch is, on which the order of sums may depend.
   T* exponentials(const RowScratch<T>& scratch) const {
     const bool is_apart = call.gradient && call.gradient != call.student.data;
-    const bool fits = is_apart && bytes_of(student.dtype) == (int64_t)sizeof(T);
-    return fits ? (T*)call.gradient + row * call.gradient_columns : scratch.e;
+    if (!is_apart || bytes_of(student.dtype) != (int64_t)sizeof(T)) return scratch.e;
+    T* of_row = (T*)call.gradient + row * call.gradient_columns;
+    return (uintptr_t)of_row % 64 == 0 ? of_row : scratch.e;
   }
 
   void find_entries(RowScratch<T>& scratch) const {
