@@ -97,10 +97,7 @@ def fused_class_ot(
     """
     _check(student, teacher, class_cost)
     epsilon = options.positive_number("epsilon", epsilon, student.device, torch.float64)
-    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
-        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1; got {iterations}")
+    options.check_iterations(iterations)
     options.check_choice("gradient", gradient, GRADIENTS)
     dtype = torch.float64 if class_cost.dtype == torch.float64 else compute_dtype(student, teacher)
     row = options.resolve(
@@ -125,8 +122,7 @@ def _row_losses(tensors, gradient: str, backend: str) -> Tensor:
 
 def _reference_rows(tensors, gradient: str, dtype: torch.dtype) -> Tensor:
     student, _, class_cost, row_scale, excluded, temperature, epsilon, _ = tensors
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if (student.device.type == "cpu" or backends.values_are_checked()) and not transformed:
+    if backends.bad_values_raise(student.device):
         class_ot.check_row_values(row_scale, excluded, temperature, student.shape[-1])
         working = class_ot.working_dtype(class_cost, epsilon, dtype)
     else:
@@ -149,8 +145,7 @@ def _check(student: Tensor, teacher: Tensor, class_cost: Tensor):
         )
     classes = options.check_logits(student, teacher, None)
     if class_cost.dtype not in STORAGE_DTYPES:
-        expected = " or ".join(map(str, STORAGE_DTYPES))
-        raise TypeError(f"class_cost: expected dtype {expected}; got {class_cost.dtype}")
+        raise TypeError(f"class_cost: expected dtype {options.one_of(STORAGE_DTYPES)}; got {class_cost.dtype}")
     if class_cost.layout != torch.strided:
         raise TypeError(f"class_cost: expected a dense tensor; got layout {class_cost.layout}")
     if class_cost.shape != (classes, classes):

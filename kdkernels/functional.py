@@ -278,9 +278,8 @@ def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, s
         student = logits_of(of_student)
         if tail is None:
             return reference.rows(student, logits_of(of_teacher), *row_numbers, *static, statistics)
-        transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        checked = (device.type == "cpu" or backends.values_are_checked()) and not transformed
-        entries, row_scale = topk.entries_of(topk.Sparse(of_teacher.data, *sparse, tail), row, vocab_size, checked)
+        sparse = topk.Sparse(of_teacher.data, *sparse, tail)
+        entries, row_scale = topk.entries_of(sparse, row, vocab_size, backends.bad_values_raise(device))
         row = row._replace(row_scale=row_scale)
         if tail == "uniform":
             teacher = torch.empty(row_scale.shape[0], vocab_size + 1, dtype=dtype, device=device)

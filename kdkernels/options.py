@@ -173,6 +173,13 @@ def check_type(name: str, value, expected: type):
         raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
 
 
+def check_iterations(iterations: int):
+    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
+        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
+    if iterations < 1:
+        raise ValueError(f"iterations: expected at least 1; got {iterations}")
+
+
 def check_statistics(statistics: tuple[str, ...], labels: Tensor | None):
     if not isinstance(statistics, (tuple, list)):
         hint = f", as in ({statistics!r},)" if isinstance(statistics, str) else ""

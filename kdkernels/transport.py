@@ -104,7 +104,7 @@ def fused_sinkhorn(
     options.check_choice("value", value, VALUES)
     options.check_choice("gradient", gradient, transport.GRADIENTS)
     options.check_type("plan", plan, bool)
-    iterations = _iterations(iterations)
+    options.check_iterations(iterations)
     dtype, device = compute_dtype(cost, cost), cost.device
     leading, (n, m) = cost.shape[:-2], cost.shape[-2:]
     epsilon = options.positive_number("epsilon", epsilon, device, dtype)
@@ -124,7 +124,7 @@ def fused_sinkhorn(
 
     if backend == "reference":
         with torch.autocast(device.type, enabled=False):
-            if device.type == "cpu" and not _is_transformed():
+            if backends.bad_values_raise(device):
                 transport.check_problems(*(x.detach() for x in numbers[:3]))
             found = reference_transport.sinkhorn(*numbers, gradient)
     else:
@@ -258,7 +258,7 @@ def fused_sinkhorn_kd(
     options.check_choice("cost", cost, transport.COSTS)
     options.check_choice("gradient", gradient, transport.GRADIENTS)
     options.check_choice("reduction", reduction, options.REDUCTIONS)
-    iterations = _iterations(iterations)
+    options.check_iterations(iterations)
     dtype, device, leading = compute_dtype(student, teacher), student.device, student.shape[:-2]
     temperature = options.positive_number("temperature", temperature, device, dtype)
     epsilon = options.positive_number("epsilon", epsilon, device, dtype)
@@ -317,15 +317,3 @@ def _masses(name: str, x: Tensor | None, leading, size: int, device, dtype) -> T
     if not fits or any(mine not in (1, its) for mine, its in zip(x.shape[::-1], expected[::-1], strict=False)):
         raise ValueError(f"{name}: expected masses of a shape that broadcasts to {list(expected)}; got {list(x.shape)}")
     return x.to(dtype).expand(expected).reshape(-1, size).contiguous()
-
-
-def _iterations(iterations: int) -> int:
-    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
-        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1; got {iterations}")
-    return iterations
-
-
-def _is_transformed() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()

@@ -102,6 +102,16 @@ def values_are_checked() -> bool:
     return _checked
 
 
+def is_transformed() -> bool:
+    """Whether a compiler or torch.func traces the call, whose values cannot be read then."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def bad_values_raise(device: torch.device) -> bool:
+    """On a CPU, and elsewhere where `checks` asks for it."""
+    return (device.type == "cpu" or _checked) and not is_transformed()
+
+
 def bad_rows(
     row_scale: torch.Tensor,
     labels: torch.Tensor | None,

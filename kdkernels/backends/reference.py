@@ -7,7 +7,7 @@ exist to avoid. The other backends' slopes are tested against the derivatives th
 import torch
 from torch import Tensor
 
-from . import ROW_STATISTICS, ROW_TOP1, bad_rows, check_values, compute_dtype, values_are_checked
+from . import ROW_STATISTICS, ROW_TOP1, bad_rows, bad_values_raise, check_values, compute_dtype
 from .uld import mean_of_runs
 
 
@@ -374,8 +374,7 @@ def uld(
 
 def _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size) -> dict[str, Tensor]:
     """`bad_rows`; where values are checked, those raise."""
-    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if (row_scale.device.type == "cpu" or values_are_checked()) and not transformed:
+    if bad_values_raise(row_scale.device):
         check_values(row_scale, labels, temperature, hard_weight, vocab_size)
     return bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
 

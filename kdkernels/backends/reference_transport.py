@@ -7,6 +7,7 @@ are the formulas that transport.py gives the kernels too, attached to a value th
 import torch
 from torch import Tensor
 
+from . import is_transformed
 from .transport import Sinkhorn, costs_times_plan, plan_gradient, plan_of
 
 
@@ -20,7 +21,6 @@ def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: T
     running = torch.ones(cost.shape[:-2], dtype=torch.bool, device=cost.device)
     done = torch.zeros(cost.shape[:-2], dtype=torch.int32, device=cost.device)
     mass = a.sum(-1)
-    is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     for step in range(iterations + 1):
         next_f = half_step(scores, a, b, g, epsilon)
         row_sums = a * torch.where(a == 0, 0, (f - next_f) / epsilon).exp()
@@ -29,7 +29,7 @@ def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: T
             break
         if step > 0:
             running = running & ~((tolerance > 0) & (error <= tolerance))
-        if not (is_traced or running.any()):
+        if not (is_transformed() or running.any()):
             break
         f = torch.where(running[..., None], next_f, f)
         g = torch.where(running[..., None], half_step(scores.transpose(-1, -2), b, a, f, epsilon), g)
