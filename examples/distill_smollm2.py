@@ -63,7 +63,8 @@ def main() -> None:
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
     step_seconds, loss_seconds, gaps, training = [], {name: [] for name in ("kdkernels", "eager")}, [], []
     validation = [(0, *evaluate(student, teacher, held_out))]
-    plans = [transport_plan(student, teacher, held_out)]
+    with_plans = options.loss == "sinkhorn"
+    plans = [transport_plan(student, teacher, held_out)] if with_plans else []
 
     for step in (bar := trange(1, options.steps + 1, desc=f"{options.loss}, {trained_with}")):
         chosen = torch.randint(len(train), (BATCH,))
@@ -87,7 +88,7 @@ def main() -> None:
             validation.append((step, *evaluate(student, teacher, held_out)))
 
     report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps)
-    if options.loss == "sinkhorn":
+    if with_plans:
         draw_plans([*plans, transport_plan(student, teacher, held_out)], options.output)
     report_memory(options, losses, student, teacher, train, chosen)
 
