@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import backends, ops, options
 from .autograd import ClassOT, refuse_transforms
-from .backends import STORAGE_DTYPES, class_ot, compute_dtype, linear, reference
+from .backends import class_ot, compute_dtype, linear, reference
 from .backends.class_ot import GRADIENTS
 
 
@@ -144,10 +144,7 @@ def _check(student: Tensor, teacher: Tensor, class_cost: Tensor):
             f"classes and {teacher.shape[-1]}"
         )
     classes = options.check_logits(student, teacher, None)
-    if class_cost.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"class_cost: expected dtype {options.one_of(STORAGE_DTYPES)}; got {class_cost.dtype}")
-    if class_cost.layout != torch.strided:
-        raise TypeError(f"class_cost: expected a dense tensor; got layout {class_cost.layout}")
+    options.check_dense("class_cost", class_cost)
     if class_cost.shape != (classes, classes):
         raise ValueError(
             f"class_cost: expected the costs [V, V] of {classes} classes; got shape {list(class_cost.shape)}"

@@ -86,15 +86,26 @@ def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
     return vocab_size
 
 
-def check_stored_or_head(name: str, x: Tensor | LinearLogits):
-    if x.dtype not in STORAGE_DTYPES:
-        raise TypeError(f"{name}: expected dtype {one_of(STORAGE_DTYPES)}; got {x.dtype}")
+def check_dense(name: str, x: Tensor):
     if not isinstance(x, Tensor):
-        return
-    if x.dim() == 0:
-        raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
+        raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
+    _check_dtype(name, x)
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
+
+
+def _check_dtype(name: str, x: Tensor | LinearLogits):
+    if x.dtype not in STORAGE_DTYPES:
+        raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
+
+
+def check_stored_or_head(name: str, x: Tensor | LinearLogits):
+    if not isinstance(x, Tensor):
+        _check_dtype(name, x)
+        return
+    check_dense(name, x)
+    if x.dim() == 0:
+        raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
         raise ValueError(
             f"{name}: expected a last dimension of stride 1; got strides {list(x.stride())}; pass {name}.contiguous()"
@@ -165,7 +176,7 @@ def side_of(x: Tensor | LinearLogits, heads: HeadOptions) -> Side:
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):
     if value not in choices:
-        raise ValueError(f"{name}: expected {one_of(choices)}; got {value!r}")
+        raise ValueError(f"{name}: expected {_one_of(choices)}; got {value!r}")
 
 
 def check_type(name: str, value, expected: type):
@@ -394,5 +405,5 @@ def _shown(value) -> str:
     return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
-def one_of(choices) -> str:
+def _one_of(choices) -> str:
     return " or ".join(repr(c) if isinstance(c, str) else str(c) for c in choices)

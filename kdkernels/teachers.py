@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, options
-from .backends import linear, reference, topk
+from .backends import linear, reference, row_options, topk
 from .distributions import LinearLogits, SparseLogProbs
 
 
@@ -142,7 +142,7 @@ def _logits_in_chunks(side: linear.Side, row_scale: Tensor, vocab_size: int, dty
     weight, bias = (x if x is None else x[:vocab_size].to(of_product) for x in (side.weight, side.bias))
     for first in range(0, rows, size):
         chunk = slice(first, min(first + size, rows))
-        data = linear.rows_of(side.data, chunk)
+        data = row_options.rows_of(side.data, chunk)
         if weight is None:
             yield torch.where(kept[chunk], data[:, :vocab_size].to(dtype), 0)
             continue

@@ -292,12 +292,7 @@ def fused_sinkhorn_kd(
 
 
 def _check_cost(name: str, cost: Tensor):
-    if not isinstance(cost, Tensor):
-        raise TypeError(f"{name}: expected a tensor; got {type(cost).__name__}")
-    if cost.dtype not in backends.STORAGE_DTYPES:
-        raise TypeError(f"{name}: expected dtype {options.one_of(backends.STORAGE_DTYPES)}; got {cost.dtype}")
-    if cost.layout != torch.strided:
-        raise TypeError(f"{name}: expected a dense tensor; got layout {cost.layout}")
+    options.check_dense(name, cost)
     if cost.dim() < 2 or 0 in cost.shape[-2:]:
         raise ValueError(f"{name}: expected costs of shape [..., n, m], n and m at least 1; got {list(cost.shape)}")
 
@@ -306,10 +301,7 @@ def _masses(name: str, x: Tensor | None, leading, size: int, device, dtype) -> T
     """[problems, size], contiguous, in the compute dtype."""
     if x is None:
         return torch.full((leading.numel(), size), 1 / size, dtype=dtype, device=device)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor of masses; got {type(x).__name__}")
-    if x.dtype not in backends.STORAGE_DTYPES:
-        raise TypeError(f"{name}: expected dtype {options.one_of(backends.STORAGE_DTYPES)}; got {x.dtype}")
+    options.check_dense(name, x)
     if x.device != device:
         raise ValueError(f"{name}: expected on {device}, as the cost; got {x.device}")
     expected = (*leading, size)

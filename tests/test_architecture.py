@@ -47,7 +47,7 @@ LAYERS = {
     "kdkernels.backends.topk": 2,
     "kdkernels.backends.transport": 4,
     "kdkernels.backends.reference_transport": 5,
-    "kdkernels.backends.row_options": 1,
+    "kdkernels.backends.row_options": 0,
     "kdkernels.backends.uld": 1,
     "kdkernels.backends.triton.table": 2,
     "kdkernels.backends.native": 2,

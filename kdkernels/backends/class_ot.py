@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import bad_rows, check_values, values_are_checked
-from .linear import rows_of
+from .row_options import rows_of
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
 NOTHING = torch.iinfo(torch.int64).min  # in exclude_labels: all classes of the row are there

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import ROW_STATISTICS, ROW_TOP1, check_values, topk, values_are_checked
-from .row_options import RowOptions
+from .row_options import RowOptions, at_one_stride, rows_of
 
 _budget = 256 << 20  # bytes of a chunk's buffers
 _SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache
@@ -236,26 +236,13 @@ def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_
     return max(min(-(-evenly // _ROUND) * _ROUND, most, count), 1)
 
 
-def rows_of(x: Tensor, chunk) -> Tensor:
-    """Rows of [outer, inner, width] as [n, width]: a view where they lie at one stride, else a copy."""
-    if isinstance(chunk, slice):
-        if _at_one_stride(x):
-            return x.flatten(0, 1)[chunk]
-        chunk = torch.arange(chunk.start, chunk.stop, device=x.device)
-    return x[chunk // x.shape[1], chunk % x.shape[1]]
-
-
-def _at_one_stride(x: Tensor) -> bool:
-    return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-
-
 class _Stored:
     """Logits that the caller has. `alone`: nothing else is made in chunks, so they are taken whole, as they lie."""
 
     def __init__(self, kernels, side: Side, wanted: Wanted, gathered: bool, alone: bool):
         self.kernels, self.data, self.wanted, self.gathered = kernels, side.data, wanted, gathered
         self.whole = alone and not gathered
-        copies = 0 if self.whole else (gathered or not _at_one_stride(side.data)) + (gathered and wanted.data)
+        copies = 0 if self.whole else (gathered or not at_one_stride(side.data)) + (gathered and wanted.data)
         self.row_bytes = copies * side.data.shape[-1] * side.data.element_size()
         self.fixed_bytes = 0
 

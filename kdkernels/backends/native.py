@@ -546,7 +546,7 @@ class Cuda(Kernels):
         device = student.device
         into = self._gradient_target(student, gradient, None)
         loss, divergence = (torch.empty(row_scale.numel(), device=device) for _ in range(2))
-        target = uld.rows_of(into) if gradient else None
+        target = into.flatten(0, 1) if gradient else None
         for ranked in uld.ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
             sums_of_signs = torch.empty(

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .row_options import rows_of
+
 # Of sorted rows: rows are taken so many at a time that these fit.
 _WORKSPACE_BYTES = 512 << 20
 # Of a buffer that stays in a CPU's cache while one operation after the other goes through it.
@@ -19,11 +21,6 @@ class Ranked(NamedTuple):
     student: Tensor  # [n, student_vocab_size]
     indices: Tensor | None  # int64, the class of each rank; with a gradient
     teacher: Tensor  # [n, teacher_vocab_size]
-
-
-def rows_of(logits: Tensor) -> Tensor:
-    """[outer, inner, columns] as [rows, columns]: a view where the strides allow it."""
-    return logits.reshape(logits.shape[0] * logits.shape[1], logits.shape[2])
 
 
 def ranked_chunks(
@@ -44,19 +41,8 @@ def ranked_chunks(
 
 
 def _sorted(logits: Tensor, chunk: slice, vocab_size: int) -> tuple[Tensor, Tensor]:
-    values, indices = _chunk_of(logits, chunk)[:, :vocab_size].sort(dim=-1, descending=True)
+    values, indices = rows_of(logits, chunk)[:, :vocab_size].sort(dim=-1, descending=True)
     return values.contiguous(), indices.contiguous()
-
-
-def _chunk_of(logits: Tensor, chunk: slice) -> Tensor:
-    """Rows of [outer, inner, columns]; a copy of these alone where they have no single stride."""
-    inner, columns = logits.shape[1:]
-    if logits.shape[0] == 1 or inner == 1 or logits.stride(0) == inner * logits.stride(1):
-        row_stride = logits.stride(0) if inner == 1 else logits.stride(1)
-        rows = logits.shape[0] * inner
-        return logits.as_strided((rows, columns), (row_stride, 1))[chunk]
-    row = torch.arange(chunk.start, chunk.stop, device=logits.device)
-    return logits[row // inner, row % inner]
 
 
 def uld_topk(
@@ -104,8 +90,8 @@ def uld_topk(
     largest = _at(student, of_student[:, 0].clamp(min=0).long()).to(row_scale.dtype)
     log_sum = largest / temperature - rank_log_probs[:, 0]
     at = of_student.clamp(min=0).long()
-    made = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    target = rows_of(made)
+    made = kernels.empty(*student.shape, dtype=student.dtype, device=student.device)
+    target = made.flatten(0, 1)
     if student.device.type == "cpu":
         chunk_budget = min(chunk_budget, _CACHE_BYTES)
     size = max(chunk_budget // (student_vocab_size * row_scale.element_size()), 1)
@@ -113,7 +99,7 @@ def uld_topk(
     for first in range(0, kept.shape[0], size):
         chunk = slice(first, min(first + size, kept.shape[0]))
         x = buffer[: chunk.stop - first]
-        x.copy_(_chunk_of(student, chunk)[:, :student_vocab_size])
+        x.copy_(rows_of(student, chunk)[:, :student_vocab_size])
         x.div_((temperature if temperature.numel() == 1 else temperature[chunk])[:, None])
         x.sub_(log_sum[chunk, None]).exp_()  # the softmax, and then the gradient
         x.mul_(-(slope * signed_mass)[chunk, None]).scatter_add_(-1, at[chunk], of_ranks[chunk])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..uld import ranked_chunks, rows_of
+from ..uld import ranked_chunks
 from .launch import device_of, fill_gradient, gradient_target, is_bad_temperature, load_tile, stride, tile, written
 
 
@@ -170,7 +170,7 @@ def uld(
     block, warps = tile(max(student_vocab_size, teacher_vocab_size))
     gradient_block, gradient_warps = tile(student_vocab_size, statistics=True)
     with device_of(student), written(made) as target:
-        target = rows_of(target) if gradient else None
+        target = target.flatten(0, 1) if gradient else None
         for ranked in ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
             options = row_scale[chunk], temperature if temperature.numel() == 1 else temperature[chunk]
