@@ -6,6 +6,7 @@ backends/reference.py, backends/triton/table.py and csrc/divergences.h.
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _INFINITY = float("inf")
@@ -17,7 +18,9 @@ class Entry:
     """One divergence of the catalogue.
 
     `low` and `high` bound its parameter; `closed` admits the bounds themselves. What lies within 0.001 of an `excluded`
-    value is refused.
+    value is refused. Of the parameter, `infinite` says whether the divergence is +inf where the teacher has no mass and
+    the student has, and `slack` is c of the pointwise value, which is the formula's term plus c (q − p): a sparse
+    teacher's mass may differ from 1.
     """
 
     formula: str
@@ -29,11 +32,18 @@ class Entry:
     closed: bool = False
     excluded: tuple[float, ...] = ()
     hint: str = ""
+    infinite: Callable[[float | None], bool] = lambda parameter: False
+    slack: Callable = lambda parameter: 0.0
 
 
 CATALOGUE: dict[str, Entry] = {
-    "kl": Entry("KL(p‖q) = Σ p log(p/q)", "Hinton et al. 2015, arXiv:1503.02531"),
-    "reverse_kl": Entry("KL(q‖p) = Σ q log(q/p)", "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1"),
+    "kl": Entry("KL(p‖q) = Σ p log(p/q)", "Hinton et al. 2015, arXiv:1503.02531", slack=lambda _: 1.0),
+    "reverse_kl": Entry(
+        "KL(q‖p) = Σ q log(q/p)",
+        "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1",
+        infinite=lambda _: True,
+        slack=lambda _: -1.0,
+    ),
     "mixed_kl": Entry(
         "w·KL(p‖q) + (1−w)·KL(q‖p)",
         "Amara et al. 2022 (BD-KD), arXiv:2212.12965",
@@ -42,6 +52,8 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         closed=True,
+        infinite=lambda weight: weight != 1,
+        slack=lambda weight: 2 * weight - 1,
     ),
     "js": Entry(
         "β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q",
@@ -60,6 +72,7 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         hint='at 0 it is "kl"',
+        slack=lambda alpha: 1 - alpha,
     ),
     "skew_reverse_kl": Entry(
         "KL(q‖(1−α)p + αq)",
@@ -69,6 +82,7 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         hint='at 0 it is "reverse_kl"',
+        slack=lambda alpha: alpha - 1,
     ),
     "tv": Entry("½ Σ |p − q|", "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"),
     "hellinger": Entry("½ Σ (√p − √q)²", "Hellinger 1909; squared Hellinger distance"),
@@ -79,6 +93,8 @@ CATALOGUE: dict[str, Entry] = {
         default=0.5,
         excluded=(0.0, 1.0),
         hint='its limit at 1 is "kl", at 0 "reverse_kl", and near them fp32 loses its digits',
+        infinite=lambda alpha: alpha < 0,
+        slack=lambda alpha: 1 / (alpha - 1),
     ),
 }
 

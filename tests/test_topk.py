@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from truth import BACKENDS, DIVERGENCES, GRADIENT_TOLERANCE, assert_loss_close, device_of
 
 import kdkernels
-from kdkernels import Divergence, LinearLogits, SparseLogProbs, fused_divergence, fused_kl
+from kdkernels import CATALOGUE, Divergence, LinearLogits, SparseLogProbs, fused_divergence, fused_kl
+from kdkernels.backends import reference
 from kdkernels.distributions import TAILS
 from kdkernels.options import STATISTICS
 
@@ -25,10 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def is_finite(divergence: Divergence, tail: str) -> bool:
     """Whether the divergence is finite where the teacher has no mass outside of its entries."""
-    infinite = divergence.name in ("reverse_kl", "mixed_kl") or (
-        divergence.name == "alpha" and divergence.parameter < 0
-    )
-    return not (infinite and tail in ("renormalize", "truncate"))
+    return not (CATALOGUE[divergence.name].infinite(divergence.parameter) and tail in ("renormalize", "truncate"))
 
 
 # ---- the formulas, of whole distributions in fp64 and not of the table's terms
@@ -243,6 +241,21 @@ def assert_close(got, want, ulps, divergence, dtype, factor=1.0, signs_decided=T
 
 
 # ---- losses
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+def test_catalogue_says_by_what_a_value_differs_from_its_formula(divergence):
+    """Sums of phi, of a teacher whose mass is not 1; and where a class without mass makes them infinite."""
+    entry, parameter = CATALOGUE[divergence.name], torch.tensor(divergence.parameter or 1.0, dtype=torch.float64)
+    q = torch.softmax(torch.randn(5, 20, dtype=torch.float64), -1)
+    p = torch.softmax(torch.randn(5, 20, dtype=torch.float64), -1) * torch.linspace(0.2, 1.5, 5)[:, None]
+    phi = reference.TABLE[divergence.name](p.log(), q.log(), p, q, parameter).sum(-1)
+    offset = entry.slack(parameter) * (p.sum(-1) - 1)
+    torch.testing.assert_close(phi + offset, value(divergence, p, q))
+
+    p = torch.cat([p[:, :-1], torch.zeros(5, 1)], -1)
+    phi = reference.TABLE[divergence.name](p.log(), q.log(), p, q, parameter).sum(-1)
+    assert torch.isinf(phi).all() if entry.infinite(divergence.parameter) else torch.isfinite(phi).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)

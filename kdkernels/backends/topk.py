@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..distributions import HAVE_TAIL_MASS
+from ..divergences import CATALOGUE
 from . import ROW_STATISTICS
 from .row_options import RowOptions
 
@@ -151,19 +152,8 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
 
 
 def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor) -> Tensor:
-    """What a row's sum of phi lacks of the divergence's value for a teacher of mass M: [rows].
-
-    phi is free up to c (p - q), and its sum up to c (M - 1).
-    """
-    parameter = parameters[0]
-    c = {
-        "kl": 1.0,
-        "mixed_kl": 2 * parameter - 1,
-        "skew_kl": 1 - parameter,
-        "skew_reverse_kl": parameter - 1,
-        "alpha": 1 / (parameter - 1),
-    }.get(divergence, 0.0)
-    return c * torch.expm1(log_probs.logsumexp(-1))
+    """What a row's sum of phi lacks of the divergence's value for a teacher of mass M: [rows]."""
+    return CATALOGUE[divergence].slack(parameters[0]) * torch.expm1(log_probs.logsumexp(-1))
 
 
 def with_offset(
