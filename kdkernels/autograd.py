@@ -261,5 +261,5 @@ def uld_rows(student, teacher, row_scale, temperature, student_vocab_size, teach
     sizes = (student_vocab_size, teacher_vocab_size)
     if topk is not None:
         return ops.uld_topk(student, teacher, row_scale, temperature, topk, *sizes, chunk_budget, gradient, backend)
-    loss, found, divergence = ops.uld(student, teacher, row_scale, temperature, *sizes, gradient, backend)
+    loss, found, divergence = ops.uld(student, teacher, row_scale, temperature, *sizes, chunk_budget, gradient, backend)
     return loss, found, divergence, torch.zeros_like(divergence)

@@ -202,7 +202,7 @@ topk_log_probs = _define(
 
 def _sinkhorn_fake(cost, a, b, epsilon, tolerance, iterations, entropic, gradient, backend):
     problems = cost.shape[0]
-    derivatives = [torch.empty_like(x) if gradient != "none" else _new(x, 0, dtype=x.dtype) for x in (cost, a, b)]
+    derivatives = [torch.empty_like(x) if gradient else _new(x, 0, dtype=x.dtype) for x in (cost, a, b)]
     return (
         _new(cost, problems, dtype=cost.dtype),
         torch.empty_like(a),
@@ -215,10 +215,10 @@ def _sinkhorn_fake(cost, a, b, epsilon, tolerance, iterations, entropic, gradien
 
 # Sinkhorn's iterations of problems [problems, n, m] with masses a [problems, n] and b [problems, m], all contiguous in
 # one compute dtype: values, potentials f and g, errors, rounds done, and the derivatives of the values with respect to
-# cost, a and b as `gradient` defines them (of shape [0] with "none"). csrc/transport_call.h has the formulas.
+# cost, a and b as `gradient` defines them (of shape [0] where none is named). csrc/transport_call.h has the formulas.
 sinkhorn = _define(
     "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tolerance, SymInt iterations, bool entropic, "
-    "str gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str? gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     lambda kernels, *args: transport.checked_sinkhorn(kernels, *args),
     _sinkhorn_fake,
 )
@@ -226,7 +226,7 @@ sinkhorn = _define(
 
 def _sinkhorn_kd_fake(student, teacher, kept, temperature, epsilon, iterations, cost, gradient, vocab_size, backend):
     clouds, n = kept.shape
-    wanted = gradient != "none"
+    wanted = gradient is not None
     return (
         _new(kept, clouds, dtype=kept.dtype),
         _new(kept, *((clouds, n, n) if wanted else (0,)), dtype=kept.dtype),
@@ -237,10 +237,10 @@ def _sinkhorn_kd_fake(student, teacher, kept, temperature, epsilon, iterations, 
 
 # SinKD between the rows of clouds of logits [clouds, n, columns]; kept [clouds, n] is 1, or 0 for a row that is dropped
 # and never read. Losses [clouds], and what its gradient is made of: derivatives with respect to the costs
-# [clouds, n, n], their products with the costs' moments [clouds, n] (both [0] with gradient "none"), row floats.
+# [clouds, n, n], their products with the costs' moments [clouds, n] (both [0] where no gradient is named), row floats.
 sinkhorn_kd = _define(
     "sinkhorn_kd(Tensor student, Tensor teacher, Tensor kept, Tensor temperature, Tensor epsilon, SymInt iterations, "
-    "str cost, str gradient, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "str cost, str? gradient, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     lambda kernels, *args: transport.sinkhorn_kd(kernels, *args),
     _sinkhorn_kd_fake,
 )
@@ -274,9 +274,9 @@ classes_ot = _define_for_all(
 )
 
 
-def _uld(kernels, student, teacher, row_scale, temperature, *sizes_and_gradient):
+def _uld(kernels, student, teacher, row_scale, temperature, *others):
     _check_temperature(row_scale, temperature)
-    return kernels.uld(student, teacher, row_scale, temperature, *sizes_and_gradient)
+    return kernels.uld(student, teacher, row_scale, temperature, *others)
 
 
 def _uld_topk(kernels, student, teacher, row_scale, temperature, *others):
@@ -289,7 +289,8 @@ def _check_temperature(row_scale: Tensor, temperature: Tensor):
         backends.check_values(row_scale, None, temperature, None, 0)
 
 
-def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, gradient, backend):
+def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, chunk_budget, gradient,
+              backend):  # fmt: skip
     count = row_scale.shape[0]
     return (
         _new(student, count, dtype=row_scale.dtype),
@@ -298,9 +299,8 @@ def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teac
     )
 
 
-def _uld_topk_fake(student, teacher, row_scale, temperature, k, *sizes_and_others):
-    *sizes, _, gradient, backend = sizes_and_others
-    found = _uld_fake(student, teacher, row_scale, temperature, *sizes, gradient, backend)
+def _uld_topk_fake(student, teacher, row_scale, temperature, k, *others):
+    found = _uld_fake(student, teacher, row_scale, temperature, *others)
     return *found, _new(student, row_scale.shape[0], dtype=row_scale.dtype)
 
 
@@ -308,8 +308,8 @@ def _uld_topk_fake(student, teacher, row_scale, temperature, k, *sizes_and_other
 # student's shape, or empty), divergence [rows]. uld_topk compares the k largest probabilities of each side alone, in
 # chunks of rows whose buffers take so many bytes, and says by how much the divergence may be off.
 uld = _define(
-    f"uld({_LOGITS}, Tensor temperature, SymInt student_vocab_size, SymInt teacher_vocab_size, bool gradient, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    f"uld({_LOGITS}, Tensor temperature, SymInt student_vocab_size, SymInt teacher_vocab_size, SymInt chunk_budget, "
+    "bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
     _uld,
     _uld_fake,
 )

@@ -134,7 +134,7 @@ def fused_sinkhorn(
         if any(wanted):
             found = Sinkhorn.apply(*numbers, gradient, backend)
         else:
-            found = ops.sinkhorn(*numbers, "none", backend)[:5]
+            found = ops.sinkhorn(*numbers, None, backend)[:5]
     found = transport.Sinkhorn(*found)
     with torch.no_grad():
         whole = transport.plan_of(problems, a, b, found.f, found.g, epsilon).view(cost.shape) if plan else None
@@ -282,7 +282,7 @@ def fused_sinkhorn_kd(
             tensors = (numbers[0], options.savable(numbers[1]))
             loss = SinkhornKD.apply(*tensors, *numbers[2:], gradient, vocab_size, backend)
         else:
-            loss = ops.sinkhorn_kd(*numbers, "none", vocab_size, backend)[0]
+            loss = ops.sinkhorn_kd(*numbers, None, vocab_size, backend)[0]
     if reduction == "none":
         return loss.view(leading)
     if reduction == "sum":

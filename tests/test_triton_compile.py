@@ -151,7 +151,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     }
     for gradient in (False, True):
         calls["uld" + ", gradient" * gradient] = lambda gradient=gradient: uld.uld(
-            *logits, temperature, VOCABULARY, VOCABULARY - 1, gradient
+            *logits, temperature, VOCABULARY, VOCABULARY - 1, 1 << 28, gradient
         )
     for options, row in (("", plain), (", label", label)):
         # Bound now: the loop goes on.

@@ -327,16 +327,16 @@ def test_topk_takes_rows_in_chunks():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_sorted_rows_are_taken_in_chunks(backend, monkeypatch):
+def test_sorted_rows_are_taken_in_chunks(backend):
     student, teacher = torch.randn(2, 5, 41).bfloat16(), torch.randn(2, 5, 30)
     student, teacher = (x.to(device_of(backend)) for x in (student, teacher))
     temperature = torch.rand(2, 5, device=student.device) + 0.5
     want = run(student, teacher, backend=backend, temperature=temperature)
-    monkeypatch.setattr(family, "_WORKSPACE_BYTES", 3500)
     wide = torch.full((2, 7, 41), NAN, device=student.device).bfloat16()
     wide[:, 1:-1] = student
     for x in (student, wide[:, 1:-1]):
-        got = run(x, teacher, backend=backend, temperature=temperature)
+        with kdkernels.chunk_budget(3500):
+            got = run(x, teacher, backend=backend, temperature=temperature)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -450,7 +450,9 @@ def test_kernels_make_rows_of_bad_temperatures_nan(backend):
     student, teacher = torch.randn(1, 5, 9, device=device), torch.randn(1, 5, 7, device=device)
     temperature = torch.tensor([1.0, 0.0, -1.0, NAN, INF], device=device)
     scale = torch.ones(5, device=device)
-    loss, gradient, divergence = backends.kernels(backend).uld(student, teacher, scale, temperature, 9, 7, True)
+    loss, gradient, divergence = backends.kernels(backend).uld(
+        student, teacher, scale, temperature, 9, 7, 1 << 20, True
+    )
     for x in (loss, divergence, gradient[0]):
         assert x[0].isfinite().all() and x[1:].isnan().all()
 
@@ -512,7 +514,7 @@ def test_opcheck(backend):
     tensors = (student, teacher, torch.rand(6, device=device), torch.full((1,), 1.5, device=device))
     torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
     for gradient in (True, False):
-        torch.library.opcheck(torch.ops.kdkernels.uld.default, (*tensors, 38, 44, gradient, backend))
+        torch.library.opcheck(torch.ops.kdkernels.uld.default, (*tensors, 38, 44, 1 << 20, gradient, backend))
         if backend != "triton":  # SLOW
             topk = (*tensors, 5, 38, 44, 1 << 20, gradient, backend)
             torch.library.opcheck(torch.ops.kdkernels.uld_topk.default, topk)
@@ -567,7 +569,7 @@ def test_slices_are_taken(backend):
 
 def test_the_operator_without_a_gradient_makes_none():
     student, teacher = torch.randn(1, 3, 30), torch.randn(1, 3, 20)
-    numbers = (torch.ones(3), torch.ones(1), 30, 20)
+    numbers = (torch.ones(3), torch.ones(1), 30, 20, 1 << 20)
     loss, gradient, _ = ops.uld(student, teacher, *numbers, False, "cpu")
     assert gradient.numel() == 0 and torch.equal(loss, ops.uld(student, teacher, *numbers, True, "cpu")[0])
 

@@ -316,6 +316,7 @@ class Kernels(ABC):
         temperature: Tensor,
         student_vocab_size: int,
         teacher_vocab_size: int,
+        chunk_budget: int,
         gradient: bool,
     ):
         """Loss [rows], gradient and divergence [rows]; csrc/uld_call.h says what these are."""
@@ -420,6 +421,7 @@ class Cpu(Kernels):
         temperature: Tensor,
         student_vocab_size: int,
         teacher_vocab_size: int,
+        chunk_budget: int,
         gradient: bool,
     ):
         fp64, threads, count = row_scale.dtype == torch.float64, torch.get_num_threads(), row_scale.numel()
@@ -541,13 +543,15 @@ class Cuda(Kernels):
         temperature: Tensor,
         student_vocab_size: int,
         teacher_vocab_size: int,
+        chunk_budget: int,
         gradient: bool,
     ):
         device = student.device
         into = self._gradient_target(student, gradient, None)
         loss, divergence = (torch.empty(row_scale.numel(), device=device) for _ in range(2))
         target = into.flatten(0, 1) if gradient else None
-        for ranked in uld.ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
+        sizes = student_vocab_size, teacher_vocab_size
+        for ranked in uld.ranked_chunks(student, teacher, *sizes, chunk_budget, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
             sums_of_signs = torch.empty(
                 (rows, student_vocab_size + 1) if gradient else 0, dtype=torch.int32, device=device

@@ -143,12 +143,12 @@ def checked_sinkhorn(kernels, cost, a, b, *others):
     return sinkhorn(kernels, cost, a, b, *others)
 
 
-def sinkhorn(kernels, cost, a, b, epsilon, tolerance, iterations: int, entropic: bool, gradient: str):
-    """A backend's Sinkhorn, and the gradients with respect to cost, a and b: of shape [0] with gradient "none"."""
+def sinkhorn(kernels, cost, a, b, epsilon, tolerance, iterations: int, entropic: bool, gradient: str | None):
+    """A backend's Sinkhorn, and the gradients with respect to cost, a and b: of shape [0] where none is named."""
     if gradient == "unrolled":
         return kernels.sinkhorn(cost, a, b, epsilon, tolerance, iterations, entropic, True)
     *found, _, _, _ = kernels.sinkhorn(cost, a, b, epsilon, tolerance, iterations, entropic, False)
-    if gradient == "none":
+    if gradient is None:
         return *found, *(cost.new_empty(0) for _ in range(3))
     formula = getattr(kernels, "plan_gradient", plan_gradient)
     return *found, *formula(cost, a, b, found[1], found[2], epsilon, gradient == "implicit" and not entropic)
@@ -166,11 +166,11 @@ class Floats(NamedTuple):
     teacher_log_sum: Tensor
 
 
-def sinkhorn_kd(kernels, student, teacher, kept, temperature, epsilon, iterations: int, cost: str, gradient: str,
-                vocab_size: int):  # fmt: skip
+def sinkhorn_kd(kernels, student, teacher, kept, temperature, epsilon, iterations: int, cost: str,
+                gradient: str | None, vocab_size: int):  # fmt: skip
     """Losses [clouds], and what the gradient of the logits is made of (`sinkhorn_kd_gradient`): the gradient of the
     cost [clouds, n, n], its products with the costs' moments [clouds, n], and the rows' floats [4, clouds, n]."""
-    wanted = gradient != "none"
+    wanted = gradient is not None
     clouds, n = kept.shape
     floats = kernels.row_floats(student, teacher, kept.view(-1), temperature, vocab_size)[:4].view(4, clouds, n)
     if cost in PAIRWISE:

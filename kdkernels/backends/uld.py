@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .row_options import rows_of
 
-# Of sorted rows: rows are taken so many at a time that these fit.
-_WORKSPACE_BYTES = 512 << 20
 # Of a buffer that stays in a CPU's cache while one operation after the other goes through it.
 _CACHE_BYTES = 2 << 20
 
@@ -24,15 +22,15 @@ class Ranked(NamedTuple):
 
 
 def ranked_chunks(
-    student: Tensor, teacher: Tensor, student_vocab_size: int, teacher_vocab_size: int, gradient: bool
+    student: Tensor, teacher: Tensor, student_vocab_size: int, teacher_vocab_size: int, budget: int, gradient: bool
 ) -> Iterator[Ranked]:
-    """All rows, some at a time. The logits themselves are sorted: softmax keeps their order, and 16-bit keys take a
-    radix sort half the passes of fp32 probabilities."""
+    """All rows, so many at a time that what is sorted fits the budget. The logits themselves are sorted: softmax keeps
+    their order, and 16-bit keys take a radix sort half the passes of fp32 probabilities."""
     rows = student.shape[0] * student.shape[1]
     # Sorted values and indices, and the sums of signs; the sort takes as much again.
     row_bytes = student_vocab_size * (2 * (student.element_size() + 8) + 4)
     row_bytes += teacher_vocab_size * 2 * (teacher.element_size() + 8)
-    size = max(_WORKSPACE_BYTES // row_bytes, 1)
+    size = max(budget // row_bytes, 1)
     for first in range(0, rows, size):
         chunk = slice(first, min(first + size, rows))
         values, indices = _sorted(student, chunk, student_vocab_size)

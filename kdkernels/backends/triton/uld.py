@@ -161,6 +161,7 @@ def uld(
     temperature: Tensor,
     student_vocab_size: int,
     teacher_vocab_size: int,
+    chunk_budget: int,
     gradient: bool,
 ):
     """Loss [rows], gradient (or an empty tensor) and divergence [rows]."""
@@ -171,7 +172,7 @@ def uld(
     gradient_block, gradient_warps = tile(student_vocab_size, statistics=True)
     with device_of(student), written(made) as target:
         target = target.flatten(0, 1) if gradient else None
-        for ranked in ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, gradient):
+        for ranked in ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, chunk_budget, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
             options = row_scale[chunk], temperature if temperature.numel() == 1 else temperature[chunk]
             signs, floats = None, None
