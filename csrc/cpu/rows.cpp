@@ -36,6 +36,7 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
+#include "row.h"
 #include "../divergences.h"
 
 // ---- the inner loops, each over one block
@@ -116,43 +117,37 @@ template <class T> struct Scratch {
   BlockFloats<T>* floats;
   BlockSums<T>* sums;
 
-  static int64_t blocks(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
   static int64_t bytes(int64_t columns) {
     int64_t per_block = 2 * kBlock * sizeof(T) + sizeof(BlockFloats<T>) + sizeof(BlockSums<T>);
-    return (blocks(columns) * per_block + 63) / 64 * 64;
+    return rounded_up(blocks_of(columns) * per_block);
   }
-  Scratch(void* workspace, int64_t columns, int region) {
-    char* base = (char*)(((uintptr_t)workspace + 63) / 64 * 64) + region * bytes(columns);
-    student_e = (T*)base;
-    teacher_e = student_e + blocks(columns) * kBlock;
-    floats = (BlockFloats<T>*)(teacher_e + blocks(columns) * kBlock);
-    sums = (BlockSums<T>*)(floats + blocks(columns));
+  Scratch(const RowsCall& call, int region) {
+    const int64_t blocks = blocks_of(call.columns);
+    student_e = (T*)((char*)rounded_up((int64_t)call.workspace) + region * bytes(call.columns));
+    teacher_e = student_e + blocks * kBlock;
+    floats = (BlockFloats<T>*)(teacher_e + blocks * kBlock);
+    sums = (BlockSums<T>*)(floats + blocks);
   }
 };
 
 template <class T> struct Row {
   const RowsCall& call;
   const int64_t row;
-  const int64_t blocks;
+  const LogitRow<T> student, teacher;
+  const GradientRow<T> gradient;
   const T scale, temperature, inverse_temperature;
-  const char *student, *teacher;
   T student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum, phi, psi;
   T tv, student_entropy, teacher_entropy;
 
   Row(const RowsCall& call, int64_t row)
       : call(call),
         row(row),
-        blocks(Scratch<T>::blocks(call.columns)),
+        student(call.student, row, call.inner, call.columns),
+        teacher(call.teacher, row, call.inner, call.columns),
+        gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
         scale(per_row<T>(call.row_scale, row)),
         temperature(per_row<T>(call.temperature, row)),
-        inverse_temperature(1 / temperature),
-        student(start(call.student)),
-        teacher(start(call.teacher)) {}
-
-  const char* start(const Logits& x) const {
-    int64_t offset = row / call.inner * x.outer_stride + row % call.inner * x.inner_stride;
-    return (const char*)x.data + offset * bytes_of(x.dtype);
-  }
+        inverse_temperature(1 / temperature) {}
 
   bool has_bad_value() const {
     if (!(temperature > 0 && temperature < INFINITY && inverse_temperature < INFINITY)) return true;
@@ -160,63 +155,34 @@ template <class T> struct Row {
     return call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns);
   }
 
-  int width(int64_t block) const {
-    int64_t left = call.columns - block * kBlock;
-    return left < kBlock ? (int)left : kBlock;
-  }
-  const char* at(const Logits& x, const char* row_start, int64_t block) const {
-    return row_start + block * kBlock * bytes_of(x.dtype);
-  }
-  const T* load(const Logits& x, const char* row_start, int64_t block, T* buffer) const {
-    return widen(at(x, row_start, block), x.dtype, width(block), buffer);
-  }
   T hard_weight() const { return call.hard_weight.data ? per_row<T>(call.hard_weight, row) : T(0); }
-  T logit(const Logits& x, const char* row_start, int64_t column) const {
-    T buffer[1];
-    return *widen(row_start + column * bytes_of(x.dtype), x.dtype, 1, buffer);
-  }
-
-  // Where a row's student_e lies: in the gradient's own row where it has their type, so that memory which is written
-  // for the first time is waited for while they are computed. Not where the logits lie, which are read again; nor where
-  // the row is not aligned as the scratch is, on which the order of sums may depend.
-  T* student_e(const Scratch<T>& scratch) const {
-    const bool is_apart = (call.sweeps & kGradient) && call.gradient != call.student.data;
-    if (!is_apart || bytes_of(call.student.dtype) != (int64_t)sizeof(T)) return scratch.student_e;
-    T* of_row = (T*)call.gradient + row * call.gradient_columns;
-    return (uintptr_t)of_row % 64 == 0 ? of_row : scratch.student_e;
-  }
 
   // Sweep 1.
   void block_floats(int64_t b, Scratch<T>& scratch) const {
     alignas(64) T buffer[kBlock];
     BlockFloats<T>& out = scratch.floats[b];
-    const T* s = load(call.student, student, b, buffer);
-    out.student_max = block_max(s, width(b));
-    out.student_sum = block_exponentials<true>(b, call.student, student, s, finite(out.student_max),
-                                               inverse_temperature, student_e(scratch) + b * kBlock);
+    const T beta = inverse_temperature, *s = student.load(b, buffer);
+    out.student_max = block_max(s, student.width(b));
+    const T base = finite(out.student_max);
+    out.student_sum = student.template block_exponentials<true>(b, s, base, beta, student_e(scratch) + b * kBlock);
     if (call.unit_log_sum)
       out.unit_sum = temperature == 1 ? out.student_sum
-                                      : block_exponentials<false>(b, call.student, student, s,
-                                                                  finite(out.student_max), T(1), (T*)0);
-    const T* t = load(call.teacher, teacher, b, buffer);
-    out.teacher_max = block_max(t, width(b));
-    out.teacher_sum = block_exponentials<true>(b, call.teacher, teacher, t, finite(out.teacher_max),
-                                               inverse_temperature, scratch.teacher_e + b * kBlock);
+                                      : student.template block_exponentials<false>(b, s, base, T(1), (T*)0);
+    const T* t = teacher.load(b, buffer);
+    out.teacher_max = block_max(t, teacher.width(b));
+    out.teacher_sum = teacher.template block_exponentials<true>(b, t, finite(out.teacher_max), beta,
+                                                                scratch.teacher_e + b * kBlock);
   }
-  static T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
-  template <bool keep>
-  T block_exponentials(int64_t b, const Logits& x, const char* row_start, const T* values, T max, T beta, T* e) const {
-    return exponentials<keep>(values, width(b), max, beta, e, at(x, row_start, b + 1), bytes_of(x.dtype));
-  }
+  T* student_e(const Scratch<T>& scratch) const { return gradient.exponentials(student, scratch.student_e); }
 
   // (max, sum exp) pairs merge: log sum_b sum_b exp(max_b - max). A row of -inf alone is 0/0: NaN, as log_softmax.
   T merged(T BlockFloats<T>::*block_max, T BlockFloats<T>::*block_sum, T beta, const Scratch<T>& scratch,
            T* max) const {
     *max = -INFINITY;
-    for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t b = 0; b < student.blocks; ++b)
       if (scratch.floats[b].*block_max > *max) *max = scratch.floats[b].*block_max;
     double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t b = 0; b < student.blocks; ++b)
       sum += scratch.floats[b].*block_sum * exp_of_nonpositive((scratch.floats[b].*block_max - *max) * beta);
     return (T)::log(sum);
   }
@@ -248,17 +214,16 @@ template <class T> struct Row {
   template <bool with_slope>
   void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out) const {
     alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
-    int n = width(b);
-    const T* s = load(call.student, student, b, student_buffer);
-    const T* t = load(call.teacher, teacher, b, teacher_buffer);
+    const int n = student.width(b);
+    const T *s = student.load(b, student_buffer), *t = teacher.load(b, teacher_buffer);
     T student_base = student_max, teacher_base = teacher_max;
     if (kept) {
       // Where a block is -inf throughout, its exponentials are 0 relative to anything: the row's maximum will do.
       if (kept->student_max != T(-INFINITY)) student_base = kept->student_max;
       if (kept->teacher_max != T(-INFINITY)) teacher_base = kept->teacher_max;
     } else {
-      block_exponentials<true>(b, call.student, student, s, student_max, inverse_temperature, student_e);
-      block_exponentials<true>(b, call.teacher, teacher, t, teacher_max, inverse_temperature, teacher_e);
+      student.template block_exponentials<true>(b, s, student_max, inverse_temperature, student_e);
+      teacher.template block_exponentials<true>(b, t, teacher_max, inverse_temperature, teacher_e);
     }
     Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
     Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
@@ -268,7 +233,7 @@ template <class T> struct Row {
   }
   T total(T BlockSums<T>::*field, const Scratch<T>& scratch) const {
     double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += scratch.sums[b].*field;
+    for (int64_t b = 0; b < student.blocks; ++b) sum += scratch.sums[b].*field;
     return (T)sum;
   }
   void merge_sums(const Scratch<T>& scratch) {
@@ -288,24 +253,13 @@ template <class T> struct Row {
 
   // Cross-entropy with the label, at temperature 1.
   T cross_entropy() const {
-    return unit_log_sum + (student_max - logit(call.student, student, call.labels[row]));
+    return unit_log_sum + (student_max - student.logit(call.labels[row]));
   }
   T loss() const {
     T factor = call.temperature_squared ? temperature * temperature : T(1);
     T loss = weighted(1 - hard_weight(), factor * phi);
     if (hard_weight() != 0) loss += hard_weight() * cross_entropy();
     return scale * loss;
-  }
-  // The first column of the row's maximum (of what is not NaN; 0 where nothing is).
-  int64_t argmax(const Logits& x, const char* row_start, T max) const {
-    alignas(64) T buffer[kBlock];
-    for (int64_t b = 0; b < blocks; ++b) {
-      const T* values = load(x, row_start, b, buffer);
-      if (block_max(values, width(b)) != max) continue;
-      for (int i = 0; i < width(b); ++i)
-        if (values[i] == max) return b * kBlock + i;
-    }
-    return 0;
   }
   void write_statistics() const {
     T student_lse = student_max * inverse_temperature + student_log_sum;
@@ -316,25 +270,21 @@ template <class T> struct Row {
       label_entropy = cross_entropy();
       Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_max);
       Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_max);
-      student_label = student_norm.log_prob(logit(call.student, student, label));
-      teacher_label = teacher_norm.log_prob(logit(call.teacher, teacher, label));
+      student_label = student_norm.log_prob(student.logit(label));
+      teacher_label = teacher_norm.log_prob(teacher.logit(label));
     }
     T values[kRowStatistics] = {phi, label_entropy, tv, student_entropy, teacher_entropy, -student_log_sum,
                                 -teacher_log_sum, student_label, teacher_label, student_lse, teacher_lse};
     for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
-    call.top1[row] = argmax(call.student, student, student_max);
-    call.top1[call.rows + row] = argmax(call.teacher, teacher, teacher_max);
+    call.top1[row] = student.argmax(student_max);
+    call.top1[call.rows + row] = teacher.argmax(teacher_max);
   }
 
   // Sweep 3, from q and psi of the block.
   void block_gradient(int64_t b, const T* q, const T* psi_of_class) const {
     alignas(64) T student_buffer[kBlock], gradient_buffer[kBlock];
-    int n = width(b);
-    Dtype dtype = call.student.dtype;
-    int64_t element = row * call.gradient_columns + b * kBlock;
-    void* to = (char*)call.gradient + element * bytes_of(dtype);
-    bool direct = bytes_of(dtype) == (int64_t)sizeof(T);
-    T* out = direct ? (T*)to : gradient_buffer;
+    const int n = student.width(b);
+    T* out = gradient.block(b, gradient_buffer);
 
     T factor = call.temperature_squared ? temperature : inverse_temperature;
     // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
@@ -346,18 +296,18 @@ template <class T> struct Row {
       for (int i = 0; i < n; ++i) out[i] = soft_term(i);
     } else {
       // `out` may be where these logits lie: each is loaded before its gradient is stored.
-      const T* s = load(call.student, student, b, student_buffer);
+      const T* s = student.load(b, student_buffer);
       T unit_factor = hard * (T)::exp(-(double)unit_log_sum);
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = soft_term(i) + unit_factor * exp_of_nonpositive(s[i] - student_max);
       int64_t label = call.labels[row] - b * kBlock;
       if (label >= 0 && label < n) out[label] -= hard;
     }
-    if (!direct) narrow(out, to, dtype, n);
+    gradient.store(b, out, n);
   }
 
   void write_zeros() const {
-    if (call.gradient) zero_gradient(0);
+    if (call.gradient) gradient.fill(0, call.gradient_columns, 0);
     T* outputs[] = {(T*)call.floats, (T*)call.sums, (T*)call.statistics, (T*)call.loss};
     int counts[] = {call.sweeps & kFloats ? kRowFloats : 0, call.sweeps & kSums ? kRowSums : 0,
                     call.statistics ? kRowStatistics : 0, call.loss ? 1 : 0};
@@ -365,22 +315,16 @@ template <class T> struct Row {
       for (int i = 0; i < counts[k]; ++i) outputs[k][i * call.rows + row] = 0;
     if (call.statistics) call.top1[row] = call.top1[call.rows + row] = 0;
   }
-  void zero_gradient(int64_t from) const {
-    int64_t bytes = bytes_of(call.student.dtype);
-    memset((char*)call.gradient + (row * call.gradient_columns + from) * bytes, 0,
-           (call.gradient_columns - from) * bytes);
-  }
-
   template <class Team> void sweep(Scratch<T>& scratch) {
     const bool find_floats = call.sweeps & kFloats, find_sums = call.sweeps & kSums;
     if (find_floats) {
-      Team::blocks(blocks, [&](int64_t b) { block_floats(b, scratch); });
+      Team::blocks(student.blocks, [&](int64_t b) { block_floats(b, scratch); });
       Team::once([&] { merge_floats(scratch); });
     } else {
       Team::once([&] { read_floats(); });
     }
     if (find_sums) {
-      Team::blocks(blocks, [&](int64_t b) {
+      Team::blocks(student.blocks, [&](int64_t b) {
         const BlockFloats<T>* kept = find_floats ? &scratch.floats[b] : nullptr;
         T *student_e = this->student_e(scratch) + b * kBlock, *teacher_e = scratch.teacher_e + b * kBlock;
         if (call.gradient)
@@ -392,60 +336,30 @@ template <class T> struct Row {
     }
     if (!(call.sweeps & kGradient)) return;
     if (find_sums) {
-      Team::blocks(blocks, [&](int64_t b) {
+      Team::blocks(student.blocks, [&](int64_t b) {
         block_gradient(b, student_e(scratch) + b * kBlock, scratch.teacher_e + b * kBlock);
       });
     } else {
       Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });
-      Team::blocks(blocks, [&](int64_t b) {
+      Team::blocks(student.blocks, [&](int64_t b) {
         alignas(64) T q[kBlock], psi_of_class[kBlock];
         BlockSums<T> unused;
         block_sums<true>(b, nullptr, q, psi_of_class, &unused);
         block_gradient(b, q, psi_of_class);
       });
     }
-    Team::once([&] { zero_gradient(call.columns); });
+    Team::once([&] { gradient.fill(call.columns, call.gradient_columns, 0); });
   }
 };
 
 // ---- all rows
 
 template <class T> bool all_rows(const RowsCall& call) {
-  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
   for (int64_t r = 0; r < call.rows; ++r) {
     Row<T> row(call, r);
     if (row.scale != 0 && row.has_bad_value()) return true;
   }
-
-  if (threads == 1 || call.rows >= 4 * threads) {
-    int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
-    int64_t turn = rows_of_a_turn(call.rows, written, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      Scratch<T> scratch(call.workspace, call.columns, omp_get_thread_num());
-#pragma omp for schedule(dynamic, turn)
-      for (int64_t r = 0; r < call.rows; ++r) {
-        Row<T> row(call, r);
-        if (row.scale == 0)
-          row.write_zeros();
-        else
-          row.template sweep<Alone>(scratch);
-      }
-    }
-    return false;
-  }
-  for (int64_t r = 0; r < call.rows; ++r) {
-    Row<T> row(call, r);
-    if (row.scale == 0) {
-      row.write_zeros();
-      continue;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-      Scratch<T> scratch(call.workspace, call.columns, 0);
-      row.template sweep<Together>(scratch);
-    }
-  }
+  each_row<Row<T>, Scratch<T>>(call);
   return false;
 }
 

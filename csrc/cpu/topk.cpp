@@ -30,40 +30,8 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
+#include "row.h"
 #include "../divergences.h"
-
-inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
-inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// A row of logits, in blocks.
-template <class T> struct LogitRow {
-  const char* data;
-  Dtype dtype;
-  int64_t columns, blocks;
-
-  LogitRow(const Logits& x, int64_t row, int64_t inner, int64_t columns)
-      : data((const char*)x.data + (row / inner * x.outer_stride + row % inner * x.inner_stride) * bytes_of(x.dtype)),
-        dtype(x.dtype),
-        columns(columns),
-        blocks(blocks_of(columns)) {}
-
-  int width(int64_t block) const {
-    int64_t left = columns - block * kBlock;
-    return left < kBlock ? (int)left : kBlock;
-  }
-  const char* at(int64_t column) const { return data + column * bytes_of(dtype); }
-  const T* load(int64_t block, T* buffer) const { return widen(at(block * kBlock), dtype, width(block), buffer); }
-  T logit(int64_t column) const {
-    T buffer[1];
-    return *widen(at(column), dtype, 1, buffer);
-  }
-  // Where the next block lies: what the exponentials of this one fetch meanwhile.
-  template <bool keep> T block_exponentials(int64_t block, const T* x, int n, T max, T beta, T* e) const {
-    return exponentials<keep>(x, n, max, beta, e, at((block + 1) * kBlock), bytes_of(dtype));
-  }
-};
-
-template <class T> T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
 
 // exp of a maximum relative to a larger one; 0 where both are -inf.
 template <class T> T relative(T max, T larger, T beta) {
@@ -92,12 +60,13 @@ template <class T> struct RowScratch {
     return rounded_up(blocks * (kBlock * sizeof(T) + sizeof(BlockSums<T>)) + 5 * (entries + 1) * sizeof(T) +
                       (blocks + 1) * sizeof(int32_t));
   }
-  RowScratch(void* workspace, int64_t columns, int64_t entries, int region) {
-    e = (T*)((char*)rounded_up((int64_t)workspace) + region * bytes(columns, entries));
+  RowScratch(const TopkRowsCall& call, int region) {
+    const int64_t columns = call.columns, entries = call.entries + 1;
+    e = (T*)((char*)rounded_up((int64_t)call.workspace) + region * bytes(columns, call.entries));
     blocks = (BlockSums<T>*)(e + blocks_of(columns) * kBlock);
     logits = (T*)(blocks + blocks_of(columns));
-    lp = logits + entries + 1, lq = lp + entries + 1, q = lq + entries + 1, psi = q + entries + 1;
-    first_entry = (int32_t*)(psi + entries + 1);
+    lp = logits + entries, lq = lp + entries, q = lq + entries, psi = q + entries;
+    first_entry = (int32_t*)(psi + entries);
   }
 };
 
@@ -136,6 +105,7 @@ template <class T> struct TopkRow {
   const TopkRowsCall& call;
   const int64_t row;
   const LogitRow<T> student;
+  const GradientRow<T> gradient;
   const T scale, temperature, beta;  // beta: 1 / temperature
   const int32_t* indices;
   int64_t entries;                   // of this row
@@ -149,6 +119,7 @@ template <class T> struct TopkRow {
       : call(call),
         row(row),
         student(call.student, row, call.inner, call.columns),
+        gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
         scale(per_row<T>(call.row_scale, row)),
         temperature(per_row<T>(call.temperature, row)),
         beta(1 / temperature),
@@ -172,16 +143,6 @@ template <class T> struct TopkRow {
   bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.labels); }
   bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
 
-  // Where a row's exponentials lie: in the gradient's own row where it has their type, so that memory which is written
-  // for the first time is waited for while they are computed. Not where the logits lie, which are read again; nor where
-  // the row is not aligned as the scratch is, on which the order of sums may depend.
-  T* exponentials(const RowScratch<T>& scratch) const {
-    const bool is_apart = call.gradient && call.gradient != call.student.data;
-    if (!is_apart || bytes_of(student.dtype) != (int64_t)sizeof(T)) return scratch.e;
-    T* of_row = (T*)call.gradient + row * call.gradient_columns;
-    return (uintptr_t)of_row % 64 == 0 ? of_row : scratch.e;
-  }
-
   void find_entries(RowScratch<T>& scratch) const {
     int k = 0;
     for (int64_t b = 0; b <= student.blocks; ++b) {
@@ -202,12 +163,12 @@ template <class T> struct TopkRow {
       logit = -INFINITY;
     }
     BlockSums<T>& out = scratch.blocks[b];
-    T* e = exponentials(scratch) + b * kBlock;
+    T* e = gradient.exponentials(student, scratch.e) + b * kBlock;
     out.max = block_max(x, n);
-    out.sum = student.template block_exponentials<true>(b, x, n, finite(out.max), beta, e);
+    out.sum = student.template block_exponentials<true>(b, x, finite(out.max), beta, e);
     out.unit_sum = out.sum;
     if (temperature != 1 && needs_unit_sum())
-      out.unit_sum = student.template block_exponentials<false>(b, x, n, finite(out.max), T(1), (T*)0);
+      out.unit_sum = student.template block_exponentials<false>(b, x, finite(out.max), T(1), (T*)0);
     if (call.statistics) {
       T sum = 0, base = finite(out.max);
 #pragma omp simd reduction(+ : sum)
@@ -303,16 +264,6 @@ template <class T> struct TopkRow {
     }
     return -sum;
   }
-  int64_t argmax() const {
-    alignas(64) T buffer[kBlock];
-    for (int64_t b = 0; b < student.blocks; ++b) {
-      const T* x = student.load(b, buffer);
-      if (block_max(x, student.width(b)) != max) continue;
-      for (int i = 0; i < student.width(b); ++i)
-        if (x[i] == max) return b * kBlock + i;
-    }
-    return 0;
-  }
   void write_statistics(const RowScratch<T>& scratch) const {
     const T tail = ((const T*)call.tail_log_prob)[row];
     T largest = -INFINITY, label_entropy = 0, student_label = 0, teacher_label = 0;
@@ -331,7 +282,7 @@ template <class T> struct TopkRow {
     T values[kRowStatistics] = {sums.phi, label_entropy, sums.tv, (T)entropy, sums.entropy, (T)-log_sum, largest,
                                 student_label, teacher_label, (T)(max * beta + log_sum), (T)::log(mass)};
     for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
-    call.top1[row] = argmax();
+    call.top1[row] = student.argmax(max);
     call.top1[call.rows + row] = teacher_top1;
   }
 
@@ -350,12 +301,8 @@ template <class T> struct TopkRow {
   void block_gradient(int64_t b, const RowScratch<T>& scratch, const Slopes& slopes) const {
     alignas(64) T student_buffer[kBlock], gradient_buffer[kBlock];
     const int n = student.width(b);
-    const int64_t element = row * call.gradient_columns + b * kBlock;
-    void* to = (char*)call.gradient + element * bytes_of(student.dtype);
-    bool direct = bytes_of(student.dtype) == (int64_t)sizeof(T);
-    T* out = direct ? (T*)to : gradient_buffer;
-
-    const T* e = exponentials(scratch) + b * kBlock;
+    T* out = gradient.block(b, gradient_buffer);
+    const T* e = gradient.exponentials(student, scratch.e) + b * kBlock;
     T block_max = scratch.blocks[b].max;
     T share = bucket_sum == 0 ? T(0) : (T)(relative(block_max, bucket_max, beta) / bucket_sum);
     T factor = slopes.others == 0 ? T(0) : slopes.others * share;
@@ -374,35 +321,24 @@ template <class T> struct TopkRow {
     }
     for (int k = scratch.first_entry[b]; k < scratch.first_entry[b + 1]; ++k)
       out[indices[k] - b * kBlock] = entry_gradient(k, scratch, slopes);
-    if (!direct) narrow(out, to, student.dtype, n);
+    gradient.store(b, out, n);
   }
   T entry_gradient(int64_t k, const RowScratch<T>& scratch, const Slopes& slopes) const {
-    T gradient = slopes.soft == 0 ? T(0) : slopes.soft * (scratch.psi[k] - scratch.q[k] * slopes.sum);
-    if (slopes.hard == 0) return gradient;
-    gradient += slopes.unit_factor * exp_of_nonpositive(scratch.logits[k] - max);
-    return indices[k] == call.labels[row] ? gradient - slopes.hard : gradient;
+    T value = slopes.soft == 0 ? T(0) : slopes.soft * (scratch.psi[k] - scratch.q[k] * slopes.sum);
+    if (slopes.hard == 0) return value;
+    value += slopes.unit_factor * exp_of_nonpositive(scratch.logits[k] - max);
+    return indices[k] == call.labels[row] ? value - slopes.hard : value;
   }
   // Without a sweep: a gradient of the entries alone.
   void gradient_of_entries(const RowScratch<T>& scratch, const Slopes& slopes) const {
-    int64_t bytes = bytes_of(student.dtype);
-    char* to = (char*)call.gradient + row * call.gradient_columns * bytes;
-    fill_gradient(0, call.columns, slopes.others);
+    gradient.fill(0, call.columns, slopes.others);
     for (int64_t k = 0; k < entries; ++k) {
-      T gradient = entry_gradient(k, scratch, slopes);
-      narrow(&gradient, to + indices[k] * bytes, student.dtype, 1);
+      T value = entry_gradient(k, scratch, slopes);
+      narrow(&value, gradient.at(indices[k]), student.dtype, 1);
     }
-  }
-  void fill_gradient(int64_t from, int64_t end, T value) const {
-    int64_t bytes = bytes_of(student.dtype);
-    char* to = (char*)call.gradient + row * call.gradient_columns * bytes;
-    if (value == 0) {
-      memset(to + from * bytes, 0, (end - from) * bytes);
-      return;
-    }
-    for (int64_t i = from; i < end; ++i) narrow(&value, to + i * bytes, student.dtype, 1);
   }
   void write_zeros() const {
-    if (call.gradient) fill_gradient(0, call.gradient_columns, 0);
+    if (call.gradient) gradient.fill(0, call.gradient_columns, 0);
     ((T*)call.loss)[row] = 0;
     if (!call.statistics) return;
     for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = 0;
@@ -424,48 +360,15 @@ template <class T> struct TopkRow {
       Team::blocks(student.blocks, [&](int64_t b) { block_gradient(b, scratch, found); });
     else
       Team::once([&] { gradient_of_entries(scratch, found); });
-    Team::once([&] { fill_gradient(call.columns, call.gradient_columns, 0); });
+    Team::once([&] { gradient.fill(call.columns, call.gradient_columns, 0); });
   }
 };
 
-template <class T> void all_topk_rows(const TopkRowsCall& call) {
-  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
-  if (threads == 1 || call.rows >= 4 * threads) {
-    int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
-    int64_t turn = rows_of_a_turn(call.rows, written, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      RowScratch<T> scratch(call.workspace, call.columns, call.entries, omp_get_thread_num());
-#pragma omp for schedule(dynamic, turn)
-      for (int64_t r = 0; r < call.rows; ++r) {
-        TopkRow<T> row(call, r);
-        if (row.scale == 0)
-          row.write_zeros();
-        else
-          row.template sweep<Alone>(scratch);
-      }
-    }
-    return;
-  }
-  for (int64_t r = 0; r < call.rows; ++r) {
-    TopkRow<T> row(call, r);
-    if (row.scale == 0) {
-      row.write_zeros();
-      continue;
-    }
-#pragma omp parallel num_threads(threads)
-    {
-      RowScratch<T> scratch(call.workspace, call.columns, call.entries, 0);
-      row.template sweep<Together>(scratch);
-    }
-  }
-}
-
 void topk_rows(const TopkRowsCall& call) noexcept {
   if (call.fp64)
-    all_topk_rows<double>(call);
+    each_row<TopkRow<double>, RowScratch<double>>(call);
   else
-    all_topk_rows<float>(call);
+    each_row<TopkRow<float>, RowScratch<float>>(call);
 }
 
 int64_t topk_rows_workspace_bytes(int64_t columns, int64_t entries, bool fp64, int threads) noexcept {

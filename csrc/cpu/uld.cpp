@@ -26,6 +26,7 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
+#include "row.h"
 
 // ---- keys: the bits of a number, so that a larger number has the smaller key
 
@@ -50,8 +51,6 @@ template <class Element> inline typename KeyOf<Element>::type key_of(Element x) 
 constexpr int kBuckets = 65536;  // by the upper 16 bits of a key
 
 template <class Key> int bucket_of(Key key) { return (int)(key >> (8 * sizeof(Key) - 16)); }
-
-inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // What a thread works in.
 template <class T> struct Scratch {
@@ -268,6 +267,7 @@ template <class T> struct UldRow {
   const UldCall& call;
   const int64_t row;
   const T scale, beta;  // beta: 1 / temperature
+  const GradientRow<T> gradient;
   Scratch<T>& scratch;
   T max, student_factor, slope, signed_mass;  // slope: row scale / temperature
 
@@ -276,14 +276,11 @@ template <class T> struct UldRow {
         row(row),
         scale(per_row<T>(call.row_scale, row)),
         beta(1 / per_row<T>(call.temperature, row)),
+        gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
         scratch(scratch) {}
 
-  const char* start(const Logits& x) const {
-    return (const char*)x.data + (row / call.inner * x.outer_stride + row % call.inner * x.inner_stride) *
-                                     bytes_of(x.dtype);
-  }
   Ranked<T> ranked(const Logits& x, int64_t columns, uint64_t* first, uint64_t* second, T* e) const {
-    const char* data = start(x);
+    const char* data = start_of(x, row, call.inner);
     if (x.dtype == Dtype::f64) return rank_wide<T>((const double*)data, columns, beta, first, second, e);
     if (x.dtype == Dtype::f32) return rank_wide<T>((const float*)data, columns, beta, first, second, e);
     return rank_halves<T>((const uint16_t*)data, x.dtype, columns, beta, scratch, e);
@@ -312,7 +309,7 @@ template <class T> struct UldRow {
       gradient_of_wide<float>(student);
     else
       gradient_of_halves(student);
-    fill_gradient(columns, 0);
+    gradient.fill(columns, call.gradient_columns, 0);
   }
 
   void gradient_of_halves(const Ranked<T>& student) const {
@@ -331,8 +328,8 @@ template <class T> struct UldRow {
       for (int i = 0; i < width; ++i) table[scratch.values[start + i]] = narrowed[i];
     }
     table[0x8000] = table[0];
-    const uint16_t* x = (const uint16_t*)start(call.student);
-    uint16_t* out = (uint16_t*)call.gradient + row * call.gradient_columns;
+    const uint16_t* x = (const uint16_t*)start_of(call.student, row, call.inner);
+    uint16_t* out = (uint16_t*)gradient.data;
     for (int64_t i = 0; i < call.student_columns; ++i) out[i] = table[x[i]];
   }
 
@@ -407,8 +404,7 @@ template <class T> struct UldRow {
     const Key* keys = (const Key*)student.keys;
     const Segments<Key> segments = segments_of(keys, (Key*)scratch.keys[2]);
     tabulate(segments, keys[call.student_columns - 1]);
-    const Element* logits = (const Element*)start(call.student);
-    char* out = (char*)call.gradient + row * call.gradient_columns * sizeof(Element);
+    const Element* logits = (const Element*)start_of(call.student, row, call.inner);
     alignas(64) T buffer[kBlock], e[kBlock], sign[kBlock];
     Key key[kBlock];
     const T factor = slope * student_factor;
@@ -427,25 +423,15 @@ template <class T> struct UldRow {
           if (sign[i] == T(kMixed)) sign[i] = sign_of(key[i], segments);
 #pragma omp simd
       for (int i = 0; i < width; ++i) e[i] = factor * e[i] * (sign[i] - signed_mass);
-      narrow(e, out + start * sizeof(Element), call.student.dtype, width);
+      narrow(e, gradient.at(start), call.student.dtype, width);
     }
   }
 
-  // From a column on.
-  void fill_gradient(int64_t from, T value) const {
-    const int64_t bytes = bytes_of(call.student.dtype);
-    char* to = (char*)call.gradient + row * call.gradient_columns * bytes;
-    if (value == 0) {
-      memset(to + from * bytes, 0, (call.gradient_columns - from) * bytes);
-      return;
-    }
-    for (int64_t i = from; i < call.gradient_columns; ++i) narrow(&value, to + i * bytes, call.student.dtype, 1);
-  }
   void write(T loss, T slope) const {
     ((T*)call.loss)[row] = ((T*)call.divergence)[row] = loss;
     if (!call.gradient) return;
-    fill_gradient(0, slope);
-    fill_gradient(call.student_columns, 0);
+    gradient.fill(0, call.student_columns, slope);
+    gradient.fill(call.student_columns, call.gradient_columns, 0);
   }
 };
 

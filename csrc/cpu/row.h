@@ -1,0 +1,116 @@
+// A row of logits and the row of its gradient, in blocks of columns, and which threads go through which rows. Included
+// inside a namespace per instruction set, after sweeps.h: nothing here may be shared between them.
+
+inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
+inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+template <class T> T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
+
+inline const char* start_of(const Logits& x, int64_t row, int64_t inner) {
+  return (const char*)x.data + (row / inner * x.outer_stride + row % inner * x.inner_stride) * bytes_of(x.dtype);
+}
+
+template <class T> struct LogitRow {
+  const char* data;
+  Dtype dtype;
+  int64_t columns, blocks;
+
+  LogitRow(const Logits& x, int64_t row, int64_t inner, int64_t columns)
+      : data(start_of(x, row, inner)), dtype(x.dtype), columns(columns), blocks(blocks_of(columns)) {}
+
+  int width(int64_t block) const {
+    int64_t left = columns - block * kBlock;
+    return left < kBlock ? (int)left : kBlock;
+  }
+  const char* at(int64_t column) const { return data + column * bytes_of(dtype); }
+  const T* load(int64_t block, T* buffer) const { return widen(at(block * kBlock), dtype, width(block), buffer); }
+  T logit(int64_t column) const {
+    T buffer[1];
+    return *widen(at(column), dtype, 1, buffer);
+  }
+  // The sum of the exponentials of a block's logits x, relative to a maximum; `keep`: each is written to e. Meanwhile
+  // the next block is fetched.
+  template <bool keep> T block_exponentials(int64_t block, const T* x, T max, T beta, T* e) const {
+    return exponentials<keep>(x, width(block), max, beta, e, at((block + 1) * kBlock), bytes_of(dtype));
+  }
+  // The first column of the maximum (of what is not NaN; 0 where nothing is).
+  int64_t argmax(T max) const {
+    alignas(64) T buffer[kBlock];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const T* x = load(b, buffer);
+      if (block_max(x, width(b)) != max) continue;
+      for (int i = 0; i < width(b); ++i)
+        if (x[i] == max) return b * kBlock + i;
+    }
+    return 0;
+  }
+};
+
+// A row of a gradient [rows, columns] in the dtype of the logits; none where `data` is null.
+template <class T> struct GradientRow {
+  char* data;
+  Dtype dtype;
+  int64_t columns;
+
+  GradientRow(void* gradient, Dtype dtype, int64_t row, int64_t columns)
+      : data(gradient ? (char*)gradient + row * columns * bytes_of(dtype) : nullptr), dtype(dtype), columns(columns) {}
+
+  bool is_computed_in_place() const { return bytes_of(dtype) == (int64_t)sizeof(T); }
+  char* at(int64_t column) const { return data + column * bytes_of(dtype); }
+  // Where a block is computed, and, once it is, what brings it to its place.
+  T* block(int64_t b, T* buffer) const { return is_computed_in_place() ? (T*)at(b * kBlock) : buffer; }
+  void store(int64_t b, const T* x, int n) const {
+    if (!is_computed_in_place()) narrow(x, at(b * kBlock), dtype, n);
+  }
+  // The same value in all columns from one on, up to another.
+  void fill(int64_t from, int64_t end, T value) const {
+    if (value == 0) {
+      memset(at(from), 0, (end - from) * bytes_of(dtype));
+      return;
+    }
+    for (int64_t i = from; i < end; ++i) narrow(&value, at(i), dtype, 1);
+  }
+  // Where the exponentials of the logits lie: in the gradient's row where it has their type, so that memory which is
+  // written for the first time is waited for while they are computed. Not where the logits lie, which are read again;
+  // nor where the row is not aligned as the scratch is, on which the order of sums may depend.
+  T* exponentials(const LogitRow<T>& logits, T* scratch) const {
+    const bool fits = data && data != logits.data && is_computed_in_place() && (uintptr_t)data % 64 == 0;
+    return fits ? (T*)data : scratch;
+  }
+};
+
+// Goes through the rows of a call: many by one thread each, in turns of neighbours; a few by all threads, block by
+// block. Row(call, r) has a scale, write_zeros() for where that is 0, and sweep<Team>(scratch); Scratch(call, region)
+// is a region of the workspace.
+template <class Row, class Scratch, class Call> void each_row(const Call& call) {
+  const int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+  if (threads == 1 || call.rows >= 4 * threads) {
+    const int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
+    const int64_t turn = rows_of_a_turn(call.rows, written, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      Scratch scratch(call, omp_get_thread_num());
+#pragma omp for schedule(dynamic, turn)
+      for (int64_t r = 0; r < call.rows; ++r) {
+        Row row(call, r);
+        if (row.scale == 0)
+          row.write_zeros();
+        else
+          row.template sweep<Alone>(scratch);
+      }
+    }
+    return;
+  }
+  for (int64_t r = 0; r < call.rows; ++r) {
+    Row row(call, r);
+    if (row.scale == 0) {
+      row.write_zeros();
+      continue;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+      Scratch scratch(call, 0);
+      row.template sweep<Together>(scratch);
+    }
+  }
+}
