@@ -3,15 +3,20 @@
 The floor of a loss with its gradient is three tensors of the logits' size (student and teacher read, gradient
 written: 6 bytes a column in bf16), that of a loss alone is two. A step that moves just these at the rate of a plain
 copy, which is measured before every step, is at 100 %.
+
+Heads, top-k teachers, optimal transport and ULD have no such floor. They are timed by the clock, with the device waited
+for, beside what others run; heads and transport between classes also beside their matrix products alone.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import class_ot
 import heads
 import topk
 import torch
+import transport
 import uld
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from contenders import CATALOGUE, NOT_COMPARED, available_backends, kdkernels_loss, label, operator, peers, reason
@@ -45,6 +50,11 @@ class Plan:
     main_vocabularies: tuple[int, ...]  # of the divergences; the last is the contenders'
     dtypes: tuple[str, ...]
     contended: tuple[str, ...]  # the divergences at which others are measured
+    clouds: tuple[tuple[int, int], ...]  # rows and classes of SinKD; in a sweep one of the two is the first cloud's
+    swept_classes: tuple[int, ...]
+    swept_rows: tuple[int, ...]
+    problems: int  # in a batch, each 64 x 64
+    images: tuple[int, int]  # their number and classes, of transport between classes
     checked_rows: int = 300  # more than a card works on at once, so that the second row of a block is checked too
     copied: int = GiB  # takes far longer than the host needs to queue a step, and more than fits a cache
     seconds: float = 0.12  # for each step of a case
@@ -59,6 +69,11 @@ FULL = Plan(
     main_vocabularies=(32_768, VOCABULARY),
     dtypes=("bfloat16", "float32"),
     contended=("kl", "js"),
+    clouds=((64, 32_000), (64, 128_000)),
+    swept_classes=(8_000, 16_000, 64_000),
+    swept_rows=(16, 32, 128),
+    problems=4096,
+    images=class_ot.SHAPE,
 )
 QUICK = Plan(
     vocabularies=(32_768, VOCABULARY),
@@ -67,6 +82,11 @@ QUICK = Plan(
     main_vocabularies=(VOCABULARY,),
     dtypes=("bfloat16",),
     contended=("kl",),
+    clouds=((64, 32_000),),
+    swept_classes=(8_000,),
+    swept_rows=(16,),
+    problems=1024,
+    images=class_ot.QUICK,
     seconds=0.05,
 )
 
@@ -117,6 +137,8 @@ class GpuBenchmark(Benchmark):
             *(phase for dtype in others for phase in of_dtype(dtype)),
             ("heads", self.heads),
             ("top-k teachers", self.topk),
+            ("optimal transport", self.transport),
+            ("transport between classes", self.class_ot),
             ("universal logit distillation", self.uld),
             ("small call", self.small_call),
             ("import", self.import_time),
@@ -184,6 +206,31 @@ class GpuBenchmark(Benchmark):
             shape = self.plan.main_rows, self.plan.main_vocabularies[-1]
             student, teacher = synthetic_logits(*shape, DTYPES[dtype], self.device)
             topk.measure(self, student, teacher, self.plan.rounds[0])
+
+    def transport(self) -> None:
+        """SinKD over rows and vocabulary, and batches of Sinkhorn problems; peak memory. The limits of the targets
+        are a CPU's: here the numbers stand alone."""
+        plan, rounds = self.plan, self.plan.rounds[0]
+        rows, classes = plan.clouds[0]
+        transport.measure_sinkd(self, plan.clouds, rounds, over_eager=None)
+        transport.sweep_sinkd(self, transport.OVER_V, [(rows, swept) for swept in plan.swept_classes], rounds)
+        transport.sweep_sinkd(self, transport.OVER_B, [(swept, classes) for swept in plan.swept_rows], rounds)
+        transport.measure_problems(self, plan.problems, rounds, over_libraries=None)
+
+        def peak_bytes(name: str) -> int:
+            return peak_extra_bytes(*transport.memory_step(name, rows, classes, self.device), self.device)
+
+        transport.measure_memory(self, rows, classes, peak_bytes)
+
+    def class_ot(self) -> None:
+        """Optimal transport between the classes of images, and its peak memory; the limit of the target is a CPU's."""
+        batch = class_ot.Batch(*self.plan.images, self.device)
+        class_ot.measure(self, batch, self.plan.rounds[0], over_eager=None)
+
+        def peak_bytes(name: str) -> int:
+            return peak_extra_bytes(batch.step(class_ot.LOSSES[name]), batch.drop_gradient, self.device)
+
+        class_ot.measure_memory(self, *self.plan.images, peak_bytes)
 
     def uld(self) -> None:
         """Between two vocabularies."""

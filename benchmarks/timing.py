@@ -1,6 +1,7 @@
 """Time and memory: rounds in turn, the copy floor, and the peak of a process.
 
-On a CPU a step is timed by the clock (`interleaved`), on a GPU by events in the queue (`queued`).
+A step is timed by the clock, on a GPU with the device waited for (`interleaved`), or against a copy just before it, on
+a GPU by events in the queue (`queued`).
 """
 
 import gc

@@ -39,6 +39,11 @@ TINY = gpu.Plan(
     main_vocabularies=(256, 257),
     dtypes=("bfloat16", "float32"),
     contended=("kl", "js"),
+    clouds=((6, 300), (5, 200)),
+    swept_classes=(100,),
+    swept_rows=(3, 5),
+    problems=3,
+    images=(6, 40),
     checked_rows=5,
     copied=2**12,
     seconds=1e-4,
@@ -97,6 +102,8 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     assert {tiny.baseline, "eager", "torch.compile"} <= measured
     assert {row["contender"] for row in rows if row["case"] == "memory"} >= {tiny.baseline, "eager"}
     assert {"answers", "small call, forward", "import beyond torch"} <= {row["case"] for row in rows}
+    of_transport = transport.SINKD, transport.OVER_V, transport.OVER_B, transport.PROBLEMS, class_ot.CASE, uld.CASE
+    assert {*of_transport, topk.CASE, "heads"} <= {row["case"] for row in rows}
 
     # A step at the copy's rate is at 100 %: the columns must agree on that.
     for row in grid:
@@ -155,10 +162,9 @@ def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
 
 
 def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
-    batch = class_ot.Batch(6, 40)
-    class_ot.measure(tiny, batch, rounds=2)
-    class_ot.measure_memory(tiny, 6, 40, peak_bytes=lambda name: 1000)
+    tiny.class_ot()
     assert run.conclude(tiny) == 0, tiny.results.failures
+    assert [target.limit for target in tiny.results.targets] == [None]  # that of a CPU is not a GPU's
     errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == class_ot.ERRORS}
     of_ours, of_eager = errors[class_ot.OURS], errors[class_ot.EAGER]
     # The guard in the denominators takes mass from the plan.
@@ -169,23 +175,30 @@ def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
     memory = [row["contender"] for row in tiny.results.rows if row["case"].endswith("memory")]
     assert memory == [class_ot.OURS, class_ot.EAGER]
     monkeypatch.setitem(class_ot.LOSSES, class_ot.OURS, lambda *args: 1.01 * class_ot.ours(*args))
-    class_ot.measure(tiny, batch, rounds=2)
+    tiny.class_ot()
     assert run.conclude(tiny) == 1 and "transport" in tiny.results.failures[0]
 
 
 def test_transport_of_clouds_and_problems_is_checked_and_timed(tiny, monkeypatch):
-    transport.measure_sinkd(tiny, [(6, 300)], rounds=2)
-    transport.sweep_sinkd(tiny, transport.OVER_B, [(3, 100), (5, 100)], rounds=2)
-    transport.measure_problems(tiny, 3, rounds=1)
-    transport.measure_memory(tiny, 6, 300, peak_bytes=lambda name: 1000)
+    tiny.transport()
     assert run.conclude(tiny) == 0, tiny.results.failures
+    assert [target.limit for target in tiny.results.targets] == 4 * [None]  # those of a CPU are not a GPU's
     errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == transport.PROBLEM_ERRORS}
     assert {name: row["loss_error"] for name, row in errors.items() if row["loss_error"] > 1e-3} == {}
     timed = {row["contender"] for row in tiny.results.rows if row["case"] == transport.PROBLEMS}
-    assert {transport.OURS, transport.POT, transport.GEOMLOSS} <= timed
-    assert len([row for row in tiny.results.rows if row["case"] == transport.OVER_B]) == 4
+    of_ours = {f"{transport.OURS}, {how}" for how in ("implicit", "unrolled", "from points")}
+    assert timed == {transport.OURS, *of_ours, *transport.LIBRARIES}
+    of_sinkd = {
+        transport.SINKD: [(6, 300), (5, 200)],
+        transport.OVER_V: [(6, 100)],
+        transport.OVER_B: [(3, 300), (5, 300)],
+        f"{transport.SINKD}: memory": [(6, 300)],
+    }
+    for case, shapes in of_sinkd.items():
+        measured = [(row["contender"], row["N"], row["V"]) for row in tiny.results.rows if row["case"] == case]
+        assert measured == [(name, *shape) for shape in shapes for name in transport.LOSSES]
     monkeypatch.setitem(transport.LOSSES, transport.OURS, lambda *args: 1.01 * transport.ours(*args))
-    transport.measure_sinkd(tiny, [(6, 300)], rounds=2)
+    tiny.transport()
     assert run.conclude(tiny) == 1 and "SinKD" in tiny.results.failures[0]
 
 
@@ -366,14 +379,17 @@ def test_torch_alone_is_enough(tmp_path):
     """Tables in plain text, the CSV, and a sentence for the figure."""
     code = f"""
 import sys
-for missing in ("rich", "pandas", "matplotlib", "psutil", "transformers", "trl", "liger_kernel", "numpy"):
+for missing in (
+    "rich", "pandas", "matplotlib", "psutil", "transformers", "trl", "liger_kernel", "numpy", "ot", "geomloss"
+):
     sys.modules[missing] = None
 sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu, run, screen
 from pathlib import Path
 gpu.real_or_synthetic = lambda rows: (*gpu.synthetic_logits(rows, 300, gpu.torch.bfloat16), "drawn")
 of_heads = gpu.heads.Plan(rows=48, width=32, vocabulary=600, chunk_rows=16, checked_rows=40, rounds=2)
-plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), 3, 4096, 1e-4, (2, 2), of_heads)
+of_transport = ((3, 40),), (20,), (2,), 2, (4, 20)
+plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), *of_transport, 3, 4096, 1e-4, (2, 2), of_heads)
 gpu.peak_extra_bytes = lambda *arguments: 1000
 benchmark = gpu.GpuBenchmark(True, 2, screen.screen(), Path({str(tmp_path)!r}), plan, "cpu")
 with benchmark.screen:
@@ -385,4 +401,6 @@ with benchmark.screen:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no figure: matplotlib is not installed" in done.stdout
+    for name, module in transport.LIBRARIES.items():
+        assert f"{name} is left out: {module} is not installed." in done.stdout
     assert "\ngrid\n" in done.stdout and list(tmp_path.glob("*.csv"))
