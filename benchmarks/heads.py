@@ -29,7 +29,7 @@ from report import MiB
 from timing import interleaved, ratio
 
 from kdkernels import LinearLogits
-from kdkernels.backends import linear
+from kdkernels.backends import chunks
 
 CASE, IN_TURN, MEMORY = "heads", "heads: each after another", "heads: memory"
 ERRORS = "heads: errors against fp64 from the hidden states, in norm"
@@ -270,4 +270,4 @@ def measure_memory(benchmark, plan: Plan, peak_bytes: Callable[[str, int], int])
 
 def allowed_bytes(plan: Plan, rows: int) -> int:
     """The weight's gradient in fp32, that of the hidden states in bf16, and the budget of the chunks."""
-    return 4 * plan.vocabulary * plan.width + 2 * rows * plan.width + linear.current_budget()
+    return 4 * plan.vocabulary * plan.width + 2 * rows * plan.width + chunks.current_budget()

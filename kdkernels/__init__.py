@@ -2,7 +2,7 @@
 
 from . import nn
 from .backends import checks
-from .backends.linear import chunk_budget
+from .backends.chunks import chunk_budget
 from .class_ot import fused_class_ot
 from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence

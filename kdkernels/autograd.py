@@ -94,8 +94,8 @@ class Rows(torch.autograd.Function):
         return gradient, *(None,) * 12
 
 
-class LinearRows(torch.autograd.Function):
-    """Losses of rows that are made in chunks (`ops.linear_rows`), with row_scale folded in.
+class ChunkedRows(torch.autograd.Function):
+    """Losses of rows that are made in chunks (`ops.chunked_rows`), with row_scale folded in.
 
     `mode` is "forward" (the call that finds the loss finds the gradients; backward scales them) or "backward" (the
     inputs are kept; backward makes the rows again). Returns the row losses [rows]; but their sum where mode "forward"
@@ -111,7 +111,7 @@ class LinearRows(torch.autograd.Function):
                   teacher_indices, tail_log_prob, source_temperature)  # fmt: skip
         options = (labels, temperature, hard_weight, parameters)
         found = wanted if mode == "forward" else (False, False, False)
-        loss, *gradients, row_statistics, top1 = ops.linear_rows(
+        loss, *gradients, row_statistics, top1 = ops.chunked_rows(
             *inputs, row_scale, *options, *static, found, statistics, backend
         )
         if mode == "forward":
@@ -138,7 +138,7 @@ class LinearRows(torch.autograd.Function):
         else:
             inputs, options = saved[:9], saved[9:]
             factor = torch.where(skipped, 0, row_scale * grad_loss)
-            _, *gradients, _, _ = ops.linear_rows(*inputs, factor, *options, *static, wanted, False, backend)
+            _, *gradients, _, _ = ops.chunked_rows(*inputs, factor, *options, *static, wanted, False, backend)
             gradients = [gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)]
         return *gradients, *(None,) * (len(static) + 15)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import backends, ops, options
 from .autograd import ClassOT, refuse_transforms
-from .backends import class_ot, compute_dtype, linear, reference
+from .backends import chunks, class_ot, compute_dtype, reference
 from .backends.class_ot import GRADIENTS
 
 
@@ -113,7 +113,7 @@ def fused_class_ot(
 
 
 def _row_losses(tensors, gradient: str, backend: str) -> Tensor:
-    student, budget = tensors[0], linear.current_budget()
+    student, budget = tensors[0], chunks.current_budget()
     refuse_transforms(student, backend)
     if torch.is_grad_enabled() and student.requires_grad:
         return ClassOT.apply(*tensors, gradient, budget, backend)

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, options
-from .autograd import LinearRows, Rows, refuse_transforms
-from .backends import ROW_STATISTICS, compute_dtype, linear, reference, topk
+from .autograd import ChunkedRows, Rows, refuse_transforms
+from .backends import ROW_STATISTICS, chunks, compute_dtype, reference, topk
 from .backends.row_options import RowOptions
 from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence
@@ -148,7 +148,7 @@ def fused_divergence(
     if heads is None:
         found = _row_losses((*options.as_outer_inner(student, teacher), *row_numbers), static, *last)
     else:
-        found = _linear_row_losses(student, teacher, row_numbers, static, heads, *last)
+        found = _chunked_row_losses(student, teacher, row_numbers, static, heads, *last)
     row_loss, row_statistics, top1 = found
 
     leading = student.shape[:-1]
@@ -215,7 +215,7 @@ def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str
     return Rows.apply(*tensors, *static, statistics, gradient, backend)
 
 
-def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics, reduction, gradient, backend):
+def _chunked_row_losses(student, teacher, row_numbers, static, heads, statistics, reduction, gradient, backend):
     """What `_row_losses` returns, where a side is a head or the teacher sparse; or the sum of the row losses."""
     of_student, of_teacher, *sparse, tail = _sides(student, teacher, heads, row_numbers[0].dtype)
     if backend == "reference":
@@ -225,13 +225,13 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
         if x is not None:
             refuse_transforms(x, backend)
     numbers = [x for side in (of_student, of_teacher) for x in (side.scale, side.softcap)]
-    budget = linear.current_budget()
+    budget = chunks.current_budget()
     static = (
         *static, *numbers, tail, heads.autocast_dtype, heads.logits_dtype, heads.chunk_rows, budget, heads.compact_rows
     )  # fmt: skip
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
     if not any(wanted):
-        loss, _, _, _, row_statistics, top1 = ops.linear_rows(
+        loss, _, _, _, row_statistics, top1 = ops.chunked_rows(
             *tensors, *row_numbers, *static, wanted, statistics, backend
         )
         return loss, row_statistics, top1
@@ -242,11 +242,11 @@ def _linear_row_losses(student, teacher, row_numbers, static, heads, statistics,
             "expected gradient='backward' or 'auto'"
         )
     if gradient == "auto":
-        dtype = linear.product_dtype(student.dtype, heads.autocast_dtype) if of_weight else student.dtype
+        dtype = chunks.product_dtype(student.dtype, heads.autocast_dtype) if of_weight else student.dtype
         gradient = "backward" if reduction == "none" or dtype == torch.float16 else "forward"
     if gradient == "backward":  # which keeps them
         tensors = [x if x is None else options.savable(x) for x in tensors]
-    return LinearRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
+    return ChunkedRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
 
 
 def _sides(student, teacher, heads: options.HeadOptions, dtype: torch.dtype):
@@ -259,7 +259,7 @@ def _sides(student, teacher, heads: options.HeadOptions, dtype: torch.dtype):
         return of_student._replace(data=data[0]), of_teacher._replace(data=data[1]), None, None, None, None
     of_student = of_student._replace(data=options.as_outer_inner(of_student.data)[0])
     entries = teacher.shape[-1]
-    of_teacher = linear.Side(teacher.log_probs.reshape(-1, entries), None, None, 1.0, None)
+    of_teacher = chunks.Side(teacher.log_probs.reshape(-1, entries), None, None, 1.0, None)
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(-1)
     source_temperature = torch.ones(1, dtype=dtype, device=teacher.device) * teacher.source_temperature
     return of_student, of_teacher, teacher.indices.reshape(-1, entries), tail_log_prob, source_temperature, teacher.tail

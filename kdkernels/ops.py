@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, class_ot, compute_dtype, linear, transport
+from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, chunks, class_ot, compute_dtype, transport
 from .backends import uld as uld_family
 from .backends.row_options import RowOptions
 from .backends.topk import Sparse
@@ -125,26 +125,26 @@ row_gradient = _define(
 )
 
 
-def _linear_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
+def _chunked_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
                  teacher_indices, tail_log_prob, source_temperature, row_scale, labels, temperature, hard_weight,
                  parameters, divergence, vocab_size, temperature_squared, student_scale, student_softcap, teacher_scale,
                  teacher_softcap, tail, autocast_dtype, logits_dtype, chunk_rows, chunk_budget, compact_rows, wanted,
                  statistics):  # fmt: skip
     if tail is None:
-        of_teacher = linear.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
+        of_teacher = chunks.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
     else:
         of_teacher = Sparse(teacher, teacher_indices, tail_log_prob, source_temperature, tail)
-    return linear.linear_rows(
+    return chunks.chunked_rows(
         kernels,
-        linear.Side(student, student_weight, student_bias, student_scale, student_softcap),
+        chunks.Side(student, student_weight, student_bias, student_scale, student_softcap),
         of_teacher,
         RowOptions(row_scale, labels, temperature, hard_weight),
         parameters, divergence, vocab_size, temperature_squared, autocast_dtype, logits_dtype, chunk_rows,
-        chunk_budget, compact_rows, linear.Wanted(*wanted), statistics,
+        chunk_budget, compact_rows, chunks.Wanted(*wanted), statistics,
     )  # fmt: skip
 
 
-def _linear_rows_fake(student, student_weight, student_bias, *others):
+def _chunked_rows_fake(student, student_weight, student_bias, *others):
     row_scale = others[6]
     wanted, statistics, _ = others[-3:]
     count, dtype = row_scale.shape[0], row_scale.dtype
@@ -161,22 +161,22 @@ def _linear_rows_fake(student, student_weight, student_bias, *others):
 # (distributions.TAILS), log-probabilities [rows, K] of its indices [rows, K]. Loss [rows], the gradients of student,
 # weight and bias (those that `wanted` names, else empty), statistics and top-1. Scales and caps are constants of a
 # model, and factors of products on the host: floats. chunk_rows = 0: as many as the budget, in bytes, holds.
-linear_rows = _define(
-    "linear_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, "
+chunked_rows = _define(
+    "chunked_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, "
     "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
     "Tensor? teacher_indices, Tensor? tail_log_prob, Tensor? source_temperature, Tensor row_scale, "
     f"{_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
     "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, str? tail, "
     "ScalarType? autocast_dtype, ScalarType? logits_dtype, SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, "
     "bool[] wanted, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_rows,
-    _linear_rows_fake,
+    _chunked_rows,
+    _chunked_rows_fake,
 )
 
 
 def _topk_log_probs(kernels, data, weight, bias, row_scale, temperature, k, vocab_size, scale, softcap, *chunking):
-    side = linear.Side(data, weight, bias, scale, softcap)
-    return linear.topk_log_probs(kernels, side, row_scale, temperature, k, vocab_size, *chunking)
+    side = chunks.Side(data, weight, bias, scale, softcap)
+    return chunks.topk_log_probs(kernels, side, row_scale, temperature, k, vocab_size, *chunking)
 
 
 def _topk_log_probs_fake(data, weight, bias, row_scale, temperature, k, *others):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
-from .backends.linear import Side, product_dtype
+from .backends.chunks import Side, product_dtype
 from .backends.row_options import RowOptions
 from .distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
 from .divergences import CATALOGUE, Divergence

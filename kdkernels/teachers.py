@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops, options
-from .backends import linear, reference, row_options, topk
+from .backends import chunks, reference, row_options, topk
 from .distributions import LinearLogits, SparseLogProbs
 
 
@@ -63,7 +63,7 @@ def topk_log_probs(
     else:
         found = ops.topk_log_probs(
             *side[:3], rows.row_scale, rows.temperature, k, vocab_size, *side[3:], heads.autocast_dtype,
-            heads.logits_dtype, heads.chunk_rows, linear.current_budget(), heads.compact_rows, backend,
+            heads.logits_dtype, heads.chunk_rows, chunks.current_budget(), heads.compact_rows, backend,
         )  # fmt: skip
     indices, log_probs, tail_log_prob = found
     return SparseLogProbs(
@@ -133,12 +133,12 @@ def sampled_log_probs(
     )
 
 
-def _logits_in_chunks(side: linear.Side, row_scale: Tensor, vocab_size: int, dtype: torch.dtype, autocast_dtype):
+def _logits_in_chunks(side: chunks.Side, row_scale: Tensor, vocab_size: int, dtype: torch.dtype, autocast_dtype):
     """Logits [n, vocab_size] in the compute dtype, some rows at a time; zeros in rows that are not read."""
     rows, kept = row_scale.shape[0], (row_scale != 0)[:, None]
     # What lies beside each other at a time: the logits, both distributions, and in fp64 the sampler's.
-    size = max(linear.current_budget() // (vocab_size * (3 * dtype.itemsize + 2 * 8)), 1)
-    of_product = linear.product_dtype(side.data.dtype, autocast_dtype)
+    size = max(chunks.current_budget() // (vocab_size * (3 * dtype.itemsize + 2 * 8)), 1)
+    of_product = chunks.product_dtype(side.data.dtype, autocast_dtype)
     weight, bias = (x if x is None else x[:vocab_size].to(of_product) for x in (side.weight, side.bias))
     for first in range(0, rows, size):
         chunk = slice(first, min(first + size, rows))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from . import backends, ops, options
 from .autograd import Rows, Uld, refuse_transforms, uld_rows
-from .backends import compute_dtype, linear, reference
+from .backends import chunks, compute_dtype, reference
 from .backends.row_options import RowOptions
 from .options import LossOutput
 
@@ -168,7 +168,7 @@ def _row_losses(student, teacher, row_scale, temperature, sizes, topk, mode: str
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
             return reference.uld(*tensors, *sizes, topk)
-    budget = linear.current_budget()
+    budget = chunks.current_budget()
     if mode is None:
         loss, _, *found = uld_rows(*tensors, *sizes, topk, budget, backend, gradient=False)
         return loss, *found

@@ -12,7 +12,7 @@ import torch
 
 import kdkernels
 from kdkernels import CATALOGUE, backends
-from kdkernels.backends import class_ot, linear, native, reference, transport
+from kdkernels.backends import chunks, class_ot, native, reference, transport
 
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -43,7 +43,7 @@ LAYERS = {
     "kdkernels.backends.triton.launch": 2,
     "kdkernels.backends.triton": 2,
     "kdkernels.backends.class_ot": 4,
-    "kdkernels.backends.linear": 3,
+    "kdkernels.backends.chunks": 3,
     "kdkernels.backends.topk": 2,
     "kdkernels.backends.transport": 4,
     "kdkernels.backends.reference_transport": 5,
@@ -173,8 +173,8 @@ def test_selftest_passes_and_can_fail(monkeypatch, capsys):
         assert not selftest.check("cpu")
         wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
         assert any(" js " in line for line in wrong) and any("ot, unrolled" in line for line in wrong)
-    project = linear._project
-    monkeypatch.setattr(linear, "_project", lambda hidden, *others: project(1.1 * hidden, *others))
+    project = chunks._project
+    monkeypatch.setattr(chunks, "_project", lambda hidden, *others: project(1.1 * hidden, *others))
     assert not selftest.check("cpu")
     assert all("WRONG" in line for line in capsys.readouterr().out.splitlines() if " head" in line)
 

@@ -27,7 +27,7 @@ import uld
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdkernels
-from kdkernels.backends import linear, native
+from kdkernels.backends import chunks, native
 
 pytestmark = pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
 
@@ -237,8 +237,8 @@ def test_the_products_are_those_of_the_loss():
 @pytest.mark.parametrize("plan", [heads.CPU, heads.CPU_QUICK, heads.GPU], ids=["cpu", "cpu quick", "gpu"])
 def test_the_products_have_the_chunks_of_the_loss(plan):
     row_bytes = 2 * 2 * (plan.vocabulary + plan.width)  # student's and teacher's logits and hidden states in bf16
-    slab = 0 if plan is heads.GPU else linear._SLAB
-    assert plan.chunk_rows == linear._chunk_size(plan.rows, 0, linear.current_budget(), slab, row_bytes)
+    slab = 0 if plan is heads.GPU else chunks._SLAB
+    assert plan.chunk_rows == chunks._chunk_size(plan.rows, 0, chunks.current_budget(), slab, row_bytes)
 
 
 @pytest.mark.parametrize("fault", ["of the loss", "of the weight", "raises"])

@@ -13,7 +13,7 @@ from truth import BACKENDS, DIVERGENCES, device_of, undecided_signs
 
 import kdkernels
 from kdkernels import LinearLogits, chunk_budget, fused_divergence, fused_js, fused_kl
-from kdkernels.backends import linear
+from kdkernels.backends import chunks
 from kdkernels.options import STATISTICS
 
 KERNELS = ["cpu", "cuda", "triton"]
@@ -453,7 +453,7 @@ def test_budget_decides_the_chunks(monkeypatch):
             assert rows_of()[0][0] == 1000
         assert rows_of()[0][0] < 300
     assert rows_of()[0][0] == 1000
-    before = linear.current_budget()
+    before = chunks.current_budget()
     try:
         chunk_budget(64 * 4 * 2 * 300)  # as a setter
         assert rows_of()[0][0] < 300
@@ -580,8 +580,8 @@ def test_a_budget_object_serves_several_blocks():
         budget = chunk_budget(5000)
         for _ in range(2):
             with budget:
-                assert linear.current_budget() == 5000
-            assert linear.current_budget() == 7000
+                assert chunks.current_budget() == 5000
+            assert chunks.current_budget() == 7000
 
 
 @each_backend
@@ -751,7 +751,7 @@ def test_opcheck(backend, case):
         None, None, 4, 1 << 20, case == "both", wanted, True, backend,
     )  # fmt: skip
     torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(torch.ops.kdkernels.linear_rows.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.chunked_rows.default, arguments)
 
 
 def test_no_value_is_read_on_the_way():
@@ -800,7 +800,7 @@ def library_that_writes_fp32(monkeypatch):
 
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("addmm.dtype_out", addmm, "CPU")
-        monkeypatch.setattr(linear, "writes_fp32", lambda device: True)
+        monkeypatch.setattr(chunks, "writes_fp32", lambda device: True)
         yield
 
 
@@ -845,10 +845,10 @@ def test_bad_input_raises():
         (lambda: chunk_budget(2**63), ValueError, "from 1 byte"),
         (lambda: chunk_budget(1e9), TypeError, "expected an int"),
     ):  # fmt: skip
-        before = linear.current_budget()
+        before = chunks.current_budget()
         with pytest.raises(error, match=expected):
             call()
-        assert linear.current_budget() == before
+        assert chunks.current_budget() == before
         weight.requires_grad_(False), hidden.requires_grad_(False)
 
 

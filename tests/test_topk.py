@@ -686,7 +686,7 @@ def test_opcheck(backend, tail):
         tail_log_prob, one, torch.ones(count, device=student.device), None, one, None, one, "kl", 40, False,
         1.0, None, 1.0, None, tail, None, None, 0, 2**20, False, [True, False, False], True, backend,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.kdkernels.linear_rows.default, arguments)
+    torch.library.opcheck(torch.ops.kdkernels.chunked_rows.default, arguments)
     rows = torch.ones(count, device=student.device), one
     extraction = (student, None, None, *rows, 5, 40, 1.0, None, None, None, 0, 2**20, True, backend)
     torch.library.opcheck(torch.ops.kdkernels.topk_log_probs.default, extraction)

@@ -1,4 +1,4 @@
-"""The functions of every family that implement the operators (ops.py, and the loop of ../linear.py)."""
+"""The functions of every family that implement the operators (ops.py, and the loop of ../chunks.py)."""
 
 from .linear import accumulate_, empty, softcap_, softcap_gradient_
 from .pairwise import pairwise_costs, pairwise_gradient

@@ -88,7 +88,7 @@ class Wanted(NamedTuple):
 
 
 @torch.no_grad()
-def linear_rows(
+def chunked_rows(
     kernels,
     student: Side,
     teacher: Side | topk.Sparse,
@@ -105,7 +105,7 @@ def linear_rows(
     wanted: Wanted,
     statistics: bool,
 ):
-    """Losses [rows], the gradients of student, weight and bias, statistics and top-1: `ops.linear_rows`."""
+    """Losses [rows], the gradients of student, weight and bias, statistics and top-1: `ops.chunked_rows`."""
     checked = options.row_scale.device.type == "cpu" or values_are_checked()
     if checked:
         check_values(*options, vocab_size)
