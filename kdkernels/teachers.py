@@ -77,6 +77,7 @@ def sampled_log_probs(
     logits: Tensor | LinearLogits,
     samples: int,
     *,
+    exact: int = 0,
     temperature: float = 1.0,
     proposal_temperature: float = 1.0,
     generator: torch.Generator | None = None,
@@ -91,17 +92,21 @@ def sampled_log_probs(
     is the gradient of the whole teacher. At equal temperatures the targets are counts over samples and M is 1. Memory
     is within `kdkernels.chunk_budget`. Has no gradient.
 
+    With `exact`, so many of the most probable classes have the target p_c, and g is of the others alone: as unbiased,
+    and of less variance, since only the tail is drawn. At equal temperatures what was drawn shares the tail's mass.
+
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64, or a `LinearLogits`.
         samples: n, from 1.
+        exact: from 0 to the number of classes.
         temperature, proposal_temperature: numbers > 0. The loss's temperature must be the former.
         generator: of the logits' device.
         mask: bool, leading shape; False rows are not read, and are padding.
         vocab_size: classes that count.
 
     Returns:
-        SparseLogProbs of tail "truncate": indices int32 [..., n], each class once, in ascending order, with padding
-        after them, and log_probs fp32 (fp64 of fp64). A row with a NaN is NaN throughout.
+        SparseLogProbs of tail "truncate": indices int32 [..., exact + n], each class once, in ascending order, with
+        padding after them, and log_probs fp32 (fp64 of fp64). A row with a NaN is NaN throughout.
 
     Raises:
         TypeError, ValueError: for what does not fit.
@@ -112,22 +117,25 @@ def sampled_log_probs(
     options.check_type("samples", samples, int)
     if samples < 1:
         raise ValueError(f"samples: expected from 1; got {samples}")
+    options.check_type("exact", exact, int)
+    if not 0 <= exact <= vocab_size:
+        raise ValueError(f"exact: expected from 0 to {vocab_size}, the vocabulary; got {exact}")
     options.check_temperature("proposal_temperature", proposal_temperature)
     leading, dtype = logits.shape[:-1], rows.row_scale.dtype
     side = options.side_of(logits, heads)
     side = side._replace(data=options.as_outer_inner(side.data)[0])
     with torch.autocast(logits.device.type, enabled=False):
         drawn = [
-            topk.sampled(x, samples, temperature, proposal_temperature, generator)
+            topk.sampled(x, samples, exact, temperature, proposal_temperature, generator)
             for x in _logits_in_chunks(side, rows.row_scale, vocab_size, dtype, heads.autocast_dtype)
         ]
-    none = rows.row_scale.new_empty(0, samples)
+    none = rows.row_scale.new_empty(0, exact + samples)
     indices = torch.cat([x[0] for x in drawn]) if drawn else none.to(torch.int32)
     log_probs = torch.cat([x[1] for x in drawn]) if drawn else none
     absent = (rows.row_scale == 0)[:, None]
     return SparseLogProbs(
-        torch.where(absent, -1, indices).view(*leading, samples),
-        torch.where(absent, -torch.inf, log_probs).view(*leading, samples),
+        torch.where(absent, -1, indices).view(*leading, exact + samples),
+        torch.where(absent, -torch.inf, log_probs).view(*leading, exact + samples),
         tail="truncate",
         source_temperature=float(temperature),
     )

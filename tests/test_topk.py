@@ -805,8 +805,9 @@ def test_topk_has_no_gradient_and_takes_strides():
 # ---- sampling
 
 
+@pytest.mark.parametrize("exact", [0, 3])
 @pytest.mark.parametrize("proposal_temperature", [1.5, 2.5, 1.0])
-def test_sampled_teacher_is_unbiased(proposal_temperature):
+def test_sampled_teacher_is_unbiased(proposal_temperature, exact):
     """The mean gradient over many draws is the whole teacher's, within 5 of its own standard errors."""
     torch.manual_seed(1)
     student, whole = torch.randn(1, 12, dtype=torch.float64), 2 * torch.randn(1, 12, dtype=torch.float64)
@@ -814,6 +815,7 @@ def test_sampled_teacher_is_unbiased(proposal_temperature):
     teacher = kdkernels.sampled_log_probs(
         whole.expand(draws, 12),
         samples,
+        exact=exact,
         temperature=1.5,
         proposal_temperature=proposal_temperature,
         generator=generator,
@@ -823,20 +825,27 @@ def test_sampled_teacher_is_unbiased(proposal_temperature):
         -1, torch.where(teacher.indices >= 0, teacher.indices, 12).long(), teacher.log_probs.exp()
     )[:, :12]
     p, g, q = (torch.softmax(x / t, -1)[0] for x, t in ((whole, 1.5), (whole, proposal_temperature), (student, 1.5)))
+    certain = p.topk(exact).indices
+    g[certain] = 0
+    g /= g.sum()
 
-    def assert_mean(found, of_draw):
-        """`of_draw` [drawn class, 12]: what one sample contributes."""
+    def assert_mean(found, of_draw, of_certain):
+        """`of_draw` [drawn class, 12]: what one sample contributes; `of_certain` [12]: the exact classes together."""
         mean = (g[:, None] * of_draw).sum(0)
-        variance = (g[:, None] * of_draw**2).sum(0) - mean**2
-        error = (found.mean(0) - mean).abs() / (variance / samples / draws).sqrt()
+        variance = ((g[:, None] * of_draw**2).sum(0) - mean**2).clamp(min=1e-24)
+        error = (found.mean(0) - mean - of_certain).abs() / (variance / samples / draws).sqrt()
         assert error.max() < 5, error
-        return mean
+        return mean + of_certain
 
-    weight, one_hot = (p / g)[:, None], torch.eye(12, dtype=torch.float64)
-    torch.testing.assert_close(assert_mean(targets, weight * one_hot), p)
+    one_hot = torch.eye(12, dtype=torch.float64)
+    weight = torch.where(g == 0, 0, p / g)[:, None]
+    exactly = (p[:, None] * one_hot)[certain].sum(0)
+    torch.testing.assert_close(targets[:, certain], exactly[certain].expand(draws, exact))
+    torch.testing.assert_close(assert_mean(targets, weight * one_hot, exactly), p)
     _, gradient, _ = run(student.expand(draws, 12), teacher, temperature=1.5)
     _, want, _ = run(student, whole, temperature=1.5, backend="reference")
-    torch.testing.assert_close(assert_mean(gradient, weight * (q - one_hot) / 1.5), want[0])
+    of_certain = (exactly.sum() * q - exactly) / 1.5
+    torch.testing.assert_close(assert_mean(gradient, weight * (q - one_hot) / 1.5, of_certain), want[0])
     if proposal_temperature == 1.5:
         torch.testing.assert_close(targets.sum(-1), torch.ones(draws, dtype=torch.float64))
 
@@ -858,6 +867,27 @@ def test_sampled_counts_and_reproducibility():
     with kdkernels.chunk_budget(1000):
         few_rows = make(generator=torch.Generator().manual_seed(5))
     assert few_rows.shape == first.shape
+
+
+def test_exact_classes_are_each_there_once_and_share_a_mass_of_1_with_the_samples():
+    whole = 3 * torch.randn(2, 5, 40)
+    whole[0, 0, 1:] = -torch.inf  # no class is left to draw
+    whole[0, 1, 3] = torch.nan
+    teacher = kdkernels.sampled_log_probs(whole, 6, exact=4, generator=torch.Generator().manual_seed(2))
+    assert teacher.shape == (2, 5, 10) and teacher.tail == "truncate"
+    log_probs, top = torch.log_softmax(whole, -1), kdkernels.topk_log_probs(whole, 4)
+    for row in ((0, 2), (1, 4)):
+        named = teacher.indices[row]
+        assert len(named[named >= 0].unique()) == (named >= 0).sum() > 4
+        for index in top.indices[row]:
+            at = (named == index).nonzero().item()
+            torch.testing.assert_close(teacher.log_probs[row][at], log_probs[row][index])
+        torch.testing.assert_close(teacher.log_probs[row].exp().sum(), torch.tensor(1.0))
+    assert teacher.indices[0, 0].tolist() == [0] + 9 * [-1] and teacher.log_probs[0, 0, 0] == 0
+    assert torch.isnan(teacher.log_probs[0, 1][teacher.indices[0, 1] >= 0]).all()
+    every = kdkernels.sampled_log_probs(whole[1], 3, exact=40)
+    torch.testing.assert_close(every.log_probs[:, :40], log_probs[1])
+    assert (every.indices[:, 40:] == -1).all()
 
 
 def test_sampled_of_a_head_and_of_nan():
@@ -993,6 +1023,8 @@ def test_bad_values_make_their_row_nan_on_a_gpu():
         (lambda x: kdkernels.topk_log_probs([1.0], 2), TypeError, "list"),
         (lambda x: kdkernels.topk_log_probs(x, 2, chunk_rows=1), ValueError, "LinearLogits"),
         (lambda x: kdkernels.sampled_log_probs(x, 0), ValueError, "from 1"),
+        (lambda x: kdkernels.sampled_log_probs(x, 1, exact=-1), ValueError, "exact: expected from 0"),
+        (lambda x: kdkernels.sampled_log_probs(x, 1, exact=1.0), TypeError, "exact"),
         (lambda x: kdkernels.sampled_log_probs(x, 3, proposal_temperature=-1.0), ValueError, "proposal_temperature"),
     ],
 )

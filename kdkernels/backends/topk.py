@@ -171,20 +171,35 @@ def with_offset(
 
 
 def sampled(
-    logits: Tensor, samples: int, temperature: float, proposal_temperature: float, generator: torch.Generator | None
+    logits: Tensor,
+    samples: int,
+    exact: int,
+    temperature: float,
+    proposal_temperature: float,
+    generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Classes [n, samples] int32 drawn from softmax(logits / proposal_temperature), each once, and the logarithms of
-    their targets, counts / samples * p / g: `teachers.sampled_log_probs`."""
-    log_probs, log_proposal = (torch.log_softmax(logits / t, -1) for t in (temperature, proposal_temperature))
-    broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
+    """Classes [n, exact + samples] int32, each once, and the logarithms of their targets: `exact` of the most probable
+    ones with their probabilities, and of the others what was drawn: `teachers.sampled_log_probs`."""
+    log_probs = torch.log_softmax(logits / temperature, -1)
+    same = proposal_temperature == temperature
+    proposal = log_probs if same else torch.log_softmax(logits / proposal_temperature, -1)
+    broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(proposal).any(-1, keepdim=True)
+    certain, of_certain = log_probs.topk(exact, dim=-1)
+    proposal = proposal.scatter(-1, of_certain, -torch.inf)
     # In fp64, since the sampler sums over all classes; and without what it would refuse.
-    proposal = torch.where(broken, 1.0, log_proposal.double().exp())
-    drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator).sort(-1).values
-    targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
-    classes = logits.shape[1]
-    indices, targets = _merged(drawn, targets, classes, add=True)
-    indices = torch.where(indices < classes, indices, -1)
-    return indices.to(torch.int32), torch.where(broken & (indices >= 0), torch.nan, targets)
+    mass = proposal.double().exp()
+    nothing = (mass == 0).all(-1, keepdim=True)
+    mass = torch.where(broken | nothing, 1.0, mass)
+    drawn = torch.multinomial(mass, samples, replacement=True, generator=generator)
+    log_total = mass.sum(-1, keepdim=True).log().to(log_probs.dtype)
+    targets = log_probs.gather(-1, drawn) - (proposal.gather(-1, drawn) - log_total) - math.log(samples)
+    targets = torch.cat([certain, torch.where(nothing, -torch.inf, targets)], -1)
+    targets = torch.where(broken, torch.nan, targets)
+
+    classes, indices = logits.shape[1], torch.cat([of_certain, drawn], -1)
+    indices, order = torch.where(torch.isneginf(targets), classes, indices).sort(-1)
+    indices, targets = _merged(indices, targets.gather(-1, order), classes, add=True)
+    return torch.where(indices < classes, indices, -1).to(torch.int32), targets
 
 
 def fill_uniform(entries: Entries, temperature: Tensor, vocab_size: int, out: Tensor) -> None:
