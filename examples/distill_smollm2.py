@@ -5,6 +5,7 @@
     python examples/distill_smollm2.py --head                # from hidden states: no logits are stored
     python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
     python examples/distill_smollm2.py --teacher-cache DIR   # from the teacher's top k on disk, written first
+    python examples/distill_smollm2.py --teacher-cache DIR --cache-samples 32  # half of them drawn from the others
     python examples/distill_smollm2.py --loss sinkhorn       # kl, and optimal transport between clouds of tokens
     python examples/distill_smollm2.py --loss uld            # from a teacher whose vocabulary is another
 
@@ -41,6 +42,7 @@ CHUNK_BUDGET = 64 * 2**20  # of --head: a third of what the logits of a step tak
 # the weight of the clouds' mean, which is at most 2 a row. Alone it draws all rows to the mean of their teachers.
 CLOUD, SINKHORN_WEIGHT = 64, 0.01
 CUT_VOCABULARY = 40_000  # of --loss uld: the classes that its teacher has
+WAYS = ("kdkernels", "head", "eager", "cache", "sampled cache")  # to train, whose curves are drawn beside each other
 
 
 def main() -> None:
@@ -53,11 +55,12 @@ def main() -> None:
     train, held_out = blocks[: len(blocks) * 9 // 10], blocks[-HELD_OUT_BLOCKS:]
 
     fused, in_eager = loss_functions(options)
-    losses = {"kdkernels": fused, "head": fused, "cache": fused, "eager": in_eager}
+    losses = dict.fromkeys(("kdkernels", "head", "cache", "sampled cache"), fused) | {"eager": in_eager}
     trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
     teacher_of = functools.partial(teacher_side, teacher, train, as_head=options.head)
     if options.teacher_cache:
-        trained_with, teacher_of = "cache", cached_teacher(teacher, tokenizer, train, options)
+        trained_with = "sampled cache" if options.cache_samples else "cache"
+        teacher_of = cached_teacher(teacher, tokenizer, train, options)
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
@@ -131,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="train from the teacher's top k on disk, "
                         "which are written into DIR where they are not there; with --head or without")  # fmt: skip
     parser.add_argument("--cache-k", type=int, default=64, help="classes a token in the cache (default 64)")
+    parser.add_argument("--cache-samples", type=int, default=0, help="of these so many drawn from the rest (default 0)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="decoder layers of the student (default 6 of 30)")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -186,7 +190,8 @@ def cached_teacher(teacher, tokenizer, blocks, options):
     from kdkernels import cache
 
     kept = cache.write_teacher(
-        teacher, blocks, options.teacher_cache, k=options.cache_k, temperature=options.temperature, batch=BATCH,
+        teacher, blocks, options.teacher_cache, k=options.cache_k, samples=options.cache_samples,
+        temperature=options.temperature, batch=BATCH,
         tokenizer_hash=cache.tokenizer_hash(tokenizer), teacher="SmolLM2-135M bfloat16",
     )  # fmt: skip
     print(cache.report(options.teacher_cache))
@@ -207,16 +212,20 @@ def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
     return abs(values["kdkernels"] / values["eager"] - 1)
 
 
+def path_of(options, trained_with: str) -> Path:
+    return options.output / f"{options.loss}_{trained_with.replace(' ', '_')}.json"
+
+
 def report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps) -> None:
     """Keep the curves, draw them, and print what was measured."""
     options.output.mkdir(parents=True, exist_ok=True)
-    ways = ("eager", "head", "teacher_cache", "cache_k", "output")
+    ways = ("eager", "head", "teacher_cache", "cache_k", "cache_samples", "output")
     settings = {key: value for key, value in vars(options).items() if key not in ways}
     run = {"settings": settings, "training": training, "validation": validation}
-    (options.output / f"{options.loss}_{trained_with}.json").write_text(json.dumps(run))
     runs = {}
-    for name in ("kdkernels", "head", "eager", "cache"):
-        path = options.output / f"{options.loss}_{name}.json"
+    path_of(options, trained_with).write_text(json.dumps(run))
+    for name in WAYS:
+        path = path_of(options, name)
         if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
             runs[name] = kept
     draw(runs, options)
@@ -272,7 +281,7 @@ def report_memory(options, losses, student, teacher, train, chosen) -> None:
 
 def draw(runs, options) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for (name, run), style in zip(runs.items(), ("-", "--", ":", "-."), strict=False):
+    for (name, run), style in zip(runs.items(), ("-", "--", ":", "-.", (0, (1, 4))), strict=False):
         steps, kl, perplexity = zip(*run["validation"], strict=True)
         left.plot(range(1, len(run["training"]) + 1), run["training"], style, label=name)
         middle.plot(steps, kl, style, marker=".", label=name)

@@ -1,6 +1,6 @@
 """Teachers on disk, for offline distillation: the top k of each token, written once and read in every epoch.
 
-    python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64
+    python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64 [--samples 32]
     python -m kdkernels.cache info DIRECTORY      # what is in it, and its bytes a token beside other formats
     python -m kdkernels.cache verify DIRECTORY    # every checksum
 
@@ -15,6 +15,10 @@ a memory-mapped Dataset::
 
 Row t of the teacher is what it gives at token t: its prediction of token t + 1, which is the label that
 `next_token_labels` gives row t. The last row predicts a token that is not in the sequence.
+
+The top k alone are a biased teacher: of what lies past them the student learns only how much it is, and in long runs
+falls behind. With `samples` so many of the k are drawn from the classes past the others instead, which is unbiased
+(`sampled_log_probs`): the expectation of a row's gradient is that of the whole teacher.
 
 A row is the packed indices (`kdkernels.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
 Rounding to fp16 moves a probability by at most 0.05 % from 1/7 up, 0.4 % from 2e-7 up.
@@ -45,7 +49,7 @@ try:
 except ImportError as error:
     raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
 
-from . import LinearLogits, SparseLogProbs, packing, shards, topk_log_probs
+from . import LinearLogits, SparseLogProbs, packing, sampled_log_probs, shards, topk_log_probs
 from .cache_writer import CacheWriter, default_sequences_per_shard
 from .distributions import HAVE_TAIL_MASS
 
@@ -127,6 +131,7 @@ def write_teacher(
     directory: str | os.PathLike,
     *,
     k: int,
+    samples: int = 0,
     temperature: float = 1.0,
     batch: int = 4,
     vocab_size: int | None = None,
@@ -143,6 +148,9 @@ def write_teacher(
     Args:
         model: a causal language model of transformers, or what is called and answers as one.
         blocks: int64 [sequences, T].
+        samples: how many of the k entries are drawn from the classes past the k - samples most probable. The cache is
+            then of tail "truncate", an unbiased teacher, for losses that are finite where the teacher has no mass. The
+            draws are the same whenever the same text is written on the same machine.
         directory, k, temperature, tokenizer_hash, teacher: see `CacheWriter`.
         batch: sequences a forward.
         vocab_size: classes that count, where the model's logits are padded; None: all.
@@ -168,6 +176,7 @@ def write_teacher(
         settings = {
             "vocab_size": width if vocab_size is None else vocab_size, "k": k, "length": blocks.shape[1],
             "temperature": float(temperature), "tokenizer_hash": tokenizer_hash, "teacher": teacher,
+            "samples": samples, "tail": "truncate" if samples else "bucket",
         }  # fmt: skip
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(shards.Settings(**settings))
@@ -182,13 +191,23 @@ def write_teacher(
                 for first in range(writer.sequences, len(blocks), batch):
                     ids = blocks[first : first + batch]
                     logits = logits_of(ids.to(device))
-                    found = topk_log_probs(logits, k, temperature=temperature, vocab_size=settings["vocab_size"])
-                    writer.append(ids, found)
+                    writer.append(ids, _teacher_of(logits, writer.settings, seed=first))
                     bar.update(ids.numel())
     finally:
         for module in were_training:
             module.training = True
     return TopKCache(directory, verify=False)
+
+
+def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, seed: int) -> SparseLogProbs:
+    """What is kept of some logits."""
+    k, samples, temperature = settings.k, settings.samples, settings.temperature
+    if not samples:
+        return topk_log_probs(logits, k, temperature=temperature, vocab_size=settings.vocab_size)
+    return sampled_log_probs(
+        logits, samples, exact=k - samples, temperature=temperature, proposal_temperature=temperature,
+        generator=torch.Generator(logits.device).manual_seed(seed), vocab_size=settings.vocab_size,
+    )  # fmt: skip
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -207,10 +226,13 @@ def report(directory: str | os.PathLike) -> str:
     by_itself = (settings.vocab_size - 1).bit_length()
     tail = " + 2 of the tail" if settings.has_tail_mass else ""
     megatron = 5 * settings.k
+    kept = f"top {settings.k - settings.samples}"
+    if settings.samples:
+        kept += f" and {settings.samples} draws of the rest"
     limit = "" if settings.vocab_size <= 131_072 else "; this vocabulary is past its limit"
     lines = {
         "cache": f"{directory}: {sequences:,} sequences of {settings.length:,} tokens in {len(named)} shard(s)",
-        "teacher": f"{settings.teacher or 'not named'}; top {settings.k} of {settings.vocab_size:,} classes, "
+        "teacher": f"{settings.teacher or 'not named'}; {kept} of {settings.vocab_size:,} classes, "
         f"temperature {settings.temperature:g}, tail {settings.tail}",
         "tokenizer": settings.tokenizer_hash or "not named",
         "bytes a token": f"{settings.row_bytes} = {settings.index_bytes} of indices + {2 * settings.k} of fp16 "
@@ -295,6 +317,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
     write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
     write.add_argument("--k", type=int, default=64, help="classes kept of each token (default 64)")
+    write.add_argument("--samples", type=int, default=0, help="of these so many drawn from the rest, which makes the "
+                       "teacher unbiased (default 0)")  # fmt: skip
     write.add_argument("--temperature", type=float, default=1.0)
     write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; the last ones of the text that "
                        "fill none are left out (default 1024)")  # fmt: skip
@@ -321,8 +345,9 @@ def _write(options: argparse.Namespace) -> None:
     )
     write_teacher(
         model.to(options.device), blocks, options.directory,
-        k=options.k, temperature=options.temperature, batch=options.batch, vocab_size=options.vocab_size,
-        tokenizer_hash=tokenizer_hash(tokenizer), sequences_per_shard=options.sequences_per_shard,
+        k=options.k, samples=options.samples, temperature=options.temperature, batch=options.batch,
+        vocab_size=options.vocab_size, tokenizer_hash=tokenizer_hash(tokenizer),
+        sequences_per_shard=options.sequences_per_shard,
         teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
     )  # fmt: skip
 

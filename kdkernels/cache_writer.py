@@ -33,6 +33,7 @@ class CacheWriter:
             any other; the others have none.
         tokenizer_hash: of the tokenizer that made the ids (`tokenizer_hash`), for readers to compare.
         teacher: a name for the model, kept for readers too.
+        samples: how many of the K entries are drawn (`sampled_log_probs`), with tail "truncate"; kept for readers too.
         sequences_per_shard: None: about 64 MiB.
 
     Raises:
@@ -52,10 +53,13 @@ class CacheWriter:
         tail: str = "bucket",
         tokenizer_hash: str | None = None,
         teacher: str | None = None,
+        samples: int = 0,
         sequences_per_shard: int | None = None,
     ):
         self.directory = Path(directory)
-        self.settings = shards.Settings(vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher)
+        self.settings = shards.Settings(
+            vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher, samples
+        )
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(self.settings)
         if sequences_per_shard < 1:

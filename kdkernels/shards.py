@@ -26,7 +26,7 @@ try:
 except ImportError:  # no such locks on Windows
     fcntl = None
 
-FORMAT, VERSION = "kdkernels top-k cache", 1
+FORMAT, VERSION = "kdkernels top-k cache", 2
 MANIFEST, LOCK = "manifest.json", "writer.lock"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 _LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
@@ -43,14 +43,15 @@ class Settings:
     tail: str = "bucket"
     tokenizer_hash: str | None = None
     teacher: str | None = None
+    samples: int = 0
 
     def __post_init__(self):
-        for name in ("vocab_size", "k", "length"):
+        for name, least in (("vocab_size", 1), ("k", 1), ("length", 1), ("samples", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1; got {value}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}; got {value}")
         if self.vocab_size > 2**31:
             raise ValueError(f"vocab_size: expected at most 2**31, the range of int32 indices; got {self.vocab_size}")
         if self.k > self.vocab_size:
@@ -61,6 +62,10 @@ class Settings:
             raise ValueError(f"temperature: expected finite and > 0; got {self.temperature}")
         if self.tail not in TAILS:
             raise ValueError(f"tail: expected one of {', '.join(TAILS)}; got {self.tail!r}")
+        if self.samples > self.k:
+            raise ValueError(f"samples: expected at most k, {self.k}; got {self.samples}")
+        if self.samples and self.tail != "truncate":
+            raise ValueError(f"samples: expected 0 with tail {self.tail!r}; got {self.samples}, which 'truncate' takes")
         for name in ("tokenizer_hash", "teacher"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name}: expected a str or None; got {type(getattr(self, name)).__name__}")

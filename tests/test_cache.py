@@ -358,6 +358,7 @@ def test_a_second_writer_is_refused(tmp_path):
         ({"tail": "truncate"}, "tail bucket and not truncate"),
         ({"tokenizer_hash": "abc"}, "tokenizer_hash None and not abc"),
         ({"teacher": "another"}, "teacher None and not another"),
+        ({"samples": 2, "tail": "truncate"}, "tail bucket and not truncate, samples 0 and not 2"),
     ],
 )
 def test_other_settings_are_refused_by_name(tmp_path, other, named):
@@ -380,6 +381,9 @@ def test_other_settings_are_refused_by_name(tmp_path, other, named):
         ({"temperature": float("nan")}, ValueError, "temperature.*got nan"),
         ({"tail": "ghost"}, ValueError, "tail: expected one of bucket.*got 'ghost'"),
         ({"tokenizer_hash": 5}, TypeError, "tokenizer_hash: expected a str or None; got int"),
+        ({"samples": -1}, ValueError, "samples: expected at least 0; got -1"),
+        ({"samples": 6, "tail": "truncate"}, ValueError, "samples: expected at most k, 5; got 6"),
+        ({"samples": 2}, ValueError, "samples: expected 0 with tail 'bucket'; got 2, which 'truncate' takes"),
         ({"sequences_per_shard": 0}, ValueError, "sequences_per_shard: expected at least 1; got 0"),
     ],
 )
@@ -503,8 +507,8 @@ def test_damaged_indices_are_named_where_they_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda manifest: manifest | {"version": 2}, "expected a kdkernels top-k cache of version 1; got .*2"),
-        (lambda manifest: [], "expected a kdkernels top-k cache of version 1; got None"),
+        (lambda manifest: manifest | {"version": 1}, "expected a kdkernels top-k cache of version 2; got .*1"),
+        (lambda manifest: [], "expected a kdkernels top-k cache of version 2; got None"),
         (lambda manifest: manifest | {"shards": [{"name": "a"}]}, "is damaged.*sequences"),
         (lambda manifest: manifest | {"settings": {}}, "is damaged: expected the settings"),
         (
@@ -626,6 +630,39 @@ def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
             cache.write_teacher(model, text % 50, tmp_path / "whole", **options)
 
 
+def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
+    """Of many sequences of the same ids, whose gradients' mean is the whole teacher's within 5 standard errors."""
+    model, blocks = Model(), torch.randint(50, (1, 3)).expand(600, 3).contiguous()
+    options = {"k": 4, "temperature": 1.5, "batch": 20, "sequences_per_shard": 300, "progress": False}
+    with torch.no_grad():
+        whole = model.eval()(blocks[:1], use_cache=False).logits
+    student = torch.randn(1, 3, 50)
+
+    def gradients(teacher):
+        leaf = student.expand(*teacher.shape[:-1], 50).clone().requires_grad_()
+        kdkernels.fused_kl(leaf, teacher, temperature=1.5, reduction="sum").backward()
+        return leaf.grad
+
+    def gradients_from(name, **kept):
+        cached = cache.write_teacher(model, blocks, tmp_path / name, **options, **kept)
+        return gradients(cached.teacher(default_collate([cached[i] for i in range(600)])))
+
+    want, sampled = gradients(whole)[0], gradients_from("sampled", samples=2)
+    error = (sampled.mean(0) - want).abs()
+    assert (error < 5 * sampled.std(0) / 600**0.5 + 1e-4).all()  # fp16 leaves up to so much of a mass of 1
+    assert error.norm() < 0.3 * (gradients_from("top")[0] - want).norm()
+    assert "top 2 and 2 draws of the rest of 50 classes" in cache.report(tmp_path / "sampled")
+
+    shutil.copytree(tmp_path / "sampled", tmp_path / "killed")
+    manifest = json.loads((tmp_path / "killed" / shards.MANIFEST).read_text())
+    manifest["shards"].pop()
+    (tmp_path / "killed" / shards.MANIFEST).write_text(json.dumps(manifest))
+    cache.write_teacher(model, blocks, tmp_path / "killed", **options, samples=2)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "sampled")
+    with pytest.raises(ValueError, match="samples 2 and not 3"):
+        cache.write_teacher(model, blocks, tmp_path / "sampled", **options, samples=3)
+
+
 def test_padded_logits_are_left_out(tmp_path):
     model = Model()
     with torch.no_grad():
@@ -672,6 +709,10 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
         assert part in out, out
     assert cache.main(["info", str(tmp_path / "cache")]) == 0 and capsys.readouterr().out == out
     assert cache.main(["verify", str(tmp_path / "cache")]) == 0
+    drawn = [*arguments, "--samples", 3, "--output", tmp_path / "drawn"]
+    assert cache.main([str(argument) for argument in drawn]) == 0
+    assert "top 5 and 3 draws of the rest of 60 classes" in capsys.readouterr().out
+    assert TopKCache(tmp_path / "drawn").settings.tail == "truncate"
     with pytest.raises(SystemExit, match=r"expected at least 50 tokens, one sequence; got 13"):
         cache.main([str(argument) for argument in [*arguments, "--length", 50]])
     with pytest.raises(SystemExit, match=r"holds a cache of other settings: k 8 and not 9$"):
