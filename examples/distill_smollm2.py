@@ -287,7 +287,7 @@ def draw(runs, options) -> None:
         middle.plot(steps, kl, style, marker=".", label=name)
         right.plot(steps, perplexity, style, marker=".", label=name)
     left.set(xlabel="step", ylabel=f"{options.loss}, temperature {options.temperature:g}", title="training loss")
-    middle.set(xlabel="step", ylabel="nats a token", title="held-out KL to the teacher")
+    middle.set(xlabel="step", yscale="log", ylabel="nats a token", title="held-out KL to the teacher")
     right.set(xlabel="step", yscale="log", title="held-out perplexity")
     left.legend()
     figure.savefig(options.output / f"{options.loss}.png", dpi=110)
