@@ -47,7 +47,11 @@ def test_installs_without_a_compiler(tmp_path, variable, value, reason):
 
 
 def test_installs_where_the_cuda_kernels_do_not_compile(tmp_path):
-    nvcc = fake_nvcc(tmp_path / "nvcc", "80 90a 100")
-    out = report_of_installation(tmp_path, KDKERNELS_NVCC=nvcc, KDKERNELS_NO_CUDA="", KDKERNELS_CUDA_ARCHS="")
+    nvcc, cxx = fake_nvcc(tmp_path / "nvcc", "80 90a 100"), tmp_path / "g++"
+    cxx.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')  # whose speed is not what is tested
+    cxx.chmod(0o755)
+    out = report_of_installation(
+        tmp_path, CXX=str(cxx), KDKERNELS_NVCC=nvcc, KDKERNELS_NO_CUDA="", KDKERNELS_CUDA_ARCHS=""
+    )
     assert "cuda kernels      not built: the compiler failed: nvcc fatal   : this one only pretends" in out
     assert "auto on cpu       cpu" in out

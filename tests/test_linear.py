@@ -446,9 +446,9 @@ def test_budget_decides_the_chunks(monkeypatch):
     rows_of = partial(products, monkeypatch, lambda: fused_kl(student, teacher, backend="cpu"))
     assert rows_of()[0][0] == 1000
     with chunk_budget(64 * 4 * 2 * 300):
-        chunks = [m for m, k, n in rows_of() if (k, n) == (4, 64)][::2]
+        rows = [m for m, k, n in rows_of() if (k, n) == (4, 64)][::2]
         # Evenly spread: 4 chunks, not 3 and a short one.
-        assert sum(chunks) == 1000 and len(chunks) == 4 and min(chunks) > 200
+        assert sum(rows) == 1000 and len(rows) == 4 and min(rows) > 200
         with chunk_budget(2**30):
             assert rows_of()[0][0] == 1000
         assert rows_of()[0][0] < 300

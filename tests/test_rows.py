@@ -254,14 +254,14 @@ def test_strides_are_honoured(backend):
     device = device_of(backend)
     # The CUDA kernels sum in an order that depends on where a row lies between lines of 16 bytes; the others in one.
     close = {"rtol": 2e-6, "atol": 1e-6} if backend == "cuda" else {"rtol": 0, "atol": 0}
-    logits = torch.randn(3, 5, 4, 90, device=device)
+    logits = torch.randn(2, 3, 4, 90, device=device)
     for view in (
         logits[0, :, :-1],
         logits[0].transpose(0, 1),
         logits[:, 1:, 2],
         logits[:, :, ::2],
         logits[..., 3:80],
-        logits[:1].expand(3, 5, 4, 90),
+        logits[:1].expand(2, 3, 4, 90),
         logits[:, ::2, ::3],
         logits.permute(2, 0, 1, 3),
     ):
