@@ -380,19 +380,32 @@ int64_t topk_rows_workspace_bytes(int64_t columns, int64_t entries, bool fp64, i
 
 constexpr int kDigit = 9;  // bits that one pass sorts by: two passes for 262,144 classes
 
-// The place of each entry in its row and its class, sorted by class.
-struct Key {
-  int32_t index, place;
-};
+// An entry's class and, in the lower half, its place in its row.
+typedef int64_t Key;
+inline Key key_of(int64_t index, int64_t place) { return index << 32 | place; }
+inline int32_t index_of(Key key) { return (int32_t)(key >> 32); }
+inline int32_t place_of(Key key) { return (int32_t)key; }
 
-// Of n keys, by the bits of their index from the lowest up; returns where they are then: in `keys` or in `other`.
+// In ascending order; returns where they are then: in `keys` or in `other`. A few by how many come before each, more by
+// the bits of their index from the lowest up.
 inline Key* sorted_keys(Key* keys, Key* other, int64_t n, int64_t columns) {
+  constexpr int few = 128;
+  if (n <= few) {
+    for (int64_t i = 0; i < n; ++i) {
+      const Key key = keys[i];
+      int64_t before = 0;
+#pragma omp simd reduction(+ : before)
+      for (int64_t j = 0; j < n; ++j) before += keys[j] < key;
+      other[before] = key;
+    }
+    return other;
+  }
   for (int shift = 0; columns >> shift; shift += kDigit) {
     int32_t starts[(1 << kDigit) + 1] = {0};
     const int32_t mask = (1 << kDigit) - 1;
-    for (int64_t i = 0; i < n; ++i) ++starts[(keys[i].index >> shift & mask) + 1];
+    for (int64_t i = 0; i < n; ++i) ++starts[(index_of(keys[i]) >> shift & mask) + 1];
     for (int digit = 0; digit < mask; ++digit) starts[digit + 1] += starts[digit];
-    for (int64_t i = 0; i < n; ++i) other[starts[keys[i].index >> shift & mask]++] = keys[i];
+    for (int64_t i = 0; i < n; ++i) other[starts[index_of(keys[i]) >> shift & mask]++] = keys[i];
     Key* sorted = other;
     other = keys;
     keys = sorted;
@@ -409,19 +422,24 @@ template <class T> void sort_row(const SortEntriesCall& call, int64_t row, Key* 
     return *widen(given + k * bytes, call.dtype, 1, buffer);
   };
   int64_t count = 0;
-  bool outside = false, repeated = false;
+  bool outside = false, ascending = true, repeated = false;
   for (int64_t k = 0; k < call.entries && per_row<T>(call.row_scale, row) != 0; ++k) {
     int64_t index = call.wide ? ((const int64_t*)call.given_indices)[first + k]
                               : ((const int32_t*)call.given_indices)[first + k];
     if (index < 0 || log_prob(k) == T(-INFINITY)) continue;
-    if (index >= call.columns) outside = true;
-    else keys[count++] = {(int32_t)index, (int32_t)k};
+    if (index >= call.columns) {
+      outside = true;
+      continue;
+    }
+    keys[count] = key_of(index, k);
+    ascending &= count == 0 || keys[count - 1] < keys[count];
+    ++count;
   }
-  keys = sorted_keys(keys, other, count, call.columns);
+  if (!ascending) keys = sorted_keys(keys, other, count, call.columns);
   for (int64_t i = 0; i < count; ++i) {
-    call.indices[first + i] = keys[i].index;
-    log_probs[i] = log_prob(keys[i].place);
-    repeated |= i > 0 && keys[i].index == keys[i - 1].index;
+    call.indices[first + i] = index_of(keys[i]);
+    log_probs[i] = log_prob(place_of(keys[i]));
+    repeated |= i > 0 && index_of(keys[i]) == index_of(keys[i - 1]);
   }
   for (int64_t i = count; i < call.entries; ++i) {
     call.indices[first + i] = (int32_t)call.columns;

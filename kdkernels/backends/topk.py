@@ -63,7 +63,7 @@ def entries_of(
         bad["temperature"] = kept & ~((ratio - 1).abs() < 1e-6)
     tail_log_prob = torch.full_like(options.row_scale, -torch.inf)
     if teacher.tail in HAVE_TAIL_MASS:
-        every = (indices < vocab_size).all(-1) & (indices.shape[1] == vocab_size)
+        every = (indices < vocab_size).all(-1) if indices.shape[1] == vocab_size else torch.zeros_like(kept)
         tail_log_prob, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, every)
     if teacher.tail != "truncate" and checked:
         bad["repeated"] = repeated
