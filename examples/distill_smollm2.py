@@ -143,6 +143,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.teacher_cache and options.eager:
         parser.error("--eager takes logits, and --teacher-cache has none")
+    if options.cache_samples and not options.teacher_cache:
+        parser.error("--cache-samples is of --teacher-cache")
     if options.loss not in eager.DIVERGENCES and (options.head or options.teacher_cache):
         parser.error(f"--loss {options.loss} takes logits: neither --head nor --teacher-cache has them")
     if missing := smollm2.missing_packages():
@@ -222,8 +224,8 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
     ways = ("eager", "head", "teacher_cache", "cache_k", "cache_samples", "output")
     settings = {key: value for key, value in vars(options).items() if key not in ways}
     run = {"settings": settings, "training": training, "validation": validation}
-    runs = {}
     path_of(options, trained_with).write_text(json.dumps(run))
+    runs = {}
     for name in WAYS:
         path = path_of(options, name)
         if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
