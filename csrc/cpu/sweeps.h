@@ -119,6 +119,6 @@ template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x
 // Neighbouring rows that a thread takes at a time: so many that they fill huge pages, since threads that first write to
 // the same one would both clear it; but a few turns for each thread.
 inline int64_t rows_of_a_turn(int64_t rows, int64_t row_bytes, int threads) {
-  int64_t most = (rows + 2 * threads - 1) / (2 * threads), wanted = (16 << 20) / (row_bytes + 1) + 1;
+  int64_t most = (rows + 2 * threads - 1) / (2 * threads), wanted = (8 << 20) / (row_bytes + 1) + 1;
   return wanted < most ? wanted : most < 1 ? 1 : most;
 }
