@@ -14,14 +14,18 @@ from report import Results, distinct
 Rows = list[dict[str, object]]
 
 
+def milliseconds(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def bars(axis, rows: Rows, title: str, floor_ms: float | None = None, floor="copying the same bytes") -> None:
     """The time of each contender, the shortest on top."""
     rows = sorted(rows, key=lambda row: -row["median_ms"])
     colors = ["tab:blue" if row["contender"].startswith("kdkernels") else "tab:gray" for row in rows]
     bar = axis.barh([row["contender"] for row in rows], [row["median_ms"] for row in rows], color=colors)
-    axis.bar_label(bar, fmt="%.3g", padding=3)
+    axis.bar_label(bar, fmt=milliseconds, padding=3)
     if floor_ms is not None:
-        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"{floor}: {floor_ms:.3g}")
+        axis.axvline(floor_ms, color="tab:red", linestyle="--", label=f"{floor}: {milliseconds(floor_ms)}")
         axis.legend(loc="upper right", fontsize="small")
     axis.set(xscale="log", xlabel="loss and gradient, ms", title=title)
     axis.margins(x=0.15)
