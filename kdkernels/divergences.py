@@ -133,6 +133,11 @@ class Divergence:
             return Divergence("reverse_kl")
         return Divergence("js", beta=beta)
 
+    @property
+    def is_infinite_without_mass(self) -> bool:
+        """Whether it is +inf where the teacher has no mass and the student has."""
+        return CATALOGUE[self.name].infinite(self.parameter)
+
     def __repr__(self):
         parameter = CATALOGUE[self.name].parameter
         return f"Divergence({self.name!r}" + (f", {parameter}={self.parameter!r})" if parameter else ")")

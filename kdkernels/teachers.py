@@ -88,9 +88,10 @@ def sampled_log_probs(
 
     Of p = softmax(logits / temperature) and the proposal g = softmax(logits / proposal_temperature), n classes are
     drawn from g with replacement; class c, drawn n_c times, has the target n_c / n * p_c / g_c, whose expectation is
-    p_c. The gradient of the loss's "truncate" tail, M q - t with M the sum of t, is then unbiased too: its expectation
-    is the gradient of the whole teacher. At equal temperatures the targets are counts over samples and M is 1. Memory
-    is within `kdkernels.chunk_budget`. Has no gradient.
+    p_c. The gradient of kl under the "truncate" tail, M q - t with M the sum of t, is then unbiased too: its
+    expectation is the gradient of the whole teacher. The other divergences are no linear functions of the teacher, and
+    samples bias them. At equal temperatures the targets are counts over samples and M is 1. Memory beside what is
+    returned is within `kdkernels.chunk_budget`. Has no gradient.
 
     With `exact`, so many of the most probable classes have the target p_c, and g is of the others alone: as unbiased,
     and of less variance, since only the tail is drawn. At equal temperatures what was drawn shares the tail's mass.
@@ -106,7 +107,7 @@ def sampled_log_probs(
 
     Returns:
         SparseLogProbs of tail "truncate": indices int32 [..., exact + n], each class once, in ascending order, with
-        padding after them, and log_probs fp32 (fp64 of fp64). A row with a NaN is NaN throughout.
+        padding after them, and log_probs fp32 (fp64 of fp64). The entries of a row with a NaN are NaN.
 
     Raises:
         TypeError, ValueError: for what does not fit.
@@ -127,7 +128,7 @@ def sampled_log_probs(
     with torch.autocast(logits.device.type, enabled=False):
         drawn = [
             topk.sampled(x, samples, exact, temperature, proposal_temperature, generator)
-            for x in _logits_in_chunks(side, rows.row_scale, vocab_size, dtype, heads.autocast_dtype)
+            for x in _logits_in_chunks(side, rows.row_scale, vocab_size, exact + samples, dtype, heads.autocast_dtype)
         ]
     none = rows.row_scale.new_empty(0, exact + samples)
     indices = torch.cat([x[0] for x in drawn]) if drawn else none.to(torch.int32)
@@ -141,11 +142,15 @@ def sampled_log_probs(
     )
 
 
-def _logits_in_chunks(side: chunks.Side, row_scale: Tensor, vocab_size: int, dtype: torch.dtype, autocast_dtype):
+def _logits_in_chunks(
+    side: chunks.Side, row_scale: Tensor, vocab_size: int, entries: int, dtype: torch.dtype, autocast_dtype
+):
     """Logits [n, vocab_size] in the compute dtype, some rows at a time; zeros in rows that are not read."""
     rows, kept = row_scale.shape[0], (row_scale != 0)[:, None]
-    # What lies beside each other at a time: the logits, both distributions, and in fp64 the sampler's.
-    size = max(chunks.current_budget() // (vocab_size * (3 * dtype.itemsize + 2 * 8)), 1)
+    # What lies beside each other at a time: the logits, both distributions, and in fp64 the sampler's; of the entries,
+    # classes and targets as they are sorted and merged.
+    row_bytes = vocab_size * (3 * dtype.itemsize + 2 * 8) + entries * 8 * (8 + dtype.itemsize)
+    size = max(chunks.current_budget() // row_bytes, 1)
     of_product = chunks.product_dtype(side.data.dtype, autocast_dtype)
     weight, bias = (x if x is None else x[:vocab_size].to(of_product) for x in (side.weight, side.bias))
     for first in range(0, rows, size):

@@ -648,6 +648,9 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
         return gradients(cached.teacher(default_collate([cached[i] for i in range(600)])))
 
     want, sampled = gradients(whole)[0], gradients_from("sampled", samples=2)
+    drawn = TopKCache(tmp_path / "sampled")
+    with pytest.raises(ValueError, match="expected 'truncate' of a teacher that is drawn; got 'support'"):
+        drawn.teacher(default_collate([drawn[0]]), tail="support")
     error = (sampled.mean(0) - want).abs()
     assert (error < 5 * sampled.std(0) / 600**0.5 + 1e-4).all()  # fp16 leaves up to so much of a mass of 1
     assert error.norm() < 0.3 * (gradients_from("top")[0] - want).norm()
@@ -659,6 +662,10 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
     (tmp_path / "killed" / shards.MANIFEST).write_text(json.dumps(manifest))
     cache.write_teacher(model, blocks, tmp_path / "killed", **options, samples=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "sampled")
+    cache.write_teacher(model, blocks[:50], tmp_path / "begun", **options | {"batch": 7}, samples=2)
+    begun = cache.write_teacher(model, blocks, tmp_path / "begun", **options, samples=2)
+    for number in (0, 49, 50, 599):
+        assert all(torch.equal(begun[number][name], x) for name, x in drawn[number].items())
     with pytest.raises(ValueError, match="samples 2 and not 3"):
         cache.write_teacher(model, blocks, tmp_path / "sampled", **options, samples=3)
 

@@ -26,7 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def is_finite(divergence: Divergence, tail: str) -> bool:
     """Whether the divergence is finite where the teacher has no mass outside of its entries."""
-    return not (CATALOGUE[divergence.name].infinite(divergence.parameter) and tail in ("renormalize", "truncate"))
+    return not (divergence.is_infinite_without_mass and tail in ("renormalize", "truncate"))
 
 
 # ---- the formulas, of whole distributions in fp64 and not of the table's terms
@@ -255,7 +255,7 @@ def test_catalogue_says_by_what_a_value_differs_from_its_formula(divergence):
 
     p = torch.cat([p[:, :-1], torch.zeros(5, 1)], -1)
     phi = reference.TABLE[divergence.name](p.log(), q.log(), p, q, parameter).sum(-1)
-    assert torch.isinf(phi).all() if entry.infinite(divergence.parameter) else torch.isfinite(phi).all()
+    assert torch.isinf(phi).all() if divergence.is_infinite_without_mass else torch.isfinite(phi).all()
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
@@ -885,6 +885,11 @@ def test_exact_classes_are_each_there_once_and_share_a_mass_of_1_with_the_sample
         torch.testing.assert_close(teacher.log_probs[row].exp().sum(), torch.tensor(1.0))
     assert teacher.indices[0, 0].tolist() == [0] + 9 * [-1] and teacher.log_probs[0, 0, 0] == 0
     assert torch.isnan(teacher.log_probs[0, 1][teacher.indices[0, 1] >= 0]).all()
+    # However improbable the others are as proposed: they are drawn of what they are among themselves.
+    far = torch.tensor([[0.0, -10.0, -11.0]]).expand(4000, 3)
+    teacher = kdkernels.sampled_log_probs(far, 2, exact=1, temperature=10.0, proposal_temperature=0.01)
+    targets = torch.zeros(4000, 4).scatter_add(-1, teacher.indices.long() % 4, teacher.log_probs.exp())
+    assert (targets[:, 1] > 0.2).all() and (teacher.log_probs[teacher.indices == 1] <= 0).all()
     every = kdkernels.sampled_log_probs(whole[1], 3, exact=40)
     torch.testing.assert_close(every.log_probs[:, :40], log_probs[1])
     assert (every.indices[:, 40:] == -1).all()

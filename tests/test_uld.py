@@ -327,16 +327,20 @@ def test_topk_takes_rows_in_chunks():
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_sorted_rows_are_taken_in_chunks(backend):
+def test_sorted_rows_are_taken_in_chunks(backend, monkeypatch):
     student, teacher = torch.randn(2, 5, 41).bfloat16(), torch.randn(2, 5, 30)
     student, teacher = (x.to(device_of(backend)) for x in (student, teacher))
     temperature = torch.rand(2, 5, device=student.device) + 0.5
     want = run(student, teacher, backend=backend, temperature=temperature)
     wide = torch.full((2, 7, 41), NAN, device=student.device).bfloat16()
     wide[:, 1:-1] = student
+    taken, sort = [], family._sorted
+    monkeypatch.setattr(family, "_sorted", lambda x, chunk, size: taken.append(chunk) or sort(x, chunk, size))
     for x in (student, wide[:, 1:-1]):
-        with kdkernels.chunk_budget(3500):
+        taken.clear()
+        with kdkernels.chunk_budget(3500):  # two rows of 1704 bytes
             got = run(x, teacher, backend=backend, temperature=temperature)
+        assert taken[:10:2] == taken[1:10:2] == [slice(first, first + 2) for first in range(0, 10, 2)]
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 

@@ -370,8 +370,11 @@ bool rows(const RowsCall& call) noexcept {
 
 // x[r, :] *= factor[r], where that is not 1.
 template <class T> void scale_all(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) {
+  int64_t first = 0;  // that is scaled: in most backward passes none is
+  while (first < rows && per_row<T>(factor, first) == 1) first += factor.stride ? 1 : rows;
+  if (first == rows) return;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns >= kSerialWork && threads > 1)
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = first; r < rows; ++r) {
     T f = per_row<T>(factor, r);
     if (f == 1) continue;
     for (int64_t c = 0; c < columns; c += kBlock) {

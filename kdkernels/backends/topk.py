@@ -181,18 +181,15 @@ def sampled(
     """Classes [n, exact + samples] int32, each once, and the logarithms of their targets: `exact` of the most probable
     ones with their probabilities, and of the others what was drawn: `teachers.sampled_log_probs`."""
     log_probs = torch.log_softmax(logits / temperature, -1)
-    same = proposal_temperature == temperature
-    proposal = log_probs if same else torch.log_softmax(logits / proposal_temperature, -1)
-    broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(proposal).any(-1, keepdim=True)
     certain, of_certain = log_probs.topk(exact, dim=-1)
-    proposal = proposal.scatter(-1, of_certain, -torch.inf)
+    others = logits.scatter(-1, of_certain, -torch.inf)
+    nothing = torch.isneginf(others).all(-1, keepdim=True)  # is left to draw
+    log_proposal = torch.log_softmax(torch.where(nothing, 0, others) / proposal_temperature, -1)
+    broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
     # In fp64, since the sampler sums over all classes; and without what it would refuse.
-    mass = proposal.double().exp()
-    nothing = (mass == 0).all(-1, keepdim=True)
-    mass = torch.where(broken | nothing, 1.0, mass)
-    drawn = torch.multinomial(mass, samples, replacement=True, generator=generator)
-    log_total = mass.sum(-1, keepdim=True).log().to(log_probs.dtype)
-    targets = log_probs.gather(-1, drawn) - (proposal.gather(-1, drawn) - log_total) - math.log(samples)
+    proposal = torch.where(broken, 1.0, log_proposal.double().exp())
+    drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator)
+    targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
     targets = torch.cat([certain, torch.where(nothing, -torch.inf, targets)], -1)
     targets = torch.where(broken, torch.nan, targets)
 
