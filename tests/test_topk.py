@@ -301,7 +301,9 @@ def test_kernels_against_fp64(backend):
             options["mask"] = (torch.rand(case.leading, generator=generator) < 0.7).to(student.device)
             student = torch.where(options["mask"][..., None], student, torch.nan)
         weights = torch.rand(case.leading, generator=generator).to(student.device)
-        want = truth(student, teacher, divergence, grad_output=weights, **options)
+        # Of weight 0 a divergence is dropped by the kernels, and not by the reference where it is infinite.
+        counted = Divergence("kl") if hard == 1 and backend != "reference" else divergence
+        want = truth(student, teacher, counted, grad_output=weights, **options)
         if divergence.name == "alpha":
             assume(want[0].abs().max() < 100 if want[0].numel() else True)  # it magnifies the rounding of its terms
         got = run(student, teacher, divergence, grad_output=weights, gradient=gradient, backend=backend, **options)
