@@ -33,6 +33,7 @@ TARGETS = {"float32": (10, 4.5, 2.0), "bfloat16": (18, 6, 3.0)}
 
 
 class CpuBenchmark(Benchmark):
+    is_of_cpu = True
     small_call_limit = 3.0
     import_limit = 0.2
 

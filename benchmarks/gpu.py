@@ -208,14 +208,13 @@ class GpuBenchmark(Benchmark):
             topk.measure(self, student, teacher, self.plan.rounds[0])
 
     def transport(self) -> None:
-        """SinKD over rows and vocabulary, and batches of Sinkhorn problems; peak memory. The limits of the targets
-        are a CPU's: here the numbers stand alone."""
+        """SinKD over rows and vocabulary, and batches of Sinkhorn problems; peak memory."""
         plan, rounds = self.plan, self.plan.rounds[0]
         rows, classes = plan.clouds[0]
-        transport.measure_sinkd(self, plan.clouds, rounds, over_eager=None)
+        transport.measure_sinkd(self, plan.clouds, rounds)
         transport.sweep_sinkd(self, transport.OVER_V, [(rows, swept) for swept in plan.swept_classes], rounds)
         transport.sweep_sinkd(self, transport.OVER_B, [(swept, classes) for swept in plan.swept_rows], rounds)
-        transport.measure_problems(self, plan.problems, rounds, over_libraries=None)
+        transport.measure_problems(self, plan.problems, rounds)
 
         def peak_bytes(name: str) -> int:
             return peak_extra_bytes(*transport.memory_step(name, rows, classes, self.device), self.device)
@@ -223,9 +222,9 @@ class GpuBenchmark(Benchmark):
         transport.measure_memory(self, rows, classes, peak_bytes)
 
     def class_ot(self) -> None:
-        """Optimal transport between the classes of images, and its peak memory; the limit of the target is a CPU's."""
+        """Optimal transport between the classes of images, and its peak memory."""
         batch = class_ot.Batch(*self.plan.images, self.device)
-        class_ot.measure(self, batch, self.plan.rounds[0], over_eager=None)
+        class_ot.measure(self, batch, self.plan.rounds[0])
 
         def peak_bytes(name: str) -> int:
             return peak_extra_bytes(batch.step(class_ot.LOSSES[name]), batch.drop_gradient, self.device)

@@ -52,11 +52,6 @@ def add(benchmark, case: str, name: str, student: torch.Tensor, **columns) -> No
     benchmark.results.add(case, name, divergence="kl", dtype=dtype, N=student.shape[0], V=student.shape[1], **columns)
 
 
-def verdict(benchmark, logits: torch.Tensor) -> dict[str, bool]:
-    """Whether the targets are of these logits and this device: else they stand beside the numbers without a verdict."""
-    return {} if logits.dtype == torch.float32 and benchmark.device == "cpu" else {"judged": False}
-
-
 def loss_and_gradient(loss: Callable, student: torch.Tensor, teacher: SparseLogProbs) -> list[torch.Tensor]:
     leaf = student.detach().requires_grad_()
     value = loss(leaf, teacher)
@@ -110,13 +105,15 @@ def time_losses(benchmark, student: torch.Tensor, teacher: torch.Tensor, rounds:
         add(benchmark, CASE, name, student, median_ms=1e3 * statistics.median(seconds[name]), **over)
     dtype = str(student.dtype).removeprefix("torch.")
     what = f"kl against the top {ENTRIES} {dtype}:"
-    judged = verdict(benchmark, student)
-    benchmark.target(
+    judged = {} if student.dtype == torch.float32 else {"judged": False}
+    benchmark.cpu_target(
         f"{what} faster than eager", ratio(seconds[EAGER], seconds[OURS]), OVER_EAGER, at_least=True, **judged
     )
-    benchmark.target(f"{what} over the copy of the logits", ratio(seconds[OURS], seconds["copy"]), OVER_COPY, **judged)
+    benchmark.cpu_target(
+        f"{what} over the copy of the logits", ratio(seconds[OURS], seconds["copy"]), OVER_COPY, **judged
+    )
     grown = ratio(seconds["kdkernels, 256 entries"], seconds["kdkernels, 16 entries"])
-    benchmark.target(f"kl against a top k {dtype}: 256 entries over 16", grown, OF_ENTRIES, **judged)
+    benchmark.cpu_target(f"kl against a top k {dtype}: 256 entries over 16", grown, OF_ENTRIES, **judged)
 
 
 def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
@@ -138,9 +135,9 @@ def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
             ratio_to_kdkernels=of_ours,
         )
     dtype = str(teacher.dtype).removeprefix("torch.")
-    judged = verdict(benchmark, teacher)
+    judged = {} if teacher.dtype == torch.float32 else {"judged": False}
     faster = ratio(seconds["log_softmax and topk"], seconds[OURS])
-    benchmark.target(
+    benchmark.cpu_target(
         f"top {ENTRIES} {dtype}: faster than log_softmax and topk", faster, OVER_TOPK, at_least=True, **judged
     )
 

@@ -34,14 +34,14 @@ def add(benchmark, case: str, name: str, rows: int, columns: int, **values) -> N
 # ---- SinKD
 
 
-def measure_sinkd(benchmark, shapes, rounds: int, over_eager: float | None = OVER_EAGER) -> None:
+def measure_sinkd(benchmark, shapes, rounds: int) -> None:
     """Answers, then loss and gradient of one cloud of each shape [B, V]."""
     for rows, vocabulary in shapes:
         student, teacher = synthetic_logits(rows, vocabulary, torch.float32, benchmark.device)
         check_sinkd(benchmark, student, teacher)
         seconds = time_sinkd(benchmark, SINKD, LOSSES, student, teacher, rounds)
         what = f"SinKD, B = {rows}, V = {vocabulary:,}: faster than the eager loop"
-        benchmark.target(what, ratio(seconds[EAGER], seconds[OURS]), over_eager, at_least=True)
+        benchmark.cpu_target(what, ratio(seconds[EAGER], seconds[OURS]), OVER_EAGER, at_least=True)
 
 
 def sweep_sinkd(benchmark, case: str, shapes, rounds: int) -> None:
@@ -139,7 +139,7 @@ def our_value(cost, a, b, gradient="envelope", value="transport"):
     return kdkernels.fused_sinkhorn(cost, a, b, epsilon=EPSILON, iterations=50, gradient=gradient, value=value).value
 
 
-def measure_problems(benchmark, count: int, rounds: int, over_libraries: float | None = OVER_LIBRARIES) -> None:
+def measure_problems(benchmark, count: int, rounds: int) -> None:
     x, y, a, b = problems(count, 64, benchmark.device)
     cost = half_squares(x, y).requires_grad_()
     points = x.clone().requires_grad_()
@@ -172,7 +172,7 @@ def measure_problems(benchmark, count: int, rounds: int, over_libraries: float |
     for name, other in ((POT, OURS), (GEOMLOSS, f"{OURS}, from points")):
         if name in seconds:
             what = f"{count:,} problems of 64 x 64: faster than {name}"
-            benchmark.target(what, ratio(seconds[name], seconds[other]), over_libraries, at_least=True)
+            benchmark.cpu_target(what, ratio(seconds[name], seconds[other]), OVER_LIBRARIES, at_least=True)
 
 
 def check_problems(benchmark, cost, inputs, steps) -> None:
