@@ -70,6 +70,7 @@ template <class T> struct GradientRow {
     }
     for (int64_t i = from; i < end; ++i) narrow(&value, at(i), dtype, 1);
   }
+  void zero(int64_t from) const { fill(from, columns, 0); }
   // Where the exponentials of the logits lie: in the gradient's row where it has their type, so that memory which is
   // written for the first time is waited for while they are computed. Not where the logits lie, which are read again;
   // nor where the row is not aligned as the scratch is, on which the order of sums may depend.

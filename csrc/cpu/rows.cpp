@@ -307,7 +307,7 @@ template <class T> struct Row {
   }
 
   void write_zeros() const {
-    if (call.gradient) gradient.fill(0, call.gradient_columns, 0);
+    if (call.gradient) gradient.zero(0);
     T* outputs[] = {(T*)call.floats, (T*)call.sums, (T*)call.statistics, (T*)call.loss};
     int counts[] = {call.sweeps & kFloats ? kRowFloats : 0, call.sweeps & kSums ? kRowSums : 0,
                     call.statistics ? kRowStatistics : 0, call.loss ? 1 : 0};
@@ -348,7 +348,7 @@ template <class T> struct Row {
         block_gradient(b, q, psi_of_class);
       });
     }
-    Team::once([&] { gradient.fill(call.columns, call.gradient_columns, 0); });
+    Team::once([&] { gradient.zero(call.columns); });
   }
 };
 

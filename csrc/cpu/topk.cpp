@@ -338,7 +338,7 @@ template <class T> struct TopkRow {
     }
   }
   void write_zeros() const {
-    if (call.gradient) gradient.fill(0, call.gradient_columns, 0);
+    if (call.gradient) gradient.zero(0);
     ((T*)call.loss)[row] = 0;
     if (!call.statistics) return;
     for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = 0;
@@ -360,7 +360,7 @@ template <class T> struct TopkRow {
       Team::blocks(student.blocks, [&](int64_t b) { block_gradient(b, scratch, found); });
     else
       Team::once([&] { gradient_of_entries(scratch, found); });
-    Team::once([&] { gradient.fill(call.columns, call.gradient_columns, 0); });
+    Team::once([&] { gradient.zero(call.columns); });
   }
 };
 
@@ -386,18 +386,24 @@ inline Key key_of(int64_t index, int64_t place) { return index << 32 | place; }
 inline int32_t index_of(Key key) { return (int32_t)(key >> 32); }
 inline int32_t place_of(Key key) { return (int32_t)key; }
 
-// In ascending order; returns where they are then: in `keys` or in `other`. A few by how many come before each, more by
-// the bits of their index from the lowest up.
+// In order, into `sorted`: each goes where so many come before it. Many comparisons, but no branch that a processor
+// mispredicts; for a few.
+template <class X, class Before> void place_by_rank(const X* x, int n, X* sorted, Before before) {
+  for (int i = 0; i < n; ++i) {
+    const X one = x[i];
+    int place = 0;
+#pragma omp simd reduction(+ : place)
+    for (int j = 0; j < n; ++j) place += before(x[j], one);
+    sorted[place] = one;
+  }
+}
+
+// In ascending order; returns where they are then: in `keys` or in `other`. More than a few by the bits of their index
+// from the lowest up.
 inline Key* sorted_keys(Key* keys, Key* other, int64_t n, int64_t columns) {
   constexpr int few = 128;
   if (n <= few) {
-    for (int64_t i = 0; i < n; ++i) {
-      const Key key = keys[i];
-      int64_t before = 0;
-#pragma omp simd reduction(+ : before)
-      for (int64_t j = 0; j < n; ++j) before += keys[j] < key;
-      other[before] = key;
-    }
+    place_by_rank(keys, (int)n, other, [](Key a, Key b) { return a < b; });
     return other;
   }
   for (int shift = 0; columns >> shift; shift += kDigit) {
@@ -504,18 +510,12 @@ template <class T> void heap_sort(Candidate<T>* x, int64_t n) {
   }
 }
 
-// The same; a few by how many come before each: many comparisons, but no branch that a processor mispredicts.
+// The same, in the quicker way for the number.
 template <class T> void sort(Candidate<T>* x, int64_t n) {
   constexpr int few = 512;
   if (n > few) return heap_sort(x, n);
   Candidate<T> sorted[few];
-  for (int i = 0; i < n; ++i) {
-    const Candidate<T> one = x[i];
-    int place = 0;
-#pragma omp simd reduction(+ : place)
-    for (int j = 0; j < n; ++j) place += x[j].before(one);
-    sorted[place] = one;
-  }
+  place_by_rank(x, (int)n, sorted, [](const Candidate<T>& a, const Candidate<T>& b) { return a.before(b); });
   memcpy(x, sorted, n * sizeof(Candidate<T>));
 }
 

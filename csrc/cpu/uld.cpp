@@ -309,7 +309,7 @@ template <class T> struct UldRow {
       gradient_of_wide<float>(student);
     else
       gradient_of_halves(student);
-    gradient.fill(columns, call.gradient_columns, 0);
+    gradient.zero(columns);
   }
 
   void gradient_of_halves(const Ranked<T>& student) const {
@@ -431,7 +431,7 @@ template <class T> struct UldRow {
     ((T*)call.loss)[row] = ((T*)call.divergence)[row] = loss;
     if (!call.gradient) return;
     gradient.fill(0, call.student_columns, slope);
-    gradient.fill(call.student_columns, call.gradient_columns, 0);
+    gradient.zero(call.student_columns);
   }
 };
 
