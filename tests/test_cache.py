@@ -57,6 +57,14 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.name != shards.LOCK}
 
 
+def copy_without_last_shard(directory, copy):
+    """What a writer that was killed before it named its last shard leaves."""
+    shutil.copytree(directory, copy)
+    manifest = json.loads((copy / shards.MANIFEST).read_text())
+    manifest["shards"].pop()
+    (copy / shards.MANIFEST).write_text(json.dumps(manifest))
+
+
 @st.composite
 def recipes(draw):
     vocab_size = draw(st.one_of(st.integers(1, 80), st.integers(81, 5000)))
@@ -612,10 +620,7 @@ def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
 
     cache.write_teacher(model, blocks[:5], tmp_path / "part", **options, progress=False)
     assert not capsys.readouterr().err
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
-    manifest = json.loads((tmp_path / "killed" / shards.MANIFEST).read_text())
-    manifest["shards"].pop()
-    (tmp_path / "killed" / shards.MANIFEST).write_text(json.dumps(manifest))
+    copy_without_last_shard(tmp_path / "whole", tmp_path / "killed")
     model.base_model.calls = 0
     cache.write_teacher(model, blocks, tmp_path / "killed", **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and model.base_model.calls <= 4
@@ -656,10 +661,7 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
     assert error.norm() < 0.3 * (gradients_from("top")[0] - want).norm()
     assert "top 2 and 2 draws of the rest of 50 classes" in cache.report(tmp_path / "sampled")
 
-    shutil.copytree(tmp_path / "sampled", tmp_path / "killed")
-    manifest = json.loads((tmp_path / "killed" / shards.MANIFEST).read_text())
-    manifest["shards"].pop()
-    (tmp_path / "killed" / shards.MANIFEST).write_text(json.dumps(manifest))
+    copy_without_last_shard(tmp_path / "sampled", tmp_path / "killed")
     cache.write_teacher(model, blocks, tmp_path / "killed", **options, samples=2)
     assert contents(tmp_path / "killed") == contents(tmp_path / "sampled")
     cache.write_teacher(model, blocks[:50], tmp_path / "begun", **options | {"batch": 7}, samples=2)
