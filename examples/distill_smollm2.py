@@ -55,7 +55,7 @@ def main() -> None:
     train, held_out = blocks[: len(blocks) * 9 // 10], blocks[-HELD_OUT_BLOCKS:]
 
     fused, in_eager = loss_functions(options)
-    losses = dict.fromkeys(("kdkernels", "head", "cache", "sampled cache"), fused) | {"eager": in_eager}
+    losses = dict.fromkeys(WAYS, fused) | {"eager": in_eager}
     trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
     teacher_of = functools.partial(teacher_side, teacher, train, as_head=options.head)
     if options.teacher_cache:
