@@ -29,7 +29,7 @@ from report import MiB
 from timing import interleaved, ratio
 
 from kdkernels import LinearLogits
-from kdkernels.backends import chunks
+from kdkernels.families import linear as chunks
 
 CASE, IN_TURN, MEMORY = "heads", "heads: each after another", "heads: memory"
 ERRORS = "heads: errors against fp64 from the hidden states, in norm"

@@ -1,16 +1,16 @@
 """The loss layer of knowledge distillation at vocabulary scale."""
 
 from . import nn
-from .backends import checks
-from .backends.chunks import chunk_budget
-from .class_ot import fused_class_ot
 from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence
-from .functional import fused_divergence, fused_js, fused_kl, next_token_labels
-from .options import LossOutput
-from .teachers import sampled_log_probs, topk_log_probs
-from .transport import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd
-from .uld import fused_uld
+from .families.linear import chunk_budget
+from .families.options import checks
+from .losses.class_ot import fused_class_ot
+from .losses.divergence import fused_divergence, fused_js, fused_kl, next_token_labels
+from .losses.options import LossOutput
+from .losses.sinkhorn import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd
+from .losses.uld import fused_uld
+from .teachers.extract import sampled_log_probs, topk_log_probs
 
 __version__ = "0.1.0"
 

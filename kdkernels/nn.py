@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from . import divergences
-from .class_ot import fused_class_ot
 from .distributions import LinearLogits, SparseLogProbs
-from .functional import fused_divergence
-from .options import LossOutput
-from .transport import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_kd
-from .uld import fused_uld
+from .losses.class_ot import fused_class_ot
+from .losses.divergence import fused_divergence
+from .losses.options import LossOutput
+from .losses.sinkhorn import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_kd
+from .losses.uld import fused_uld
 
 
 class _Loss(torch.nn.Module):

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, chunks, class_ot, compute_dtype, transport
-from .backends import uld as uld_family
-from .backends.row_options import RowOptions
-from .backends.topk import Sparse
+from .families import class_ot
+from .families import linear as chunks
+from .families import sinkhorn as transport
+from .families import uld as uld_family
+from .families.options import RowOptions, bad_values_raise, check_values, compute_dtype, values_are_checked
+from .families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
+from .families.topk import Sparse
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -59,8 +62,8 @@ def _gradient_like(student: Tensor) -> Tensor:
 
 def _rows(kernels, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
           *flags):  # fmt: skip
-    if backends.values_are_checked():
-        backends.check_values(row_scale, labels, temperature, hard_weight, vocab_size)
+    if values_are_checked():
+        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
     return kernels.rows(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
                         vocab_size, *flags)  # fmt: skip
 
@@ -285,8 +288,8 @@ def _uld_topk(kernels, student, teacher, row_scale, temperature, *others):
 
 
 def _check_temperature(row_scale: Tensor, temperature: Tensor):
-    if backends.bad_values_raise(row_scale.device):
-        backends.check_values(row_scale, None, temperature, None, 0)
+    if bad_values_raise(row_scale.device):
+        check_values(row_scale, None, temperature, None, 0)
 
 
 def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, chunk_budget, gradient,

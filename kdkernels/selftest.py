@@ -11,16 +11,17 @@ import sys
 import torch
 
 from . import backends
-from .backends import class_ot, transport
-from .backends.uld import mean_of_runs
-from .class_ot import fused_class_ot
 from .distributions import TAILS, LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE
-from .functional import fused_divergence
-from .options import STATISTICS
-from .teachers import topk_log_probs
-from .transport import fused_sinkhorn, fused_sinkhorn_kd
-from .uld import fused_uld
+from .families import class_ot
+from .families import sinkhorn as transport
+from .families.uld import mean_of_runs
+from .losses.class_ot import fused_class_ot
+from .losses.divergence import fused_divergence
+from .losses.options import STATISTICS
+from .losses.sinkhorn import fused_sinkhorn, fused_sinkhorn_kd
+from .losses.uld import fused_uld
+from .teachers.extract import topk_log_probs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, classes): widths that are odd and that are aligned, one tile and many. A GPU gets more rows than it holds at

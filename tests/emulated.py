@@ -24,7 +24,8 @@ from types import ModuleType
 
 from filelock import FileLock
 
-from kdkernels.backends import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, native
+from kdkernels.backends import native
+from kdkernels.families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"

@@ -12,61 +12,51 @@ import torch
 
 import kdkernels
 from kdkernels import CATALOGUE, backends
-from kdkernels.backends import chunks, class_ot, native, reference, transport
+from kdkernels.backends import native
+from kdkernels.backends.reference import table as reference
+from kdkernels.families import class_ot
+from kdkernels.families import linear as chunks
+from kdkernels.families import sinkhorn as transport
 
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
 
-# Who may import whom: a module's layer must be above that of what it imports.
-LAYERS = {
-    "kdkernels.selftest": 10,
-    "kdkernels.info": 10,
-    "kdkernels.cache": 10,
-    "kdkernels": 9,
-    "kdkernels.nn": 8,
-    "kdkernels.interop": 8,
-    "kdkernels.class_ot": 7,
-    "kdkernels.functional": 7,
-    "kdkernels.teachers": 7,
-    "kdkernels.transport": 7,
-    "kdkernels.uld": 7,
-    "kdkernels.autograd": 6,
-    "kdkernels.options": 6,
-    "kdkernels.ops": 5,
-    "kdkernels.backends.triton.kernels": 4,
-    "kdkernels.backends.triton.linear": 3,
-    "kdkernels.backends.triton.pairwise": 3,
-    "kdkernels.backends.triton.rows": 3,
-    "kdkernels.backends.triton.sinkhorn": 3,
-    "kdkernels.backends.triton.topk": 3,
-    "kdkernels.backends.triton.uld": 3,
-    "kdkernels.backends.triton.launch": 2,
-    "kdkernels.backends.triton": 2,
-    "kdkernels.backends.class_ot": 4,
-    "kdkernels.backends.chunks": 3,
-    "kdkernels.backends.topk": 2,
-    "kdkernels.backends.transport": 4,
-    "kdkernels.backends.reference_transport": 5,
-    "kdkernels.backends.row_options": 0,
-    "kdkernels.backends.uld": 1,
-    "kdkernels.backends.triton.table": 2,
-    "kdkernels.backends.native": 2,
-    "kdkernels.backends.reference": 2,
-    "kdkernels.backends": 1,
-    "kdkernels.cache_writer": 2,
-    "kdkernels.shards": 1,
-    "kdkernels.packing": 0,
-    "kdkernels.distributions": 0,
-    "kdkernels.divergences": 0,
-    "kdkernels._native": 0,
-}
-# backends picks a backend when one is needed: inside a function, never when it is imported.
-LAZY = {"kdkernels.backends", "kdkernels.info"}
+# The floors of the house, from the ground up. A module imports from lower floors, and from its own folder.
+FLOORS = (
+    ("_native", "distributions", "divergences"),
+    ("families",),
+    ("backends",),
+    ("ops",),
+    ("autograd",),
+    ("losses",),
+    ("teachers", "nn"),
+    ("cache",),
+    ("info", "selftest"),
+)
+# The package's face imports from every floor but the commands' and the cache's, and nothing imports the face but the
+# commands, for its version.
+FACE = "kdkernels"
+# A backend is imported when a call needs it: inside a function.
+LAZY = ("backends", "info")
 
 
 def module_name(path: Path) -> str:
     parts = ("kdkernels", *path.relative_to(PACKAGE).with_suffix("").parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(name: str) -> int:
+    """The number of a module's floor."""
+    part = name.split(".")[1]
+    found = [number for number, parts in enumerate(FLOORS) if part in parts]
+    assert found, f"{name} stands on no floor"
+    return found[0]
+
+
+def backend(name: str) -> str | None:
+    """The backend that a module belongs to."""
+    parts = name.split(".")
+    return parts[2] if parts[1] == "backends" and len(parts) > 2 else None
 
 
 def imported(path: Path):
@@ -84,17 +74,28 @@ def imported(path: Path):
         source = f"{base}.{node.module}" if node.module else base
         for alias in node.names:
             full = f"{source}.{alias.name}"
-            yield (full if full in LAYERS else source), node in lazy
+            yield (full if full in MODULES else source), node in lazy
 
 
-def test_imports_go_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        name = module_name(path)
-        assert name in LAYERS, f"{name} has no layer"
-        for target, lazy in imported(path):
-            if lazy and name in LAZY:
-                continue
-            assert LAYERS[target] < LAYERS[name], f"{name} imports {target}"
+MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")} | {"kdkernels._native": None}
+
+
+@pytest.mark.parametrize("name", sorted(name for name, path in MODULES.items() if path and name != FACE))
+def test_imports_go_down(name):
+    for target, lazy in imported(MODULES[name]):
+        if target == FACE:
+            assert name.split(".")[1] in FLOORS[-1], f"{name} imports the package's face"
+            continue
+        same_folder = name.split(".")[1] == target.split(".")[1]
+        if not (lazy and name.split(".")[1] in LAZY):
+            assert same_folder or floor(target) < floor(name), f"{name} imports {target}"
+        if backend(name) and backend(target):
+            assert backend(name) == backend(target), f"{name} imports another backend: {target}"
+
+
+def test_the_face_imports_no_command_and_no_cache():
+    for target, _ in imported(MODULES[FACE]):
+        assert target.split(".")[1] not in (*FLOORS[-1], *FLOORS[-2]), f"the face imports {target}"
 
 
 def test_the_four_tables_agree():

@@ -27,7 +27,8 @@ import uld
 from torch.utils.flop_counter import FlopCounterMode
 
 import kdkernels
-from kdkernels.backends import chunks, native
+from kdkernels.backends import native
+from kdkernels.families import linear as chunks
 
 pytestmark = pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
 
@@ -203,7 +204,7 @@ def test_transport_of_clouds_and_problems_is_checked_and_timed(tiny, monkeypatch
 
 
 def test_the_products_are_those_of_the_transport(monkeypatch):
-    monkeypatch.setattr(kdkernels.ops, "classes_ot", kdkernels.backends.class_ot.class_ot)  # whose products are seen
+    monkeypatch.setattr(kdkernels.ops, "classes_ot", kdkernels.families.class_ot.class_ot)  # whose products are seen
     batch = class_ot.Batch(6, 40)
     counted = {}
     for name, step in {"ours": batch.step(class_ot.ours), "products": batch.products()}.items():

@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, default_collate
 
 import kdkernels
-from kdkernels import SparseLogProbs, cache, shards
-from kdkernels.cache import CacheWriter, TopKCache
+from kdkernels import SparseLogProbs, cache
+from kdkernels.cache import CacheWriter, TopKCache, shards
+from kdkernels.cache.__main__ import main
 
 SETTINGS = {"vocab_size": 300, "k": 5, "length": 4}
 LENGTH = SETTINGS["length"]
@@ -491,7 +492,7 @@ def test_a_damaged_shard_is_named(tmp_path, capsys, damage, expected, without_ch
         TopKCache(tmp_path, verify=False)
     with pytest.raises(ValueError, match=message) if without_checksum else contextlib.nullcontext():
         CacheWriter(tmp_path, **SETTINGS).close()  # is not added to either
-    assert cache.main(["verify", str(tmp_path)]) == 1
+    assert main(["verify", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [
         ["shard-00000.safetensors", "all"], [SHARD, "DAMAGED:"], ["shard-00002.safetensors", "all"]
@@ -702,7 +703,7 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
     capsys.readouterr()
     arguments = ["write", "--model", tmp_path / "tiny", "--text", tmp_path / "a.txt", tmp_path / "b.txt"]
     arguments += ["--output", tmp_path / "cache", "--k", 8, "--length", 4, "--dtype", "float32", "--device", "cpu"]
-    assert cache.main([str(argument) for argument in arguments]) == 0
+    assert main([str(argument) for argument in arguments]) == 0
     out = capsys.readouterr().out
     found = TopKCache(tmp_path / "cache")
     assert found.settings.teacher == "tiny float32"
@@ -716,18 +717,18 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
     # 2 low bits and 1 unary one an index, and 59 >> 2 more: 38 bits, 5 bytes a row.
     for part in ("3 sequences of 4 tokens", "23 = 5 of indices + 16", "4.75 (6 if each", "344", "127", "40 bytes a"):
         assert part in out, out
-    assert cache.main(["info", str(tmp_path / "cache")]) == 0 and capsys.readouterr().out == out
-    assert cache.main(["verify", str(tmp_path / "cache")]) == 0
+    assert main(["info", str(tmp_path / "cache")]) == 0 and capsys.readouterr().out == out
+    assert main(["verify", str(tmp_path / "cache")]) == 0
     drawn = [*arguments, "--samples", 3, "--output", tmp_path / "drawn"]
-    assert cache.main([str(argument) for argument in drawn]) == 0
+    assert main([str(argument) for argument in drawn]) == 0
     assert "top 5 and 3 draws of the rest of 60 classes" in capsys.readouterr().out
     assert TopKCache(tmp_path / "drawn").settings.tail == "truncate"
     with pytest.raises(SystemExit, match=r"expected at least 50 tokens, one sequence; got 13"):
-        cache.main([str(argument) for argument in [*arguments, "--length", 50]])
+        main([str(argument) for argument in [*arguments, "--length", 50]])
     with pytest.raises(SystemExit, match=r"holds a cache of other settings: k 8 and not 9$"):
-        cache.main([str(argument) for argument in [*arguments, "--k", 9]])
+        main([str(argument) for argument in [*arguments, "--k", 9]])
     with pytest.raises(SystemExit, match="nowhere: expected a cache of teachers"):
-        cache.main(["verify", str(tmp_path / "nowhere")])
+        main(["verify", str(tmp_path / "nowhere")])
 
 
 def test_what_is_missing_is_named(monkeypatch):

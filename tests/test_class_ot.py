@@ -15,7 +15,7 @@ from truth import BACKENDS, DEVICE
 
 import kdkernels
 from kdkernels import fused_class_ot, nn, ops
-from kdkernels.backends import class_ot
+from kdkernels.families import class_ot
 
 GRADIENTS = class_ot.GRADIENTS
 each_gradient = pytest.mark.parametrize("gradient", GRADIENTS)
@@ -786,8 +786,8 @@ def test_what_serves():
 
 
 def test_without_a_compiled_backend_auto_is_not_the_literal_loop(monkeypatch):
-    monkeypatch.setattr(kdkernels.backends, "ORDER", ())
-    monkeypatch.setattr("kdkernels.backends.reference.class_ot", None)
+    monkeypatch.setattr(kdkernels.backends, "NAMES", ())
+    monkeypatch.setattr("kdkernels.backends.reference.class_ot.class_ot", None)
     monkeypatch.setattr(kdkernels.backends, "select", lambda *_: "reference")
     student, teacher, cost = drawn(3, classes=5)
     loss, slope = ours(student, teacher, cost)

@@ -14,7 +14,7 @@ from truth import DIVERGENCES, assert_gradient_close, assert_loss_close, roundin
 
 from kdkernels import fused_js, fused_kl
 from kdkernels.backends import native
-from kdkernels.options import STATISTICS
+from kdkernels.losses.options import STATISTICS
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 

@@ -13,8 +13,8 @@ from truth import BACKENDS, DIVERGENCES, device_of, undecided_signs
 
 import kdkernels
 from kdkernels import LinearLogits, chunk_budget, fused_divergence, fused_js, fused_kl
-from kdkernels.backends import chunks
-from kdkernels.options import STATISTICS
+from kdkernels.families import linear as chunks
+from kdkernels.losses.options import STATISTICS
 
 KERNELS = ["cpu", "cuda", "triton"]
 EXAMPLES = {"cpu": 40, "cuda": 12, "triton": 4, "reference": 8}

@@ -18,7 +18,8 @@ from strategies import DTYPES, Logits, RowOptions, logits, row_options
 from truth import BACKENDS, DIVERGENCES, device_of, rounding
 
 from kdkernels import backends
-from kdkernels.backends import ROW_STATISTICS, native
+from kdkernels.backends import native
+from kdkernels.families.rows import ROW_STATISTICS
 
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
 if native.missing_because is not None:

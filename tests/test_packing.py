@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kdkernels import packing
+from kdkernels.cache import packing
 
 VOCABULARIES = st.one_of(st.integers(1, 80), st.integers(81, 300_000), st.sampled_from([2**16, 2**31 - 1, 2**31]))
 

@@ -21,7 +21,7 @@ from truth import (
     undecided_signs,
 )
 
-from kdkernels.options import STATISTICS
+from kdkernels.losses.options import STATISTICS
 
 LABEL_FREE = tuple(name for name in STATISTICS if "label" not in name and name != "cross_entropy")
 # The interpreter takes a hundred times as long.

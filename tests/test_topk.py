@@ -12,9 +12,9 @@ from truth import BACKENDS, DIVERGENCES, GRADIENT_TOLERANCE, assert_loss_close, 
 
 import kdkernels
 from kdkernels import CATALOGUE, Divergence, LinearLogits, SparseLogProbs, fused_divergence, fused_kl
-from kdkernels.backends import reference
+from kdkernels.backends.reference import table as reference
 from kdkernels.distributions import TAILS
-from kdkernels.options import STATISTICS
+from kdkernels.losses.options import STATISTICS
 
 KERNELS = ["cpu", "cuda", "triton"]
 EXAMPLES = {"cpu": 80, "cuda": 8, "triton": 3, "reference": 12}
@@ -997,8 +997,8 @@ def test_bad_tails(backend):
 
 def test_bad_values_make_their_row_nan_on_a_gpu():
     """As a GPU would, without a synchronisation: here on a CPU, where the check is turned off."""
-    from kdkernels.backends import topk
-    from kdkernels.backends.row_options import RowOptions
+    from kdkernels.families import topk
+    from kdkernels.families.options import RowOptions
 
     one = torch.ones(1)
     options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), None, one, None)

@@ -16,7 +16,9 @@ from strategies import DTYPES
 from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close
 
 from kdkernels import Divergence
-from kdkernels.backends import ROW_STATISTICS, native, reference
+from kdkernels.backends import native
+from kdkernels.backends.reference import topk as reference
+from kdkernels.families.rows import ROW_STATISTICS
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 

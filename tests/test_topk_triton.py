@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from strategies import DTYPES
 from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close, rounding
 
-from kdkernels.backends import ROW_STATISTICS, reference
+from kdkernels.backends.reference import topk as reference
 from kdkernels.backends.triton import kernels
 from kdkernels.backends.triton import topk as family
+from kdkernels.families.rows import ROW_STATISTICS
 
 INF = float("inf")
 EXAMPLES = 4

@@ -16,7 +16,9 @@ from strategies import DTYPES
 from truth import GRADIENT_TOLERANCE
 
 from kdkernels import fused_sinkhorn, fused_sinkhorn_kd
-from kdkernels.backends import native, reference_transport, transport
+from kdkernels.backends import native
+from kdkernels.backends.reference import sinkhorn as reference_transport
+from kdkernels.families import sinkhorn as transport
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 

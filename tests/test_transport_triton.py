@@ -15,14 +15,15 @@ from truth import DEVICE, GRADIENT_TOLERANCE
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.backends import reference_transport, transport
+from kdkernels.backends.reference import sinkhorn as reference_transport
 from kdkernels.backends.triton import kernels, pairwise
 from kdkernels.backends.triton import sinkhorn as family
+from kdkernels.families import sinkhorn as transport
 
 INF = float("inf")
 EXAMPLES = 8
 each_gradient = pytest.mark.parametrize("gradient", transport.GRADIENTS)
-each_value = pytest.mark.parametrize("value", kdkernels.transport.VALUES)
+each_value = pytest.mark.parametrize("value", kdkernels.losses.sinkhorn.VALUES)
 
 
 def take_tiles(patch):
@@ -172,7 +173,7 @@ recipes = st.builds(
     epsilon=st.sampled_from([0.005, 0.02, 0.1, 1.0]),
     iterations=st.integers(1, 5),
     tolerance=st.sampled_from([None, 0.02, 0.2]),
-    value=st.sampled_from(kdkernels.transport.VALUES),
+    value=st.sampled_from(kdkernels.losses.sinkhorn.VALUES),
     gradient=st.sampled_from(transport.GRADIENTS),
     empty_points=st.booleans(),
     forbidden=st.booleans(),

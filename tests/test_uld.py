@@ -13,7 +13,7 @@ from truth import BACKENDS, assert_gradient_close, assert_loss_close, device_of,
 import kdkernels
 from kdkernels import fused_uld, ops
 from kdkernels.backends import native
-from kdkernels.backends import uld as family
+from kdkernels.families import uld as family
 
 INF, NAN = float("inf"), float("nan")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, STORAGE_DTYPES, check_values, compute_dtype, uld
+from ..families import uld
+from ..families.options import STORAGE_DTYPES, check_values, compute_dtype
+from ..families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
 
 try:
     from .. import _native

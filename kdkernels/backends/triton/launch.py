@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ROW_STATISTICS, ROW_TOP1
+from ...families.rows import ROW_STATISTICS, ROW_TOP1
 
 _THREADS = 256
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import ROW_FLOATS, ROW_SUMS
+from ...families.rows import ROW_FLOATS, ROW_SUMS
 from .launch import (
     device_of,
     fill_gradient,

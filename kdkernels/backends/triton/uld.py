@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..uld import ranked_chunks
+from ...families.uld import ranked_chunks
 from .launch import device_of, fill_gradient, gradient_target, is_bad_temperature, load_tile, stride, tile, written
 
 

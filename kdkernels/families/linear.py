@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ROW_STATISTICS, ROW_TOP1, check_values, topk, values_are_checked
-from .row_options import RowOptions, at_one_stride, rows_of
+from . import topk
+from .options import RowOptions, at_one_stride, check_values, rows_of, values_are_checked
+from .rows import ROW_STATISTICS, ROW_TOP1
 
 _budget = 256 << 20  # bytes of a chunk's buffers
 _SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache

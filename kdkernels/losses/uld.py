@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from . import backends, ops, options
-from .autograd import Rows, Uld, refuse_transforms, uld_rows
-from .backends import chunks, compute_dtype, reference
-from .backends.row_options import RowOptions
+from .. import backends, ops
+from ..autograd import Rows, Uld, refuse_transforms, uld_rows
+from ..backends.reference import rows as reference_rows
+from ..backends.reference import uld as reference
+from ..families import linear as chunks
+from ..families.options import RowOptions, compute_dtype
+from . import options
 from .options import LossOutput
 
 STATISTICS = ("divergence", "error_bound")
@@ -187,7 +190,7 @@ def _label_losses(student: Tensor, row: RowOptions, vocab_size: int, mode: str |
     static = ("kl", vocab_size, False)
     if backend == "reference":
         with torch.autocast(student.device.type, enabled=False):
-            return reference.rows(*tensors, *static, False)[0]
+            return reference_rows.rows(*tensors, *static, False)[0]
     if mode is None:
         return ops.rows(*tensors, *static, False, False, backend)[0]
     return Rows.apply(*tensors, *static, False, mode, backend)[0]

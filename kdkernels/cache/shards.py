@@ -18,8 +18,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from ..distributions import HAVE_TAIL_MASS, TAILS
 from . import packing
-from .distributions import HAVE_TAIL_MASS, TAILS
 
 try:
     import fcntl

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import ROW_STATISTICS, ROW_TOP1, STORAGE_DTYPES, compute_dtype
-from .backends.chunks import Side, product_dtype
-from .backends.row_options import RowOptions
-from .distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
-from .divergences import Divergence
+from ..distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
+from ..divergences import Divergence
+from ..families.linear import Side, product_dtype
+from ..families.options import STORAGE_DTYPES, RowOptions, compute_dtype
+from ..families.rows import ROW_STATISTICS, ROW_TOP1
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")

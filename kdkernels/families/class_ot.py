@@ -23,8 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import bad_rows, check_values, values_are_checked
-from .row_options import rows_of
+from .options import bad_rows, check_values, rows_of, values_are_checked
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
 NOTHING = torch.iinfo(torch.int64).min  # in exclude_labels: all classes of the row are there

@@ -3,9 +3,14 @@
 import torch
 from torch import Tensor
 
-from . import backends, ops, options
-from .backends import chunks, reference, row_options, topk
-from .distributions import LinearLogits, SparseLogProbs
+from .. import backends, ops
+from ..backends.reference import linear as reference_linear
+from ..backends.reference import topk as reference
+from ..distributions import LinearLogits, SparseLogProbs
+from ..families import linear as chunks
+from ..families import options as row_options
+from ..families import topk
+from ..losses import options
 
 
 @torch.no_grad()
@@ -58,7 +63,7 @@ def topk_log_probs(
     if backend == "reference":
         whole = side.data
         if side.weight is not None:
-            whole = reference.linear_logits(*side, rows.row_scale, vocab_size, rows.row_scale.dtype)
+            whole = reference_linear.linear_logits(*side, rows.row_scale, vocab_size, rows.row_scale.dtype)
         found = reference.topk_log_probs(whole, rows.row_scale, rows.temperature, k, vocab_size)
     else:
         found = ops.topk_log_probs(

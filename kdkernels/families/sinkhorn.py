@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import bad_values_raise, chunks
+from . import linear
+from .options import bad_values_raise
 
 COSTS = ("l1", "l2", "sqeuclidean", "dot")
 GRADIENTS = ("unrolled", "implicit", "envelope")
@@ -76,7 +77,7 @@ def implicit_gradient(cost, a, b, f, g, epsilon):
 
 def _chunks(cost, *others):
     """Some problems at a time, in fp64: some eight matrices of each are there at once."""
-    size = max(chunks.current_budget() // (64 * cost.shape[1] * cost.shape[2]), 1)
+    size = max(linear.current_budget() // (64 * cost.shape[1] * cost.shape[2]), 1)
     for first in range(0, max(cost.shape[0], 1), size):
         chunk = slice(first, first + size)
         yield [cost[chunk].double(), *(x[chunk].double() for x in others)]
@@ -206,7 +207,7 @@ def probabilities(logits, kept, temperature, maximum, log_sum, first: int, end: 
 
 def _column_chunks(student: Tensor, kept: Tensor, vocab_size: int):
     """So many columns at a time that four tensors of them are within the budget."""
-    size = max(chunks.current_budget() // (4 * kept.dtype.itemsize * max(kept.numel(), 1)), 1)
+    size = max(linear.current_budget() // (4 * kept.dtype.itemsize * max(kept.numel(), 1)), 1)
     for first in range(0, vocab_size, size):
         yield first, min(first + size, vocab_size)
 

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends, ops, options
-from .autograd import Sinkhorn, SinkhornKD, refuse_transforms
-from .backends import compute_dtype, reference_transport, transport
+from .. import backends, ops
+from ..autograd import Sinkhorn, SinkhornKD, refuse_transforms
+from ..backends.reference import sinkhorn as reference
+from ..families import sinkhorn as transport
+from ..families.options import bad_values_raise, compute_dtype
+from . import options
 
 VALUES = ("transport", "entropic")
 
@@ -124,9 +127,9 @@ def fused_sinkhorn(
 
     if backend == "reference":
         with torch.autocast(device.type, enabled=False):
-            if backends.bad_values_raise(device):
+            if bad_values_raise(device):
                 transport.check_problems(*(x.detach() for x in numbers[:3]))
-            found = reference_transport.sinkhorn(*numbers, gradient)
+            found = reference.sinkhorn(*numbers, gradient)
     else:
         wanted = [torch.is_grad_enabled() and x.requires_grad for x in numbers[:3]]
         for x in numbers[:3]:
@@ -274,7 +277,7 @@ def fused_sinkhorn_kd(
     numbers = (*clouds, kept, temperature, epsilon, iterations, cost)
     if backend == "reference":
         with torch.autocast(device.type, enabled=False):
-            loss = reference_transport.sinkhorn_kd(*numbers, gradient, vocab_size)
+            loss = reference.sinkhorn_kd(*numbers, gradient, vocab_size)
     else:
         refuse_transforms(student, backend)
         if torch.is_grad_enabled() and student.requires_grad:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdkernels.interop import ServedTopK, stack, topk_from_sglang, topk_from_vllm
+from kdkernels.teachers.servers import ServedTopK, stack, topk_from_sglang, topk_from_vllm
 
 NAN, INF = math.nan, math.inf
 

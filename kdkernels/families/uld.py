@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .row_options import rows_of
+from .options import rows_of
 
 # Of a buffer that stays in a CPU's cache while one operation after the other goes through it.
 _CACHE_BYTES = 2 << 20

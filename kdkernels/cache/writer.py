@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributions import SparseLogProbs
 from . import packing, shards
-from .distributions import SparseLogProbs
 
 SHARD_BYTES = 64 * 2**20  # about; small enough that little is lost to a kill
 

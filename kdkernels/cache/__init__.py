@@ -21,7 +21,7 @@ falls behind. With `samples` so many of the k are drawn from the classes past th
 which is unbiased for kl: the expectation of a row's gradient is that of the whole teacher. For the other divergences it
 is not, and the top k may serve them better.
 
-A row is the packed indices (`kdkernels.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
+A row is the packed indices (`kdkernels.cache.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
 Rounding to fp16 moves a probability by at most 0.05 % from 1/7 up, 0.4 % from 2e-7 up.
 
 Shards are safetensors files rather than Parquet: rows are of one size, so that a file is mapped and a slice read
@@ -30,14 +30,12 @@ loses the sequences that no shard held yet, and nothing else: the next one says 
 without kills the same files would have come out.
 """
 
-import argparse
 import hashlib
 import importlib
 import itertools
 import json
 import operator
 import os
-import sys
 from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
@@ -51,9 +49,10 @@ try:
 except ImportError as error:
     raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
 
-from . import LinearLogits, SparseLogProbs, packing, sampled_log_probs, shards, topk_log_probs
-from .cache_writer import CacheWriter, default_sequences_per_shard
-from .distributions import HAVE_TAIL_MASS
+from ..distributions import HAVE_TAIL_MASS, LinearLogits, SparseLogProbs
+from ..teachers.extract import sampled_log_probs, topk_log_probs
+from . import packing, shards
+from .writer import CacheWriter, default_sequences_per_shard
 
 
 class TopKCache(torch.utils.data.Dataset):
@@ -73,7 +72,7 @@ class TopKCache(torch.utils.data.Dataset):
 
     def __init__(self, directory: str | os.PathLike, *, verify: bool = True):
         self.directory = Path(directory).absolute()
-        self.settings, self.shards = _manifest(self.directory)
+        self.settings, self.shards = manifest_of(self.directory)
         for shard in self.shards:
             shards.check_shard(self.directory, shard, self.settings, checksum=verify)
         self._ends = list(itertools.accumulate(shard.sequences for shard in self.shards))
@@ -171,7 +170,7 @@ def write_teacher(
         raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1; got {batch}")
-    tqdm = _import("tqdm").tqdm
+    tqdm = import_extra("tqdm").tqdm
     device = next(model.parameters()).device
     were_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -231,7 +230,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 def report(directory: str | os.PathLike) -> str:
     """What is in a cache, and its bytes a token beside those of other formats."""
-    settings, named = _manifest(Path(directory))
+    settings, named = manifest_of(Path(directory))
     sequences = sum(shard.sequences for shard in named)
     tokens, size = sequences * settings.length, sum(shard.bytes for shard in named)
     bits = packing.row_bits(settings.vocab_size, settings.k) / settings.k
@@ -258,21 +257,7 @@ def report(directory: str | os.PathLike) -> str:
     return "\n".join(f"{name:13}  {value}" for name, value in lines.items())
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit code is 1 where a shard is damaged."""
-    options = _parse(arguments)
-    try:
-        if options.command == "write":
-            _write(options)
-        if options.command == "verify":
-            return _verify(options.directory)
-        print(report(options.directory))
-    except (ValueError, OSError) as error:
-        sys.exit(f"kdkernels.cache: {error}")
-    return 0
-
-
-def _manifest(directory: Path) -> tuple[shards.Settings, list[shards.Shard]]:
+def manifest_of(directory: Path) -> tuple[shards.Settings, list[shards.Shard]]:
     if (manifest := shards.read_manifest(directory)) is None:
         raise ValueError(f"{directory}: expected a cache of teachers; there is no {shards.MANIFEST}")
     return manifest
@@ -320,81 +305,8 @@ def _check_text(writer: CacheWriter, blocks: Tensor) -> None:
         first = last
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kdkernels.cache", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="run a model over a text; goes on where an earlier run stopped")
-    write.add_argument("--model", required=True, help="a name or folder that transformers loads")
-    write.add_argument("--gguf-file", help="the GGUF file in it")
-    write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
-    write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
-    write.add_argument("--k", type=int, default=64, help="classes kept of each token (default 64)")
-    write.add_argument("--samples", type=int, default=0, help="of these so many drawn from the rest, which makes the "
-                       "teacher unbiased for kl (default 0)")  # fmt: skip
-    write.add_argument("--temperature", type=float, default=1.0)
-    write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; the last ones of the text that "
-                       "fill none are left out (default 1024)")  # fmt: skip
-    write.add_argument("--batch", type=int, default=4, help="sequences a forward (default 4)")
-    write.add_argument("--vocab-size", type=int, help="classes that count, where the model's logits are padded")
-    write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB a shard")
-    write.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    write.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, purpose in (("info", "what a cache holds, and its bytes a token"), ("verify", "compare every checksum")):
-        command = commands.add_parser(name, help=purpose)
-        command.add_argument("directory", type=Path)
-    return parser.parse_args(arguments)
-
-
-def _write(options: argparse.Namespace) -> None:
-    transformers = _import("transformers")
-    loading = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, **loading)
-    blocks = _blocks(tokenizer, options.text, options.length)
-    if loading and hasattr(transformers, "GgufConfig"):  # newer ones can keep the weights packed
-        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype), **loading
-    )
-    write_teacher(
-        model.to(options.device), blocks, options.directory,
-        k=options.k, samples=options.samples, temperature=options.temperature, batch=options.batch,
-        vocab_size=options.vocab_size, tokenizer_hash=tokenizer_hash(tokenizer),
-        sequences_per_shard=options.sequences_per_shard,
-        teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
-    )  # fmt: skip
-
-
-def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:
-    """The files' tokens [sequences, length], one file after the other, with the end of a text between them."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    texts = [tokenizer(path.read_text(encoding="utf-8")).input_ids + end for path in paths]
-    ids = torch.cat([torch.tensor(text, dtype=torch.int64) for text in texts])
-    if len(ids) < length:
-        raise ValueError(f"text: expected at least {length} tokens, one sequence; got {len(ids)}")
-    return ids[: len(ids) // length * length].view(-1, length)
-
-
-def _import(package: str):
+def import_extra(package: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
-
-
-def _verify(directory: Path) -> int:
-    """Prints a line a shard; 1 where one is damaged."""
-    settings, named = _manifest(directory)
-    damaged = 0
-    for shard in named:
-        try:
-            shards.check_shard(directory, shard, settings, checksum=True)
-            print(f"{shard.name}  all right")
-        except ValueError as error:
-            damaged += 1
-            print(f"{shard.name}  DAMAGED: {error}")
-    print(f"{len(named) - damaged} of {len(named)} shards are all right")
-    return int(damaged > 0)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,14 @@
 import torch
 from torch import Tensor
 
-from . import backends, ops, options
-from .autograd import ClassOT, refuse_transforms
-from .backends import chunks, class_ot, compute_dtype, reference
-from .backends.class_ot import GRADIENTS
+from .. import backends, ops
+from ..autograd import ClassOT, refuse_transforms
+from ..backends.reference import class_ot as reference
+from ..families import class_ot
+from ..families import linear as chunks
+from ..families.class_ot import GRADIENTS
+from ..families.options import bad_values_raise, compute_dtype
+from . import options
 
 
 def fused_class_ot(
@@ -122,7 +126,7 @@ def _row_losses(tensors, gradient: str, backend: str) -> Tensor:
 
 def _reference_rows(tensors, gradient: str, dtype: torch.dtype) -> Tensor:
     student, _, class_cost, row_scale, excluded, temperature, epsilon, _ = tensors
-    if backends.bad_values_raise(student.device):
+    if bad_values_raise(student.device):
         class_ot.check_row_values(row_scale, excluded, temperature, student.shape[-1])
         working = class_ot.working_dtype(class_cost, epsilon, dtype)
     else:

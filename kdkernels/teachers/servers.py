@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .distributions import SparseLogProbs
+from ..distributions import SparseLogProbs
 
 # vLLM's HTTP server writes -inf, which JSON lacks, as this number (its clamp_prompt_logprobs).
 _VLLM_MINUS_INFINITY = -9999.0

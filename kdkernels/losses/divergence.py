@@ -3,12 +3,18 @@
 import torch
 from torch import Tensor
 
-from . import backends, ops, options
-from .autograd import ChunkedRows, Rows, refuse_transforms
-from .backends import ROW_STATISTICS, chunks, compute_dtype, reference, topk
-from .backends.row_options import RowOptions
-from .distributions import LinearLogits, SparseLogProbs
-from .divergences import CATALOGUE, Divergence
+from .. import backends, ops
+from ..autograd import ChunkedRows, Rows, refuse_transforms
+from ..backends.reference import linear as reference_linear
+from ..backends.reference import rows as reference
+from ..backends.reference import topk as reference_topk
+from ..distributions import LinearLogits, SparseLogProbs
+from ..divergences import CATALOGUE, Divergence
+from ..families import linear as chunks
+from ..families import topk
+from ..families.options import RowOptions, bad_values_raise, compute_dtype
+from ..families.rows import ROW_STATISTICS, ROW_TOP1
+from . import options
 from .options import LossOutput
 
 
@@ -272,21 +278,21 @@ def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, s
     dtype, device = row.row_scale.dtype, row.row_scale.device
 
     def logits_of(x):
-        return x.data if x.weight is None else reference.linear_logits(*x, row.row_scale, vocab_size, dtype)
+        return x.data if x.weight is None else reference_linear.linear_logits(*x, row.row_scale, vocab_size, dtype)
 
     with torch.autocast(device.type, enabled=False):
         student = logits_of(of_student)
         if tail is None:
             return reference.rows(student, logits_of(of_teacher), *row_numbers, *static, statistics)
         sparse = topk.Sparse(of_teacher.data, *sparse, tail)
-        entries, row_scale = topk.entries_of(sparse, row, vocab_size, backends.bad_values_raise(device))
+        entries, row_scale = topk.entries_of(sparse, row, vocab_size, bad_values_raise(device))
         row = row._replace(row_scale=row_scale)
         if tail == "uniform":
             teacher = torch.empty(row_scale.shape[0], vocab_size + 1, dtype=dtype, device=device)
             topk.fill_uniform(entries, row.temperature.expand_as(row_scale), vocab_size, teacher)
             teacher = teacher.view(*student.shape[:2], vocab_size + 1)
             return reference.rows(student, teacher, *row, parameters, *static, statistics)
-        loss, row_statistics, top1 = reference.topk_rows(
+        loss, row_statistics, top1 = reference_topk.topk_rows(
             student, *entries, *row, parameters, *static, tail == "support", statistics
         )
         if tail == "truncate":
@@ -298,4 +304,4 @@ def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, s
 def _statistic(name: str, row_statistics: Tensor, top1: Tensor, leading: torch.Size) -> Tensor:
     if name in ROW_STATISTICS:
         return row_statistics[ROW_STATISTICS.index(name)].reshape(leading)
-    return top1[backends.ROW_TOP1.index(name)].reshape(leading)
+    return top1[ROW_TOP1.index(name)].reshape(leading)

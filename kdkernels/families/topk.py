@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..distributions import HAVE_TAIL_MASS
 from ..divergences import CATALOGUE
-from . import ROW_STATISTICS
-from .row_options import RowOptions
+from .options import RowOptions
+from .rows import ROW_STATISTICS
 
 # How far from 1 a teacher's mass may be for its rounding.
 _MASS_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}

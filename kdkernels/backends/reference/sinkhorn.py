@@ -7,8 +7,9 @@ are the formulas that transport.py gives the kernels too, attached to a value th
 import torch
 from torch import Tensor
 
-from . import is_transformed
-from .transport import Sinkhorn, costs_times_plan, plan_gradient, plan_of
+from ...families.options import is_transformed
+from ...families.sinkhorn import Sinkhorn, costs_times_plan, plan_gradient, plan_of
+from .pairwise import pairwise_costs
 
 
 def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int):
@@ -103,20 +104,6 @@ class _Derivative(torch.autograd.Function):
             )
         (derivative,) = ctx.saved_tensors
         return derivative * grad_value.view(-1, *(1,) * (derivative.dim() - 1)), None
-
-
-def pairwise_costs(p: Tensor, q: Tensor, cost: str) -> Tensor:
-    """Between distributions [..., n, V] and [..., m, V]."""
-    if cost in ("l1", "l2"):
-        difference = p[..., :, None, :] - q[..., None, :, :]
-        if cost == "l1":
-            return difference.abs().sum(-1)
-        squares = (difference**2).sum(-1)
-        return torch.where(squares == 0, 0, torch.where(squares == 0, 1, squares).sqrt())
-    products = p @ q.transpose(-1, -2)
-    if cost == "dot":
-        return 1 - products
-    return (p**2).sum(-1)[..., :, None] + (q**2).sum(-1)[..., None, :] - 2 * products
 
 
 def sinkhorn_kd(

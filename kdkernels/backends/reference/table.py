@@ -1,0 +1,76 @@
+"""The table of divergences in plain PyTorch: the value of one class, which autograd differentiates."""
+
+import torch
+from torch import Tensor
+
+
+def weighted(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x with 0 * log 0 = 0: where the weight is 0 the term, and its derivative, is dropped."""
+    return weight * torch.where(weight == 0, 0, x)
+
+
+def log_mixture(lp: Tensor, lq: Tensor, weight: Tensor) -> Tensor:
+    """log(weight * p + (1 - weight) * q)."""
+    lp, lq = lp + torch.log(weight), lq + torch.log1p(-weight)
+    both = torch.isneginf(lp) & torch.isneginf(lq)  # logaddexp has no derivative there
+    mixture = torch.logaddexp(torch.where(both, 0, lp), torch.where(both, 0, lq))
+    return torch.where(both, -torch.inf, mixture)
+
+
+# The table: value(lp, lq, p, q, parameter) of one class, the teacher's and the student's log-probability and their
+# exponentials. Free up to c * (p - q), which is used to make every value vanish at p = q.
+
+
+def kl(lp, lq, p, q, _):
+    return weighted(p, lp - lq) - p + q
+
+
+def reverse_kl(lp, lq, p, q, _):
+    return weighted(q, lq - lp) - q + p
+
+
+def mixed_kl(lp, lq, p, q, weight):
+    return weighted(weight * p, lp - lq) + weighted((1 - weight) * q, lq - lp) + (2 * weight - 1) * (q - p)
+
+
+def js(lp, lq, p, q, beta):
+    lm = log_mixture(lp, lq, beta)
+    return weighted(beta * p, lp - lm) + weighted((1 - beta) * q, lq - lm)
+
+
+def skew_kl(lp, lq, p, q, alpha):
+    return weighted(p, lp - log_mixture(lp, lq, alpha)) + (1 - alpha) * (q - p)
+
+
+def skew_reverse_kl(lp, lq, p, q, alpha):
+    return weighted(q, lq - log_mixture(lq, lp, alpha)) + (1 - alpha) * (p - q)
+
+
+def tv(lp, lq, p, q, _):
+    difference = p - q  # whose sign is a constant: 0 at 0, and NaN for NaN, where that of abs is 0
+    sign = torch.where(difference == 0, 0, difference / difference.abs()).detach()
+    return 0.5 * difference * sign
+
+
+def hellinger(lp, lq, p, q, _):
+    return 0.5 * (torch.exp(0.5 * lp) - torch.exp(0.5 * lq)) ** 2
+
+
+def alpha(lp, lq, p, q, alpha):
+    nowhere = torch.isneginf(lp) & torch.isneginf(lq)
+    exponent = alpha * torch.where(nowhere, 0, lp) + (1 - alpha) * torch.where(nowhere, 0, lq)
+    power = torch.where(nowhere, 0, torch.exp(exponent))
+    return (power - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
+
+
+TABLE = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "mixed_kl": mixed_kl,
+    "js": js,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tv": tv,
+    "hellinger": hellinger,
+    "alpha": alpha,
+}

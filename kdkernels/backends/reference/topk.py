@@ -1,0 +1,97 @@
+"""Sparse teachers in plain PyTorch: the loss against entries, and the top k of logits."""
+
+import torch
+from torch import Tensor
+
+from .rows import WholeRowOrNaN, bad_rows, kept_logits, label_cross_entropy, row_loss, stacked
+from .table import TABLE, weighted
+
+
+def topk_rows(
+    student: Tensor,
+    indices: Tensor,
+    log_probs: Tensor,
+    tail_log_prob: Tensor,
+    row_scale: Tensor,
+    labels: Tensor | None,
+    temperature: Tensor,
+    hard_weight: Tensor | None,
+    parameters: Tensor,
+    divergence: str,
+    vocab_size: int,
+    temperature_squared: bool,
+    conditional: bool,
+    statistics: bool,
+):
+    """The same against the entries of a sparse teacher (backends/topk.py, csrc/topk_call.h)."""
+    kept = row_scale != 0
+    bad = bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+    s = kept_logits(student, kept, vocab_size, row_scale.dtype)
+    tempered = WholeRowOrNaN.apply(s / temperature[:, None])
+    lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
+
+    there, lp = indices < vocab_size, log_probs
+    # Of the entries alone where these are all that is compared: the other classes are not read.
+    source = tempered if conditional else lq_of_all
+    lq = torch.where(there, source.gather(-1, torch.where(there, indices, 0).long()), -torch.inf)
+    if conditional:
+        lq = torch.where(there, lq - log_sum_exp(lq)[:, None], -torch.inf)
+    else:
+        named = torch.zeros(s.shape[0], vocab_size + 1, dtype=torch.bool, device=s.device)
+        named = named.scatter(-1, torch.where(there, indices, vocab_size).long(), True)[:, :vocab_size]
+        lp = torch.cat([lp, tail_log_prob[:, None]], -1)
+        # -inf where no other class has mass, with the derivative of -lse.
+        lq = torch.cat([lq, (log_sum_exp(torch.where(named, -torch.inf, tempered)) - lse)[:, None]], -1)
+    p, q = lp.exp(), lq.exp()
+
+    row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
+    index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
+    cross_entropy = label_cross_entropy(s, index)
+    loss = row_loss(row_divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad)
+    if not statistics:
+        return loss, None, None
+
+    zero = torch.zeros_like(loss)
+    q_of_all, student_label, teacher_label = lq_of_all.exp(), zero, zero
+    if labels is not None:
+        student_label = lq_of_all.gather(-1, index)[:, 0]
+        is_label = there & (indices == index)
+        of_entries = torch.where(is_label, log_probs, -torch.inf).amax(-1)
+        teacher_label = torch.where(is_label.any(-1), of_entries, tail_log_prob)
+    values = {
+        "divergence": row_divergence,
+        "cross_entropy": cross_entropy,
+        "tv": 0.5 * (p - q).abs().sum(-1),
+        "student_entropy": -weighted(q_of_all, lq_of_all).sum(-1),
+        "teacher_entropy": -weighted(p, lp).sum(-1),
+        "student_max_log_prob": lq_of_all.max(-1).values,
+        "teacher_max_log_prob": log_probs.max(-1).values,
+        "student_label_log_prob": student_label,
+        "teacher_label_log_prob": teacher_label,
+        "student_lse": lse,
+        "teacher_lse": lp.logsumexp(-1),
+    }
+    teacher_top1 = indices.gather(-1, log_probs.argmax(-1, keepdim=True))[:, 0].long()
+    top1 = {"student_top1": s.argmax(-1), "teacher_top1": torch.where(there.any(-1), teacher_top1, 0)}
+    return loss, *stacked(values, top1, kept)
+
+
+def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
+    """Indices, log-probabilities [rows, k] and the rest's [rows], as `ops.topk_log_probs` returns them."""
+    kept = row_scale != 0
+    x = kept_logits(logits, kept, vocab_size, row_scale.dtype)
+    log_probs = torch.log_softmax(x / temperature[:, None], -1)
+    # Sorted as wholes: topk does not say which of equals comes first.
+    values, indices = log_probs.sort(dim=-1, descending=True, stable=True)
+    values, rest, indices = values[:, :k], values[:, k:], indices[:, :k]
+    tail = rest.logsumexp(-1) if rest.shape[1] else torch.full_like(row_scale, -torch.inf)
+    tail = torch.where(torch.isnan(log_probs).any(-1), torch.nan, tail)
+    values = torch.where(kept[:, None], values, -torch.inf)
+    indices = torch.where(torch.isneginf(values), -1, indices)
+    return indices.to(torch.int32), values, torch.where(kept, tail, 0)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """Over the last dimension, -inf with a gradient of 0 where all is -inf."""
+    nothing = torch.isneginf(x).all(-1)
+    return torch.where(nothing, -torch.inf, torch.where(nothing[:, None], 0, x).logsumexp(-1))

@@ -1,0 +1,1 @@
+"""A family's problem, and what every backend shares of it."""

@@ -1,0 +1,1 @@
+"""The public losses, a file a family."""

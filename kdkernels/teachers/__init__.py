@@ -1,0 +1,1 @@
+"""Where sparse teachers come from."""
