@@ -1,21 +1,168 @@
-"""The autograd Functions: the only place that saves for backward."""
+"""Runs a family's problem: the one autograd Function, and the choice between it, the operator alone and the reference.
+
+A family's operator returns its losses, its gradients (empty if not wanted), tensors that another sweep takes, and
+detached results. A gradient comes in one of two modes. "forward": the call that finds the loss finds the gradients, and
+backward scales them. "backward": the inputs are saved, and backward computes the gradients from them.
+"""
+
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from . import ops
+from . import backends, ops
+from .ops import Operator
 
 # Absent from some torch versions; without it a gradient is never scaled in place.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
 
 
-def _may_scale_in_place(grad_loss: torch.Tensor) -> bool:
-    """Whether no other backward will want the gradient as it is.
+class Family:
+    """A family's operator, what autograd has to know of its results, and the autograd Function made of both.
 
-    Batched gradients (is_grads_batched, vectorized Jacobians) want it once each: torch runs an operator without a
+    Args:
+        name: of the family's function in the reference.
+        operator: (problem, wanted, backend) -> loss, gradients, kept, detached results.
+        gradients: how many results are gradients of problem.tracked(); the first has a factor for each row.
+        kept: how many results `again` takes.
+        again: (problem, kept, grad_loss, wanted, backend) -> the gradients, in backward. None: the mode is "forward".
+    """
+
+    def __init__(self, name: str, operator: Operator, *, gradients: int, kept: int = 0, again: Callable | None = None):
+        self.name, self.operator, self.gradients, self.kept, self.again = name, operator, gradients, kept, again
+        self.function = _function(self)
+
+
+def _rows_again(problem, kept, grad_loss, wanted, backend):
+    return (ops.row_gradient(problem.scaled(grad_loss), *kept, backend),)
+
+
+def _chunked_rows_again(problem, kept, grad_loss, wanted, backend):
+    return ops.chunked_rows(problem.scaled(grad_loss), wanted, backend)[1:4]
+
+
+def _uld_again(problem, kept, grad_loss, wanted, backend):
+    return ops.uld(problem.scaled(grad_loss), wanted, backend)[1:2]
+
+
+def _sinkhorn_kd_again(problem, kept, grad_loss, wanted, backend):
+    grad_costs, dot, floats = kept
+    row_mass = problem.clouds.row_mass
+    # A cloud without rows stays 0, whatever comes back for its loss.
+    factor = torch.where((row_mass != 0).any(1), grad_loss, 0).to(row_mass.dtype)[:, None]
+    return (ops.sinkhorn_kd_gradient(problem, grad_costs * factor[..., None], dot * factor, floats, backend),)
+
+
+def _function(family: Family) -> type[torch.autograd.Function]:
+    """The autograd Function of a family. (Generated: Dynamo traces no backward that delegates.)"""
+    operator, fields = family.operator.flat, family.operator.fields
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, problem, wanted, mode, reduce, backend, *tracked):
+            values = fields.flatten(problem)
+            # A family without gradients of its own is asked for what it keeps.
+            found = wanted if mode == "forward" or not family.gradients else [False] * len(wanted)
+            loss, *results = operator(*values, found, backend)
+            gradients, kept = results[: family.gradients], results[family.gradients :][: family.kept]
+            detached = results[family.gradients + family.kept :]
+            if mode == "forward":
+                ctx.save_for_backward(problem.row_scale, *gradients)
+            else:
+                is_tensor = [isinstance(x, Tensor) for x in values]
+                tensors = [clone_if_inference(x) for x, saved in zip(values, is_tensor, strict=True) if saved]
+                ctx.save_for_backward(*tensors, *kept)
+                ctx.values = [None if saved else x for x, saved in zip(values, is_tensor, strict=True)]
+                ctx.is_tensor = is_tensor
+            ctx.call = wanted, mode, backend, [None if x is None else x.dtype for x in tracked]
+            ctx.mark_non_differentiable(*detached)
+            return loss.sum() if reduce else loss, *detached
+
+        @staticmethod
+        def backward(ctx, grad_loss, *_):
+            wanted, mode, backend, dtypes = ctx.call
+            _refuse_second_derivatives(backend)
+            if mode == "forward":
+                row_scale, *gradients = ctx.saved_tensors
+                gradients = [
+                    _scaled(x, row_scale, grad_loss, i == 0, backend) if wanted[i] else None
+                    for i, x in enumerate(gradients)
+                ]
+            else:
+                saved = list(ctx.saved_tensors)
+                tensors, kept = saved[: sum(ctx.is_tensor)], saved[sum(ctx.is_tensor) :]
+                tensors.reverse()
+                pairs = zip(ctx.values, ctx.is_tensor, strict=True)
+                problem = fields.unflatten([tensors.pop() if is_saved else x for x, is_saved in pairs])
+                gradients = family.again(problem, kept, grad_loss, wanted, backend)
+            found = zip(gradients, wanted, dtypes, strict=True)
+            return *(None,) * 5, *(x.to(dtype) if wants else None for x, wants, dtype in found)
+
+    return Loss
+
+
+ROWS = Family("rows", ops.rows, gradients=1, kept=2, again=_rows_again)
+CHUNKED_ROWS = Family("chunked_rows", ops.chunked_rows, gradients=3, again=_chunked_rows_again)
+ULD = Family("uld", ops.uld, gradients=1, again=_uld_again)
+SINKHORN = Family("sinkhorn", ops.sinkhorn, gradients=3)
+SINKHORN_KD = Family("sinkhorn_kd", ops.sinkhorn_kd, gradients=0, kept=3, again=_sinkhorn_kd_again)
+CLASS_OT = Family("class_ot", ops.class_ot, gradients=1)
+
+
+def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = False, definition=None) -> tuple:
+    """The losses [rows] (their sum if `reduce`) as a node of the autograd graph, and the family's detached results.
+
+    `mode` is "forward" or "backward". `definition` says whether the reference runs in place of the operator; None: if
+    it is the backend.
+    """
+    tracked = problem.tracked()
+    if backend == "reference" if definition is None else definition:
+        with torch.autocast(tracked[0].device.type, enabled=False):
+            loss, *detached = getattr(backends.kernels("reference"), family.name)(problem)
+        return loss.sum() if reduce else loss, *detached
+    for x in tracked:
+        if x is not None:
+            _refuse_transforms(x, backend)
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked]
+    if any(wanted):
+        return family.function.apply(problem, wanted, mode, reduce, backend, *tracked)
+    loss, *results = family.operator.flat(*family.operator.fields.flatten(problem), wanted, backend)
+    return loss.sum() if reduce else loss, *results[family.gradients + family.kept :]
+
+
+def clone_if_inference(x: Tensor) -> Tensor:
+    """Itself, or a copy if it was made in inference mode: torch saves no such tensor for backward."""
+    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
+
+
+def _may_scale_in_place(grad_loss: Tensor) -> bool:
+    """Whether this is the last backward that can read the saved gradient.
+
+    Batched gradients (is_grads_batched, vectorized Jacobians) read it once each: torch runs an operator without a
     batching rule in a loop, if it returns its result.
     """
     batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
     return not batched and _keeps_graph is not None and not _keeps_graph()
+
+
+def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_row: bool, backend: str) -> Tensor:
+    """A gradient that the forward call found, times the gradient of the loss.
+
+    A skipped row stays 0, whatever (NaN, say) comes back for its loss; so does a weight that no row reaches.
+    """
+    factor, rows = grad_loss, gradient
+    if row_scale is None:
+        rows = gradient.flatten(1)  # of problems, whose gradients may have two dimensions
+    else:
+        skipped = row_scale == 0
+        factor = torch.where(skipped if by_row else skipped.all(), 1, grad_loss)
+    factor = factor.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
+    if backend == "reference":  # which has no kernels
+        return gradient * factor.view(*gradient.shape[:-1], 1)
+    if torch.compiler.is_compiling() or not _may_scale_in_place(grad_loss):
+        return ops.scale(rows, factor, backend).view(gradient.shape)
+    ops.scale_(rows, factor, backend)
+    return gradient
 
 
 def _refuse_second_derivatives(backend: str):
@@ -26,240 +173,14 @@ def _refuse_second_derivatives(backend: str):
         )
 
 
-def refuse_transforms(student: torch.Tensor, backend: str):
+def _refuse_transforms(x: Tensor, backend: str):
     """torch.func's transforms and forward-mode AD would find no derivative in an operator, and say nothing."""
     if torch.compiler.is_compiling():
         return
     forward_ad = torch.autograd.forward_ad
-    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(student).tangent is not None
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
     if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"forward-mode AD and torch.func transforms: the {backend!r} backend has reverse-mode derivatives only; "
             'backend="reference" goes through torch.func.grad and vmap, and leading dimensions take the place of vmap'
         )
-
-
-def _scaled(gradient: torch.Tensor, factor: torch.Tensor, grad_loss: torch.Tensor, backend: str) -> torch.Tensor:
-    """A gradient kept from the forward call, times a factor of each row."""
-    factor = factor.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
-    if backend == "reference":  # which has no kernels
-        return gradient * factor.view(*gradient.shape[:-1], 1)
-    if torch.compiler.is_compiling() or not _may_scale_in_place(grad_loss):
-        return ops.scale(gradient, factor, backend)
-    ops.scale_(gradient, factor, backend)
-    return gradient
-
-
-class Rows(torch.autograd.Function):
-    """Per-row losses [rows] of student logits [outer, inner, columns], with row_scale folded in.
-
-    `mode` is "forward" (the call that finds the loss writes the gradient; backward scales it) or "backward" (row
-    floats and sums are kept; backward sweeps the logits again).
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, row_scale, labels, temperature, hard_weight, parameters,
-                divergence, vocab_size, temperature_squared, statistics, mode, backend):  # fmt: skip
-        loss, gradient, floats, sums, row_statistics, top1 = ops.rows(
-            student, teacher, row_scale, labels, temperature, hard_weight, parameters,
-            divergence, vocab_size, temperature_squared, mode == "forward", statistics, backend,
-        )  # fmt: skip
-        if mode == "forward":
-            ctx.save_for_backward(gradient, row_scale)
-        else:
-            ctx.save_for_backward(
-                student, teacher, row_scale, labels, temperature, hard_weight, parameters, floats, sums
-            )
-        ctx.call = (divergence, vocab_size, temperature_squared, mode, backend)
-        ctx.mark_non_differentiable(row_statistics, top1)
-        return loss, row_statistics, top1
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        divergence, vocab_size, temperature_squared, mode, backend = ctx.call
-        _refuse_second_derivatives(backend)
-        if mode == "forward":
-            gradient, row_scale = ctx.saved_tensors
-            # A skipped row stays 0, whatever (NaN, say) comes back for its loss.
-            gradient = _scaled(gradient, torch.where(row_scale == 0, 1, grad_loss), grad_loss, backend)
-        else:
-            (student, teacher, row_scale, labels, temperature, hard_weight, parameters, floats, sums) = (
-                ctx.saved_tensors
-            )
-            factor = torch.where(row_scale == 0, 0, row_scale * grad_loss)
-            gradient = ops.row_gradient(
-                student, teacher, factor, labels, temperature, hard_weight, parameters, floats, sums,
-                divergence, vocab_size, temperature_squared, backend,
-            )  # fmt: skip
-        return gradient, *(None,) * 12
-
-
-class ChunkedRows(torch.autograd.Function):
-    """Losses of rows that are made in chunks (`ops.chunked_rows`), with row_scale folded in.
-
-    `mode` is "forward" (the call that finds the loss finds the gradients; backward scales them) or "backward" (the
-    inputs are kept; backward makes the rows again). Returns the row losses [rows]; but their sum where mode "forward"
-    found the gradient of a weight, which one factor must serve.
-    """
-
-    @staticmethod
-    def forward(ctx, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
-                teacher_indices, tail_log_prob, source_temperature,
-                row_scale, labels, temperature, hard_weight, parameters, *static):  # fmt: skip
-        *static, wanted, statistics, mode, backend = static
-        inputs = (student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
-                  teacher_indices, tail_log_prob, source_temperature)  # fmt: skip
-        options = (labels, temperature, hard_weight, parameters)
-        found = wanted if mode == "forward" else (False, False, False)
-        loss, *gradients, row_statistics, top1 = ops.chunked_rows(
-            *inputs, row_scale, *options, *static, found, statistics, backend
-        )
-        if mode == "forward":
-            ctx.save_for_backward(row_scale, *gradients)
-        else:
-            ctx.save_for_backward(row_scale, *inputs, *options)
-        ctx.call = (static, wanted, mode, backend)
-        ctx.mark_non_differentiable(row_statistics, top1)
-        return loss.sum() if mode == "forward" and student_weight is not None else loss, row_statistics, top1
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        static, wanted, mode, backend = ctx.call
-        _refuse_second_derivatives(backend)
-        row_scale, *saved = ctx.saved_tensors
-        skipped = row_scale == 0
-        if mode == "forward":
-            # A skipped row, and a weight that no row reaches, stay 0, whatever (NaN, say) comes back for the loss.
-            factors = [torch.where(skipped, 1, grad_loss)] + 2 * [torch.where(skipped.all(), 1, grad_loss)]
-            gradients = [
-                _scaled(gradient, factor, grad_loss, backend) if wants else None
-                for gradient, factor, wants in zip(saved, factors, wanted, strict=True)
-            ]
-        else:
-            inputs, options = saved[:9], saved[9:]
-            factor = torch.where(skipped, 0, row_scale * grad_loss)
-            _, *gradients, _, _ = ops.chunked_rows(*inputs, factor, *options, *static, wanted, False, backend)
-            gradients = [gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)]
-        return *gradients, *(None,) * (len(static) + 15)
-
-
-class Sinkhorn(torch.autograd.Function):
-    """Values [problems] of `ops.sinkhorn`; the call that finds them finds the derivatives, and backward scales them."""
-
-    @staticmethod
-    def forward(ctx, cost, a, b, epsilon, tolerance, iterations, entropic, gradient, backend):
-        value, *found = ops.sinkhorn(cost, a, b, epsilon, tolerance, iterations, entropic, gradient, backend)
-        *info, of_cost, of_a, of_b = found
-        ctx.save_for_backward(of_cost, of_a, of_b)
-        ctx.backend = backend
-        ctx.mark_non_differentiable(*info)
-        return value, *info
-
-    @staticmethod
-    def backward(ctx, grad_value, *_):
-        _refuse_second_derivatives(ctx.backend)
-        of_cost, of_a, of_b = ctx.saved_tensors
-        scaled = [
-            _scaled(x.flatten(1), grad_value, grad_value, ctx.backend).view(x.shape) if wants else None
-            for x, wants in zip((of_cost, of_a, of_b), ctx.needs_input_grad, strict=False)
-        ]
-        return *scaled, *(None,) * 6
-
-
-class SinkhornKD(torch.autograd.Function):
-    """Losses [clouds] of `ops.sinkhorn_kd`; kept are the derivatives with respect to the costs, [clouds, n, n], and
-    row floats: backward goes through the logits once more."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, kept, temperature, epsilon, iterations, cost, gradient, vocab_size, backend):
-        loss, *found = ops.sinkhorn_kd(
-            student, teacher, kept, temperature, epsilon, iterations, cost, gradient, vocab_size, backend
-        )
-        ctx.save_for_backward(student, teacher, kept, temperature, *found)
-        ctx.call = (cost, vocab_size, backend)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        _refuse_second_derivatives(ctx.call[-1])
-        student, teacher, kept, temperature, of_pairs, dot, floats = ctx.saved_tensors
-        # A cloud without rows stays 0, whatever comes back for its loss.
-        factor = torch.where((kept != 0).any(1), grad_loss, 0).to(kept.dtype)[:, None]
-        of_pairs, dot = of_pairs * factor[..., None], dot * factor
-        gradient = ops.sinkhorn_kd_gradient(student, teacher, kept, temperature, of_pairs, dot, floats, *ctx.call)
-        return gradient, *(None,) * 9
-
-
-class ClassOT(torch.autograd.Function):
-    """Losses [rows] of `ops.class_ot`, with row_scale folded in; their gradient is found then, and scaled in backward.
-
-    `gradient` is the way in which it is found: "unrolled", "implicit" or "envelope".
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, class_cost, row_scale, exclude_labels, temperature, epsilon,
-                iterations, gradient, chunk_budget, backend):  # fmt: skip
-        loss, slopes = ops.classes_ot(
-            student, teacher, class_cost, row_scale, exclude_labels, temperature, epsilon, iterations, gradient,
-            chunk_budget,
-        )  # fmt: skip
-        ctx.save_for_backward(slopes, row_scale)
-        ctx.call = (student.dtype, backend)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        dtype, backend = ctx.call
-        _refuse_second_derivatives(backend)
-        slopes, row_scale = ctx.saved_tensors
-        # A skipped row stays 0, whatever (NaN, say) comes back for its loss.
-        gradient = _scaled(slopes, torch.where(row_scale == 0, 1, grad_loss), grad_loss, backend)
-        return gradient.to(dtype), *(None,) * 10
-
-
-class Uld(torch.autograd.Function):
-    """Per-row losses [rows] of Universal Logit Distillation (`ops.uld`; with `topk` ranks alone, `ops.uld_topk`), with
-    row_scale folded in.
-
-    `mode` is "forward" (the call that finds the loss writes the gradient; backward scales it) or "backward" (the
-    inputs are kept; backward compares them again).
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size,
-                topk, mode, chunk_budget, backend):  # fmt: skip
-        static = (student_vocab_size, teacher_vocab_size, topk, chunk_budget, backend)
-        loss, gradient, divergence, error_bound = uld_rows(
-            student, teacher, row_scale, temperature, *static, gradient=mode == "forward"
-        )
-        if mode == "forward":
-            ctx.save_for_backward(gradient, row_scale)
-        else:
-            ctx.save_for_backward(student, teacher, row_scale, temperature)
-        ctx.call = (static, mode)
-        ctx.mark_non_differentiable(divergence, error_bound)
-        return loss, divergence, error_bound
-
-    @staticmethod
-    def backward(ctx, grad_loss, *_):
-        static, mode = ctx.call
-        _refuse_second_derivatives(static[-1])
-        if mode == "forward":
-            gradient, row_scale = ctx.saved_tensors
-            # A skipped row stays 0, whatever (NaN, say) comes back for its loss.
-            gradient = _scaled(gradient, torch.where(row_scale == 0, 1, grad_loss), grad_loss, static[-1])
-        else:
-            student, teacher, row_scale, temperature = ctx.saved_tensors
-            factor = torch.where(row_scale == 0, 0, row_scale * grad_loss)
-            gradient = uld_rows(student, teacher, factor, temperature, *static, gradient=True)[1]
-        return gradient, *(None,) * 9
-
-
-def uld_rows(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, topk: int | None,
-             chunk_budget: int, backend: str, gradient: bool):  # fmt: skip
-    """Loss, gradient, divergence and error bound of the operator that `topk` asks for."""
-    sizes = (student_vocab_size, teacher_vocab_size)
-    if topk is not None:
-        return ops.uld_topk(student, teacher, row_scale, temperature, topk, *sizes, chunk_budget, gradient, backend)
-    loss, found, divergence = ops.uld(student, teacher, row_scale, temperature, *sizes, chunk_budget, gradient, backend)
-    return loss, found, divergence, torch.zeros_like(divergence)

@@ -1,344 +1,262 @@
 """torch.library operators of every family: schema, fake, and dispatch to a backend's function.
 
-They mutate nothing and return fresh tensors (`scale_` excepted), take no floats that change from call to call (a float
-argument recompiles at every new value), and know nothing of autograd: autograd.py stands outside.
+An operator takes a family's problem flat (families/problem.py), then its own arguments, then the backend's name. It
+mutates nothing and returns fresh tensors (`scale_` excepted), takes no float that changes from call to call (a float
+argument recompiles at every new value), and knows nothing of autograd.
 
 Shapes: student and teacher are [outer, inner, columns] views with unit stride in the last dimension; rows = outer *
-inner; every per-row tensor is contiguous [rows], or [1] where one number serves all rows, in the compute dtype.
+inner; every per-row tensor is contiguous [rows], or [1] for one number that serves all rows, in the compute dtype.
 A row whose row_scale is 0 is skipped before any load, and its results are 0.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import backends
-from .families import class_ot
-from .families import linear as chunks
-from .families import sinkhorn as transport
-from .families import uld as uld_family
-from .families.options import RowOptions, bad_values_raise, check_values, compute_dtype, values_are_checked
-from .families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
-from .families.topk import Sparse
+from . import backends, families
+from .families.options import check_values, compute_dtype, values_are_checked
+from .families.problem import Fields
+from .families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, Rows
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
-_LOGITS = "Tensor student, Tensor teacher, Tensor row_scale"
-_LABEL = "Tensor? labels, Tensor temperature, Tensor? hard_weight"
+
+class Operator(NamedTuple):
+    """An operator and the fields of its problem. A call passes the problem flat, as autograd.py does."""
+
+    flat: Callable  # (problem's values..., arguments..., backend)
+    fields: Fields
+
+    def __call__(self, problem, *arguments):
+        return self.flat(*self.fields.flatten(problem), *arguments)
 
 
-def _define(schema: str, implementation, fake):
-    """Registers an operator whose last argument names the backend."""
+def _define(name: str, problem: type, arguments: str, results: int, implementation, fake) -> Operator:
+    """Registers an operator. The implementation gets the backend's kernels and the problem, the fake the problem, and
+    both the arguments."""
+    fields = Fields(problem)
+    count = len(fields)
+    schema = ", ".join(filter(None, (fields.schema, arguments, "str backend")))
 
-    def of_backend(*args):
-        *args, backend = args
-        return implementation(backends.kernels(backend), *args)
-
-    return _define_for_all(schema, of_backend, fake)
-
-
-def _define_for_all(schema: str, implementation, fake):
-    """Registers an operator that is the same for every backend."""
-    name = schema.split("(")[0].strip()
-    _library.define(schema)
-
-    def run(*args):
+    def run(*values):
         with torch._C._DisableAutocast():
-            return implementation(*args)
+            return implementation(backends.kernels(values[-1]), fields.unflatten(values[:count]), *values[count:-1])
 
+    def run_fake(*values):
+        return fake(fields.unflatten(values[:count]), *values[count:-1])
+
+    returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+    return Operator(_register(f"{name}({schema}) -> {returned}", run, run_fake), fields)
+
+
+def _register(schema: str, run, fake):
+    name = schema.split("(")[0]
+    _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, run, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _new(like: Tensor, *shape, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device)
+def _new(like: Tensor, *shape, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def _gradient_like(student: Tensor) -> Tensor:
-    return _new(student, *student.shape, dtype=student.dtype)
+def _if(wanted: bool, like: Tensor, shape=None, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor of the shape (`like`'s own, if None) where it is wanted, else an empty one."""
+    shape = like.shape if shape is None else shape
+    return _new(like, *(shape if wanted else (0,)), dtype=dtype)
 
 
-def _rows(kernels, student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-          *flags):  # fmt: skip
+# ---- the row family
+
+
+def _statistics_fake(row_scale: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    count = row_scale.shape[0]
+    return (
+        _new(row_scale, len(ROW_STATISTICS) if wanted else 0, count),
+        _new(row_scale, len(ROW_TOP1) if wanted else 0, count, dtype=torch.int64),
+    )
+
+
+def _rows(kernels, problem: Rows, wanted: list[bool]):
     if values_are_checked():
-        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
-    return kernels.rows(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence,
-                        vocab_size, *flags)  # fmt: skip
+        check_values(problem.options, problem.vocab_size)
+    return kernels.rows(problem, wanted[0])
 
 
-def _statistics_fake(student, count, dtype, statistics):
+def _rows_fake(problem: Rows, wanted: list[bool]):
+    row_scale = problem.row_scale
+    count = row_scale.shape[0]
     return (
-        _new(student, len(ROW_STATISTICS) if statistics else 0, count, dtype=dtype),
-        _new(student, len(ROW_TOP1) if statistics else 0, count, dtype=torch.int64),
+        _new(row_scale, count),
+        _if(wanted[0], problem.student),
+        _new(row_scale, len(ROW_FLOATS), count),
+        _new(row_scale, len(ROW_SUMS), count),
+        *_statistics_fake(row_scale, problem.statistics),
     )
 
 
-def _rows_fake(student, teacher, row_scale, labels, temperature, hard_weight, parameters, divergence, vocab_size,
-               temperature_squared, gradient, statistics, backend):  # fmt: skip
-    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
-    return (
-        _new(student, count, dtype=dtype),
-        _gradient_like(student) if gradient else _new(student, 0, dtype=student.dtype),
-        _new(student, len(ROW_FLOATS), count, dtype=dtype),
-        _new(student, len(ROW_SUMS), count, dtype=dtype),
-        *_statistics_fake(student, count, dtype, statistics),
-    )
+def _row_floats_fake(problem: Rows):
+    dtype = compute_dtype(problem.student, problem.teacher)
+    return _new(problem.student, len(ROW_FLOATS), problem.row_scale.shape[0], dtype=dtype)
 
 
-def _row_floats_fake(student, teacher, row_scale, temperature, vocab_size, backend):
-    return _new(student, len(ROW_FLOATS), row_scale.shape[0], dtype=compute_dtype(student, teacher))
-
-
-def _row_sums_fake(student, teacher, row_scale, labels, temperature, parameters, floats, divergence, vocab_size,
-                   statistics, backend):  # fmt: skip
-    count, dtype = row_scale.shape[0], compute_dtype(student, teacher)
-    return _new(student, len(ROW_SUMS), count, dtype=dtype), *_statistics_fake(student, count, dtype, statistics)
+def _row_sums_fake(problem: Rows, floats: Tensor):
+    row_scale = problem.row_scale
+    return _new(row_scale, len(ROW_SUMS), row_scale.shape[0]), *_statistics_fake(row_scale, problem.statistics)
 
 
 # All sweeps in one call: loss [rows] (row_scale folded in), gradient (the student's shape, or empty), row floats,
 # row sums, statistics and top-1 (or empty).
-rows = _define(
-    f"rows({_LOGITS}, {_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
-    "bool gradient, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _rows,
-    _rows_fake,
-)
+rows = _define("rows", Rows, "bool[] wanted", 6, _rows, _rows_fake)
 
-# The sweeps one by one, for callers that need what lies between them. phi and psi are a divergence's value and slope of
-# one class (csrc/divergences.h); row floats are what a row's softmaxes need: maxima and log sums. row_floats gives the
-# floats, row_sums the sums, statistics and top-1 (or empty).
-row_floats = _define(
-    f"row_floats({_LOGITS}, Tensor temperature, SymInt vocab_size, str backend) -> Tensor",
-    lambda kernels, *args: kernels.row_floats(*args),
-    _row_floats_fake,
-)
+# The sweeps one by one, for callers that work between two of them. phi and psi are a divergence's value and slope of
+# one class (csrc/divergences.h). Row floats are the maxima and log-sums of a row's softmaxes. row_floats finds the
+# floats; row_sums the sums, statistics and top-1 (or empty).
+row_floats = _define("row_floats", Rows, "", 1, lambda kernels, *given: kernels.row_floats(*given), _row_floats_fake)
 row_sums = _define(
-    f"row_sums({_LOGITS}, Tensor? labels, Tensor temperature, Tensor parameters, Tensor floats, str divergence, "
-    "SymInt vocab_size, bool statistics, str backend) -> (Tensor, Tensor, Tensor)",
-    lambda kernels, *args: kernels.row_sums(*args),
-    _row_sums_fake,
+    "row_sums", Rows, "Tensor floats", 3, lambda kernels, *given: kernels.row_sums(*given), _row_sums_fake
 )
 row_gradient = _define(
-    f"row_gradient({_LOGITS}, {_LABEL}, Tensor parameters, Tensor floats, Tensor sums, str divergence, "
-    "SymInt vocab_size, bool temperature_squared, str backend) -> Tensor",
-    lambda kernels, *args: kernels.row_gradient(*args),
-    lambda student, *args: _gradient_like(student),
+    "row_gradient",
+    Rows,
+    "Tensor floats, Tensor sums",
+    1,
+    lambda kernels, *given: kernels.row_gradient(*given),
+    lambda problem, *_: _if(True, problem.student),
 )
 
-
-def _chunked_rows(kernels, student, student_weight, student_bias, teacher, teacher_weight, teacher_bias,
-                 teacher_indices, tail_log_prob, source_temperature, row_scale, labels, temperature, hard_weight,
-                 parameters, divergence, vocab_size, temperature_squared, student_scale, student_softcap, teacher_scale,
-                 teacher_softcap, tail, autocast_dtype, logits_dtype, chunk_rows, chunk_budget, compact_rows, wanted,
-                 statistics):  # fmt: skip
-    if tail is None:
-        of_teacher = chunks.Side(teacher, teacher_weight, teacher_bias, teacher_scale, teacher_softcap)
-    else:
-        of_teacher = Sparse(teacher, teacher_indices, tail_log_prob, source_temperature, tail)
-    return chunks.chunked_rows(
-        kernels,
-        chunks.Side(student, student_weight, student_bias, student_scale, student_softcap),
-        of_teacher,
-        RowOptions(row_scale, labels, temperature, hard_weight),
-        parameters, divergence, vocab_size, temperature_squared, autocast_dtype, logits_dtype, chunk_rows,
-        chunk_budget, compact_rows, chunks.Wanted(*wanted), statistics,
-    )  # fmt: skip
+# ---- heads and sparse teachers
 
 
-def _chunked_rows_fake(student, student_weight, student_bias, *others):
-    row_scale = others[6]
-    wanted, statistics, _ = others[-3:]
-    count, dtype = row_scale.shape[0], row_scale.dtype
+def _chunked_rows_fake(problem: families.linear.ChunkedRows, wanted: list[bool]):
+    row_scale, student = problem.row_scale, problem.student
     return (
-        _new(student, count, dtype=dtype),
-        *(_gradient_like(x) if wants else _new(student, 0, dtype=student.dtype)
-          for x, wants in zip((student, student_weight, student_bias), wanted, strict=True)),
-        *_statistics_fake(student, count, dtype, statistics),
-    )  # fmt: skip
+        _new(row_scale, row_scale.shape[0]),
+        *(_if(wants, student.data if x is None else x) for x, wants in zip(student[:3], wanted, strict=True)),
+        *_statistics_fake(row_scale, problem.statistics),
+    )
 
 
-# The same where not both sides are logits that are there: they are made in chunks of rows. student and teacher are
-# [outer, inner, columns]; or, with a weight, hidden states [outer, inner, H]; or, of a teacher with a tail
-# (distributions.TAILS), log-probabilities [rows, K] of its indices [rows, K]. Loss [rows], the gradients of student,
-# weight and bias (those that `wanted` names, else empty), statistics and top-1. Scales and caps are constants of a
-# model, and factors of products on the host: floats. chunk_rows = 0: as many as the budget, in bytes, holds.
-chunked_rows = _define(
-    "chunked_rows(Tensor student, Tensor? student_weight, Tensor? student_bias, "
-    "Tensor teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? teacher_indices, Tensor? tail_log_prob, Tensor? source_temperature, Tensor row_scale, "
-    f"{_LABEL}, Tensor parameters, str divergence, SymInt vocab_size, bool temperature_squared, "
-    "float student_scale, float? student_softcap, float teacher_scale, float? teacher_softcap, str? tail, "
-    "ScalarType? autocast_dtype, ScalarType? logits_dtype, SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, "
-    "bool[] wanted, bool statistics, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _chunked_rows,
-    _chunked_rows_fake,
-)
-
-
-def _topk_log_probs(kernels, data, weight, bias, row_scale, temperature, k, vocab_size, scale, softcap, *chunking):
-    side = chunks.Side(data, weight, bias, scale, softcap)
-    return chunks.topk_log_probs(kernels, side, row_scale, temperature, k, vocab_size, *chunking)
-
-
-def _topk_log_probs_fake(data, weight, bias, row_scale, temperature, k, *others):
+def _topk_log_probs_fake(problem: families.linear.TopK):
+    row_scale = problem.options.row_scale
     count = row_scale.shape[0]
     return (
-        _new(data, count, k, dtype=torch.int32),
-        _new(data, count, k, dtype=row_scale.dtype),
-        _new(data, count, dtype=row_scale.dtype),
+        _new(row_scale, count, problem.k, dtype=torch.int32),
+        _new(row_scale, count, problem.k),
+        _new(row_scale, count),
     )
 
 
-# The k most probable classes of logits [outer, inner, columns] or, with a weight, of hidden states: indices int32 and
-# log-probabilities [rows, k], descending, and the log-sum-exp of the others' [rows]. A row whose row_scale is 0 is not
-# read: indices -1, log-probabilities -inf, the others' 0.
+# `rows` for sides whose logits are not stored, computed in chunks of rows: loss [rows], the gradients of the student's
+# data, weight and bias (or empty), statistics and top-1.
+chunked_rows = _define(
+    "chunked_rows", families.linear.ChunkedRows, "bool[] wanted", 6, families.linear.chunked_rows, _chunked_rows_fake
+)
+# The k most probable classes of each row: indices int32 and log-probabilities [rows, k], descending, and the
+# log-sum-exp of the others' [rows]. A skipped row has indices -1, log-probabilities -inf, and 0 for the others.
 topk_log_probs = _define(
-    "topk_log_probs(Tensor data, Tensor? weight, Tensor? bias, Tensor row_scale, Tensor temperature, SymInt k, "
-    "SymInt vocab_size, float scale, float? softcap, ScalarType? autocast_dtype, ScalarType? logits_dtype, "
-    "SymInt chunk_rows, SymInt chunk_budget, bool compact_rows, str backend) -> (Tensor, Tensor, Tensor)",
-    _topk_log_probs,
-    _topk_log_probs_fake,
+    "topk_log_probs", families.linear.TopK, "", 3, families.linear.topk_log_probs, _topk_log_probs_fake
 )
 
+# ---- optimal transport
 
-def _sinkhorn_fake(cost, a, b, epsilon, tolerance, iterations, entropic, gradient, backend):
-    problems = cost.shape[0]
-    derivatives = [torch.empty_like(x) if gradient else _new(x, 0, dtype=x.dtype) for x in (cost, a, b)]
+
+def _sinkhorn_fake(problem: families.sinkhorn.Sinkhorn, wanted: list[bool]):
+    cost, a, b = problem[:3]
+    values = [_new(cost, cost.shape[0]) for _ in range(2)]
     return (
-        _new(cost, problems, dtype=cost.dtype),
+        values[0],
+        *(_if(any(wanted), x) for x in (cost, a, b)),
         torch.empty_like(a),
         torch.empty_like(b),
-        _new(cost, problems, dtype=cost.dtype),
-        _new(cost, problems, dtype=torch.int32),
-        *derivatives,
+        values[1],
+        _new(cost, cost.shape[0], dtype=torch.int32),
     )
 
 
-# Sinkhorn's iterations of problems [problems, n, m] with masses a [problems, n] and b [problems, m], all contiguous in
-# one compute dtype: values, potentials f and g, errors, rounds done, and the derivatives of the values with respect to
-# cost, a and b as `gradient` defines them (of shape [0] where none is named). csrc/transport_call.h has the formulas.
+# Sinkhorn's iterations: value [problems], its gradients with respect to cost, a and b (all three where one is wanted,
+# else empty), potentials f and g, errors, rounds done. csrc/calls/sinkhorn.h has the formulas.
 sinkhorn = _define(
-    "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tolerance, SymInt iterations, bool entropic, "
-    "str? gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda kernels, *args: transport.checked_sinkhorn(kernels, *args),
-    _sinkhorn_fake,
+    "sinkhorn", families.sinkhorn.Sinkhorn, "bool[] wanted", 8, families.sinkhorn.checked_sinkhorn, _sinkhorn_fake
 )
 
 
-def _sinkhorn_kd_fake(student, teacher, kept, temperature, epsilon, iterations, cost, gradient, vocab_size, backend):
-    clouds, n = kept.shape
-    wanted = gradient is not None
+def _sinkhorn_kd_fake(problem: families.sinkhorn.SinkhornKD, wanted: list[bool]):
+    row_mass = problem.clouds.row_mass
+    clouds, n = row_mass.shape
     return (
-        _new(kept, clouds, dtype=kept.dtype),
-        _new(kept, *((clouds, n, n) if wanted else (0,)), dtype=kept.dtype),
-        _new(kept, *((clouds, n) if wanted else (0,)), dtype=kept.dtype),
-        _new(kept, 4, clouds, n, dtype=kept.dtype),
+        _new(row_mass, clouds),
+        _if(wanted[0], row_mass, (clouds, n, n)),
+        _if(wanted[0], row_mass),
+        _new(row_mass, 4, clouds, n),
     )
 
 
-# SinKD between the rows of clouds of logits [clouds, n, columns]; kept [clouds, n] is 1, or 0 for a row that is dropped
-# and never read. Losses [clouds], and what its gradient is made of: derivatives with respect to the costs
-# [clouds, n, n], their products with the costs' moments [clouds, n] (both [0] where no gradient is named), row floats.
+# SinKD: losses [clouds], and the three tensors that its gradient is made of (families/sinkhorn.py).
 sinkhorn_kd = _define(
-    "sinkhorn_kd(Tensor student, Tensor teacher, Tensor kept, Tensor temperature, Tensor epsilon, SymInt iterations, "
-    "str cost, str? gradient, SymInt vocab_size, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    lambda kernels, *args: transport.sinkhorn_kd(kernels, *args),
-    _sinkhorn_kd_fake,
+    "sinkhorn_kd", families.sinkhorn.SinkhornKD, "bool[] wanted", 4, families.sinkhorn.sinkhorn_kd, _sinkhorn_kd_fake
 )
-# The gradient of the student's logits, of these.
 sinkhorn_kd_gradient = _define(
-    "sinkhorn_kd_gradient(Tensor student, Tensor teacher, Tensor kept, Tensor temperature, Tensor of_pairs, "
-    "Tensor dot, Tensor floats, str cost, SymInt vocab_size, str backend) -> Tensor",
-    lambda kernels, *args: transport.sinkhorn_kd_gradient(kernels, *args),
-    lambda student, *args: _gradient_like(student),
+    "sinkhorn_kd_gradient",
+    families.sinkhorn.SinkhornKD,
+    "Tensor grad_costs, Tensor dot, Tensor floats",
+    1,
+    families.sinkhorn.sinkhorn_kd_gradient,
+    lambda problem, *_: _if(True, problem.clouds.student),
 )
 
 
-def _class_ot_fake(student, teacher, class_cost, row_scale, exclude_labels, temperature, epsilon, iterations, gradient,
-                   chunk_budget):  # fmt: skip
-    dtype = class_ot.gradient_dtype(student.dtype)
-    return (
-        _new(student, row_scale.shape[0], dtype=row_scale.dtype),
-        _new(student, *(student.shape if gradient else (0,)), dtype=dtype),
-    )
+def _class_ot_fake(problem: families.class_ot.ClassOT, wanted: list[bool]):
+    row_scale, student = problem.row_scale, problem.student
+    dtype = families.class_ot.gradient_dtype(student.dtype)
+    return _new(row_scale, row_scale.shape[0]), _if(wanted[0], student, dtype=dtype)
 
 
-# Optimal transport between the classes of student and teacher [outer, inner, V] under class_cost [V, V]: loss [rows],
-# and its gradient by the named way (of the student's shape; fp32 of an fp16 student), or empty where none is named.
-# The products are torch's, and no backend's. exclude_labels: a class of each row that is left out, or class_ot.NOTHING;
-# epsilon [1] is fp64.
-classes_ot = _define_for_all(
-    "class_ot(Tensor student, Tensor teacher, Tensor class_cost, Tensor row_scale, Tensor? exclude_labels, "
-    "Tensor temperature, Tensor epsilon, SymInt iterations, str? gradient, SymInt chunk_budget) -> (Tensor, Tensor)",
-    class_ot.class_ot,
+# Optimal transport between classes: loss [rows] and its gradient (fp32 for an fp16 student), or empty. The products are
+# torch's: every backend computes the same.
+class_ot = _define(
+    "class_ot",
+    families.class_ot.ClassOT,
+    "bool[] wanted",
+    2,
+    lambda _, problem, wanted: families.class_ot.class_ot(problem, wanted),
     _class_ot_fake,
 )
 
 
-def _uld(kernels, student, teacher, row_scale, temperature, *others):
-    _check_temperature(row_scale, temperature)
-    return kernels.uld(student, teacher, row_scale, temperature, *others)
+def _uld_fake(problem: families.uld.Uld, wanted: list[bool]):
+    row_scale = problem.row_scale
+    loss, divergence, error_bound = (_new(row_scale, row_scale.shape[0]) for _ in range(3))
+    return loss, _if(wanted[0], problem.student), divergence, error_bound
 
 
-def _uld_topk(kernels, student, teacher, row_scale, temperature, *others):
-    _check_temperature(row_scale, temperature)
-    return uld_family.uld_topk(kernels, student, teacher, row_scale, temperature, *others)
+# Universal Logit Distillation of two vocabularies: loss [rows], gradient (the student's shape, or empty), divergence
+# [rows], and by how much the divergence may be off (0 unless k ranks alone are compared).
+uld = _define("uld", families.uld.Uld, "bool[] wanted", 4, families.uld.uld, _uld_fake)
 
-
-def _check_temperature(row_scale: Tensor, temperature: Tensor):
-    if bad_values_raise(row_scale.device):
-        check_values(row_scale, None, temperature, None, 0)
-
-
-def _uld_fake(student, teacher, row_scale, temperature, student_vocab_size, teacher_vocab_size, chunk_budget, gradient,
-              backend):  # fmt: skip
-    count = row_scale.shape[0]
-    return (
-        _new(student, count, dtype=row_scale.dtype),
-        _gradient_like(student) if gradient else _new(student, 0, dtype=student.dtype),
-        _new(student, count, dtype=row_scale.dtype),
-    )
-
-
-def _uld_topk_fake(student, teacher, row_scale, temperature, k, *others):
-    found = _uld_fake(student, teacher, row_scale, temperature, *others)
-    return *found, _new(student, row_scale.shape[0], dtype=row_scale.dtype)
-
-
-# Universal Logit Distillation (csrc/uld_call.h) of two vocabularies: loss [rows] (row_scale folded in), gradient (the
-# student's shape, or empty), divergence [rows]. uld_topk compares the k largest probabilities of each side alone, in
-# chunks of rows whose buffers take so many bytes, and says by how much the divergence may be off.
-uld = _define(
-    f"uld({_LOGITS}, Tensor temperature, SymInt student_vocab_size, SymInt teacher_vocab_size, SymInt chunk_budget, "
-    "bool gradient, str backend) -> (Tensor, Tensor, Tensor)",
-    _uld,
-    _uld_fake,
-)
-uld_topk = _define(
-    f"uld_topk({_LOGITS}, Tensor temperature, SymInt k, SymInt student_vocab_size, SymInt teacher_vocab_size, "
-    "SymInt chunk_budget, bool gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    _uld_topk,
-    _uld_topk_fake,
-)
+# ---- gradients that were found before backward
 
 # gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.
-scale_ = _define(
+scale_ = _register(
     "scale_(Tensor(a!) gradient, Tensor factor, str backend) -> ()",
-    lambda kernels, gradient, factor: kernels.scale_(gradient, factor),
+    lambda gradient, factor, backend: backends.kernels(backend).scale_(gradient, factor),
     lambda gradient, factor, backend: None,
 )
 
 
-def _scaled(kernels, gradient: Tensor, factor: Tensor) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     gradient = gradient.clone()
-    kernels.scale_(gradient, factor)
+    backends.kernels(backend).scale_(gradient, factor)
     return gradient
 
 
 # The same into a fresh tensor.
-scale = _define(
+scale = _register(
     "scale(Tensor gradient, Tensor factor, str backend) -> Tensor",
     _scaled,
     lambda gradient, factor, backend: torch.empty_like(gradient),

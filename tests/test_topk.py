@@ -961,7 +961,7 @@ def test_bad_distributions(make, error, message):
     ("teacher", "options", "error", "message"),
     [
         ((INDICES + 7, LOG_PROBS), {}, ValueError, "below 9.*got 9 in row 0"),
-        ((INDICES * 0, LOG_PROBS), {}, ValueError, "0 stands twice in row 0.*truncate"),
+        ((INDICES * 0, LOG_PROBS), {}, ValueError, "0 twice in row 0.*truncate"),
         ((INDICES, LOG_PROBS.abs()), {}, ValueError, "mass of at most 1; got .* in row 0"),
         ((INDICES, LOG_PROBS + 0.5), {}, ValueError, "mass of at most 1; got 1.15.* in row 0"),
         ((INDICES.repeat(1, 5), LOG_PROBS.repeat(1, 5)), {}, ValueError, "at most 9 entries.*got 10"),

@@ -1,19 +1,19 @@
 """Optimal transport between the classes of two distributions of each row, under one cost of classes.
 
-With a the student's and b the teacher's distribution of a row, M the cost, and u = 1 / V to begin with::
+Let a be the student's and b the teacher's distribution of a row, and M the cost. From u = 1 / V::
 
     K = exp(-M / epsilon)                                 [V, V], the same for all rows
     v = b / (K^T u),  u = a / (K v)                       `iterations` times, columns first
     P = diag(u) K diag(v),  loss = <P, M> = sum_c u_c ((K * M) v)_c
 
-Every half step is one matrix product of [rows, V] and [V, V], which is torch's: nothing here is a backend's. Rows go in
-chunks whose vectors fit the budget; K and K * M, which are there once, are beside it.
+Every half step is one matrix product of [rows, V] and [V, V]. The products are torch's, so this serves every backend.
+Rows go in chunks whose vectors fit the budget; K and K * M exist once, outside the budget.
 
-Numbers. P does not change where K has a factor, u a factor and v its inverse, and the next half step removes any factor
-of the last one. So K is exp((m - M) / epsilon) with m in the middle of the costs, and u and v are divided by their
-largest element: with R = (max M - min M) / epsilon every K v and K^T u then lies between exp(-R / 2) and
-V exp(R / 2), whatever the logits. What is kept is 1 / (K v) and 1 / (K^T u): u = a / (K v) is 0 where a class has no
-mass, and no quotient of two zeros is formed. M is shifted to min M = 0 in K * M, which moves the loss by min M.
+Numbers. P does not change if K and u get a factor and v its inverse, and the next half step removes any factor of the
+last one. So K is exp((m - M) / epsilon) with m in the middle of the costs, and u and v are divided by their largest
+element. With R = (max M - min M) / epsilon, every K v and K^T u then lies between exp(-R / 2) and V exp(R / 2),
+whatever the logits are. The code keeps 1 / (K v) and 1 / (K^T u): u = a / (K v) is 0 for a class without mass, and no
+quotient of two zeros is formed. K * M uses M - min M, which moves the loss by min M.
 """
 
 import contextlib
@@ -23,25 +23,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import bad_rows, check_values, rows_of, values_are_checked
+from .options import RowOptions, bad_rows, bad_values_raise, check_values, per_row, rows_of, slices
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
-NOTHING = torch.iinfo(torch.int64).min  # in exclude_labels: all classes of the row are there
+NO_LABEL = torch.iinfo(torch.int64).min  # in exclude_labels: no class of the row is left out
 # The largest range (max M - min M) / epsilon of costs: v of two classes of equal mass may be exp(R) apart.
 RANGE = {torch.float32: 80.0, torch.float64: 600.0}
-# Of conjugate gradients: at most so many, until the residual is so small beside the first one. A larger one than the
-# last is told: it is some percent of a percent of the gradient.
+# Conjugate gradients: maximum steps, relative residual at which they stop, and the relative residual above which a
+# warning is raised (about 1e-4 of the gradient).
 CONJUGATE_STEPS = 200
 RESIDUAL = {torch.float32: 1e-6, torch.float64: 1e-12}
-TOLD_RESIDUAL = 1e-5
+WARN_RESIDUAL = 1e-5
+
+
+class ClassOT(NamedTuple):
+    """Student and teacher logits of one vocabulary, and the costs of its classes."""
+
+    student: Tensor  # [outer, inner, V], the last stride is 1
+    teacher: Tensor  # [outer, inner, V]
+    class_cost: Tensor  # [V, V]
+    row_scale: Tensor  # [rows]; 0 skips the row
+    exclude_labels: Tensor | None  # [rows] int64, a class that is left out, or NO_LABEL
+    temperature: Tensor  # [rows] or [1]
+    epsilon: Tensor  # [1] fp64
+    iterations: int
+    gradient: str  # one of GRADIENTS
+    chunk_budget: int  # bytes
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return (self.student,)
+
+    def options(self) -> RowOptions:
+        return RowOptions(self.row_scale, None, self.temperature, None, False)
 
 
 class Kernel(NamedTuple):
-    """exp((m - M) / epsilon), that times M - min M, min M and epsilon, in the dtype of the arithmetic."""
+    """The kernel matrix of the costs, in the dtype of the arithmetic."""
 
-    plain: Tensor
-    of_cost: Tensor
-    least: Tensor
+    plain: Tensor  # exp((m - M) / epsilon)
+    times_cost: Tensor  # that times M - min M
+    min_cost: Tensor
     epsilon: Tensor
 
     @staticmethod
@@ -49,7 +70,8 @@ class Kernel(NamedTuple):
         cost, epsilon = class_cost.to(dtype), epsilon.to(dtype)
         least, most = cost.aminmax()
         plain = (torch.lerp(least, most, 0.5) - cost).div_(epsilon).exp_()
-        # All rows are NaN where none can be had, which was not looked for. What was has been rounded otherwise.
+        # A GPU did not check the costs' range: where it is too wide, every row becomes NaN. 1.001: a CPU's check rounds
+        # otherwise.
         fits = (most - least) / epsilon <= 1.001 * RANGE[dtype]
         return Kernel(plain, (cost - least).mul_(plain), torch.where(fits, least, torch.nan), epsilon)
 
@@ -63,81 +85,71 @@ class Kernel(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """P = diag(u) K diag(v) of each row [rows, V], and, by iteration, 1 / (K^T u) and 1 / (K v)."""
+    """P = diag(u) K diag(v) of each row, by its vectors [rows, V]."""
 
     a: Tensor
     b: Tensor
     u: Tensor
     v: Tensor
-    over_columns: list[Tensor]
-    over_rows: list[Tensor]
+    over_columns: list[Tensor]  # 1 / (K^T u) of each iteration, or of the last
+    over_rows: list[Tensor]  # 1 / (K v)
 
 
 @torch.no_grad()
-def class_ot(
-    student: Tensor,
-    teacher: Tensor,
-    class_cost: Tensor,
-    row_scale: Tensor,
-    exclude_labels: Tensor | None,
-    temperature: Tensor,
-    epsilon: Tensor,
-    iterations: int,
-    gradient: str | None,
-    budget: int,
-):
+def class_ot(problem: ClassOT, wanted: list[bool]):
     """Losses [rows] with row_scale folded in, and their gradient of the student's shape, or empty: `ops.class_ot`."""
-    rows, classes = row_scale.shape[0], student.shape[-1]
+    student, row_scale = problem.student, problem.row_scale
+    rows, classes, wanted = row_scale.shape[0], student.shape[-1], any(wanted)
     reads_values, working = _reads_values(row_scale.device), row_scale.dtype
-    if reads_values or values_are_checked():
-        check_row_values(row_scale, exclude_labels, temperature, classes)
-        working = working_dtype(class_cost, epsilon, working)
-    poison = _poison(row_scale, exclude_labels, temperature, classes)
-    kernel = Kernel.of(class_cost, epsilon, working)
+    if bad_values_raise(row_scale.device):
+        check_row_values(problem)
+        working = working_dtype(problem.class_cost, problem.epsilon, working)
+    poison = _poison(problem)
+    kernel = Kernel.of(problem.class_cost, problem.epsilon, working)
 
-    # On a GPU the rows that are not skipped would have to be counted: there all are gone through.
-    kept = row_scale.nonzero()[:, 0] if reads_values else None
-    if kept is not None and kept.shape[0] == rows:
-        kept = None
-    new = torch.empty if kept is None else torch.zeros
+    # A GPU would have to wait for the count of the kept rows, so there all rows are computed.
+    kept_rows = row_scale.nonzero()[:, 0] if reads_values else None
+    if kept_rows is not None and kept_rows.shape[0] == rows:
+        kept_rows = None
+    new = torch.empty if kept_rows is None else torch.zeros
     device, slope_dtype = row_scale.device, gradient_dtype(student.dtype)
     loss = new(rows, dtype=row_scale.dtype, device=device)
-    slopes = new(rows if gradient else 0, classes, dtype=slope_dtype, device=device)
+    slopes = new(rows if wanted else 0, classes, dtype=slope_dtype, device=device)
 
-    vectors = {"unrolled": 2 * iterations + 10, "implicit": 20}.get(gradient, 10)
-    size = max(budget // (vectors * classes * working.itemsize), 1)
-    count = rows if kept is None else kept.shape[0]
+    gradient = problem.gradient if wanted else None
+    vectors = {"unrolled": 2 * problem.iterations + 10, "implicit": 20}.get(gradient, 10)
+    count = rows if kept_rows is None else kept_rows.shape[0]
     with _whole_products(device.type, working):
-        for first in range(0, count, size):
-            chunk = slice(first, min(first + size, count))
-            chunk = chunk if kept is None else kept[chunk]
-            scale = row_scale[chunk]
-            tempered = temperature if temperature.shape[0] == 1 else temperature[chunk]
-            excluded = None if exclude_labels is None else exclude_labels[chunk]
-            a, b = (distribution(rows_of(x, chunk), scale, excluded, tempered, working) for x in (student, teacher))
-            found, slope = _row_losses(kernel, a, b, excluded, iterations, gradient)
+        for chunk in slices(count, vectors * classes * working.itemsize, problem.chunk_budget):
+            chunk = chunk if kept_rows is None else kept_rows[chunk]
+            scale, excluded = row_scale[chunk], problem.exclude_labels
+            excluded = None if excluded is None else excluded[chunk]
+            temperature = per_row(problem.temperature, row_scale, chunk)
+            a, b = (
+                distribution(rows_of(x, chunk), scale, excluded, temperature, working)
+                for x in (student, problem.teacher)
+            )
+            found, slope = _row_losses(kernel, a, b, excluded, problem.iterations, gradient)
             # 0 of a skipped row, and not 0 * NaN where the costs have no answer.
             loss[chunk] = torch.where(scale == 0, 0, found * (scale * poison[chunk])).to(loss.dtype)
-            if gradient:
-                factor = scale * poison[chunk] / tempered
+            if wanted:
+                factor = scale * poison[chunk] / temperature
                 slopes[chunk] = torch.where((scale == 0)[:, None], 0, slope.mul_(factor[:, None])).to(slope_dtype)
-    return loss, slopes.view(student.shape) if gradient else slopes.view(0)
+    return loss, slopes.view(student.shape) if wanted else slopes.view(0)
 
 
 def _reads_values(device: torch.device) -> bool:
-    """Whether values may be looked at: on a GPU that would be a synchronisation."""
+    """Whether values may be read: on a GPU that would be a synchronisation."""
     return device.type == "cpu"
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which the gradient with respect to a student of `dtype` is kept: a small one would be 0 in fp16 before the
-    scale of the loss, which backward brings, lifts it."""
+    """The dtype of the kept gradient. Until backward multiplies it by the loss scale, fp16 would round it to 0."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def working_dtype(class_cost: Tensor, epsilon: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a kernel matrix of these costs can be had: `dtype`, or fp64. Raises where none can. Reads
-    values."""
+    """The dtype that holds the kernel matrix of these costs: `dtype` or fp64. Raises if none does. Reads values."""
     least, most = (x.item() for x in class_cost.aminmax())
     if not (-torch.inf < least and most < torch.inf):  # NaN is in both
         raise ValueError(f"class_cost: expected finite costs; got from {least} to {most}")
@@ -145,17 +157,18 @@ def working_dtype(class_cost: Tensor, epsilon: Tensor, dtype: torch.dtype) -> to
     if spread / epsilon.item() > largest:
         raise ValueError(
             f"epsilon: expected at least {spread / largest:.3g}, the costs' range of {spread:.3g} over {largest:.0f}, "
-            f"so that exp(-cost / epsilon) can be had in fp64; got {epsilon.item():.3g}"
+            f"so that fp64 holds exp(-cost / epsilon); got {epsilon.item():.3g}"
         )
     return dtype if spread / epsilon.item() <= RANGE[dtype] else torch.float64
 
 
-def check_row_values(row_scale: Tensor, exclude_labels: Tensor | None, temperature: Tensor, classes: int) -> None:
+def check_row_values(problem: ClassOT) -> None:
     """Raises ValueError for the first kept row with a value that no loss has. Reads values."""
-    check_values(row_scale, None, temperature, None, classes)
+    exclude_labels, classes = problem.exclude_labels, problem.student.shape[-1]
+    check_values(problem.options(), classes)
     if exclude_labels is None:
         return
-    bad = _bad_labels(row_scale, exclude_labels, classes)
+    bad = _bad_labels(problem.row_scale, exclude_labels, classes)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
@@ -166,21 +179,22 @@ def check_row_values(row_scale: Tensor, exclude_labels: Tensor | None, temperatu
 
 def _bad_labels(row_scale: Tensor, exclude_labels: Tensor, classes: int) -> Tensor:
     in_range = (exclude_labels >= 0) & (exclude_labels < classes)
-    return (row_scale != 0) & ~in_range & (exclude_labels != NOTHING)
+    return (row_scale != 0) & ~in_range & (exclude_labels != NO_LABEL)
 
 
-def _poison(row_scale: Tensor, exclude_labels: Tensor | None, temperature: Tensor, classes: int) -> Tensor:
-    """[rows]: NaN in rows with a value that no loss has, which were not looked for, else 1."""
-    bad = bad_rows(row_scale, None, temperature, None, classes)["temperature"]
-    if exclude_labels is not None:
-        bad = bad | _bad_labels(row_scale, exclude_labels, classes)
+def _poison(problem: ClassOT) -> Tensor:
+    """[rows]: NaN in rows with a value that no loss has, where no check has raised, else 1."""
+    row_scale, classes = problem.row_scale, problem.student.shape[-1]
+    bad = bad_rows(problem.options(), classes)["temperature"]
+    if problem.exclude_labels is not None:
+        bad = bad | _bad_labels(row_scale, problem.exclude_labels, classes)
     return torch.where(bad, torch.nan, torch.ones_like(row_scale))
 
 
 def distribution(
     logits: Tensor, row_scale: Tensor, excluded: Tensor | None, temperature: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """softmax(logits / T) over the classes that are not excluded. A skipped row may hold anything: 0 stands there."""
+    """softmax(logits / T) over the classes that are not excluded. A skipped row may hold anything; zeros replace it."""
     tempered = torch.where((row_scale != 0)[:, None], logits.to(dtype), 0) / temperature[:, None].to(dtype)
     if excluded is not None:
         tempered = tempered.masked_fill(of_class(excluded, tempered.shape[-1]), -torch.inf)
@@ -188,13 +202,13 @@ def distribution(
 
 
 def of_class(labels: Tensor, classes: int) -> Tensor:
-    """[rows, V]: where the class is the row's label."""
+    """[rows, V] bool: whether the class is the row's label."""
     return labels[:, None] == torch.arange(classes, device=labels.device)
 
 
 @contextlib.contextmanager
 def _whole_products(device: str, dtype: torch.dtype):
-    """Products of fp32 in fp32: the scalings of a plan do not converge in TF32 or bf16, which a program may allow."""
+    """Computes products of fp32 in fp32: a plan's scalings do not converge in TF32 or bf16."""
     settings = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
     before = settings.fp32_precision
     if dtype != torch.float32 or before in ("none", "ieee"):
@@ -210,8 +224,8 @@ def _whole_products(device: str, dtype: torch.dtype):
 def _row_losses(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, iterations: int, gradient: str | None):
     """<P, M> [rows], and a (x - sum a x) with x its gradient with respect to a [rows, V], or None."""
     plan = _plan(kernel, a, b, excluded, iterations, keep=gradient == "unrolled")
-    costs = plan.v @ kernel.of_cost.t()  # (K * M) v
-    loss = (plan.u * costs).sum(-1) + kernel.least
+    costs = plan.v @ kernel.times_cost.t()  # (K * M) v
+    loss = (plan.u * costs).sum(-1) + kernel.min_cost
     if gradient is None:
         return loss, None
     if gradient == "unrolled":
@@ -223,7 +237,7 @@ def _row_losses(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, i
     # x of the most probable class becomes 0, so that nothing cancels in rows that are sure of it.
     x = torch.where(a == 0, 0, x - x.gather(-1, a.argmax(-1, keepdim=True)))
     slope = a * (x - (a * x).sum(-1, keepdim=True))
-    return loss, slope + (kernel.least - kernel.least)  # NaN where the loss is
+    return loss, slope + (kernel.min_cost - kernel.min_cost)  # NaN where the loss is
 
 
 def _plan(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, iterations: int, keep: bool) -> Plan:
@@ -249,27 +263,27 @@ def _scaled(mass: Tensor, over: Tensor) -> Tensor:
 
 
 def _unrolled(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
-    """The gradient with respect to a of the loss of this many iterations, which are gone through backwards.
+    """The exact gradient of this many iterations' loss with respect to a: the iterations in reverse.
 
-    With the adjoints of log u and log v, which any factors of u and v leave as they are::
+    grad_u and grad_v are the adjoints of log u and log v, which factors of u and v do not change::
 
-        loss = u (K * M) v         of_u = u * ((K * M) v),   of_v = v * ((K * M)^T u)
-        u = a / (K v)              of_a += of_u / a,         of_v -= v * (K^T (of_u / (K v)))
-        v = b / (K^T u)            of_u = -u * (K (of_v / (K^T u)))        with the u of the iteration before
+        loss = u (K * M) v         grad_u = u * ((K * M) v),   grad_v = v * ((K * M)^T u)
+        u = a / (K v)              grad_a += grad_u / a,       grad_v -= v * (K^T (grad_u / (K v)))
+        v = b / (K^T u)            grad_u = -u * (K (grad_v / (K^T u)))      with the u of the iteration before
 
-    of_u / a is found first, without a quotient: u / a = 1 / (K v).
+    The code finds grad_u / a first, without a quotient: u / a = 1 / (K v).
     """
     a, b, v = plan.a, plan.b, plan.v
-    of_v = v * (plan.u @ kernel.of_cost)
-    of_u_over_a = plan.over_rows[-1] * costs
-    of_a = of_u_over_a.clone()
+    grad_v = v * (plan.u @ kernel.times_cost)
+    grad_u_over_a = plan.over_rows[-1] * costs
+    grad_a = grad_u_over_a.clone()
     for t in range(len(plan.over_rows) - 1, 0, -1):
-        of_v = of_v - v * kernel.columns((a * of_u_over_a).mul_(plan.over_rows[t]))
+        grad_v = grad_v - v * kernel.columns((a * grad_u_over_a).mul_(plan.over_rows[t]))
         largest = (a * plan.over_rows[t - 1]).amax(-1, keepdim=True)  # by which u was divided
-        of_u_over_a = kernel.rows(of_v.mul_(plan.over_columns[t])).mul_(plan.over_rows[t - 1] / -largest)
-        of_a += of_u_over_a
-        of_v, v = 0, _scaled(b, plan.over_columns[t - 1])
-    return of_a
+        grad_u_over_a = kernel.rows(grad_v.mul_(plan.over_columns[t])).mul_(plan.over_rows[t - 1] / -largest)
+        grad_a += grad_u_over_a
+        grad_v, v = 0, _scaled(b, plan.over_columns[t - 1])
+    return grad_a
 
 
 def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
@@ -302,7 +316,7 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
     def spread(x):  # D P^T x
         return v_over_root * kernel.columns(u * x)
 
-    of_columns, rounding = v_over_root * (u @ kernel.of_cost), 8 * torch.finfo(u.dtype).eps
+    of_columns, rounding = v_over_root * (u @ kernel.times_cost), 8 * torch.finfo(u.dtype).eps
     residual = projected(of_columns - spread(mean_costs))
     z, direction = torch.zeros_like(residual), residual
     first = square = dot(residual, residual)
@@ -321,8 +335,8 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
         after = torch.where(moves, dot(residual, residual), square)
         direction = residual + torch.where(moves, after / torch.where(moves, square, 1), 0) * direction
         square = after
-    untold = torch.maximum(first * TOLD_RESIDUAL**2, noise)
-    if reads_values and (square > untold).any():
+    warn_above = torch.maximum(first * WARN_RESIDUAL**2, noise)
+    if reads_values and (square > warn_above).any():
         left = (square / first).nan_to_num(0).max().sqrt().item()
         warnings.warn(
             f"gradient='implicit': {CONJUGATE_STEPS} steps of conjugate gradients left a residual of {left:.1e} of the "

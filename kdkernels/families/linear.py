@@ -1,7 +1,8 @@
-"""Rows in chunks: what is not there as logits is made some rows at a time, and swept.
+"""Chunked rows: makes logits that are not stored a few rows at a time, and runs the row kernels on them.
 
-Heads: logits that are made by a matrix product, swept in place, and turned into gradients. Sparse teachers: the entries
-of a chunk; or, where every class needs its own probability ("uniform"), logits that are made of them.
+Heads: a matrix product makes the logits, the sweeps overwrite them with their gradients, and products turn those into
+the gradients of the hidden states and the weight. Sparse teachers: the sweeps take the entries of a chunk; with the
+tail "uniform", where every class has a probability of its own, logits are made of them.
 
 For each chunk of rows::
 
@@ -11,10 +12,10 @@ For each chunk of rows::
     dweight += scale * dlogits^T hidden                      summed in fp32
     dbias   += scale * the sum of dlogits over the rows      summed in fp32
 
-The products are torch's, the sweeps a backend's: this loop is the same for all of them. A product whose factors have 16
-bits is summed over chunks in fp32: where the library writes products in fp32 (CUDA), it adds them too; elsewhere it
-rounds each chunk's to 16 bits, a slab at a time, which is added while it lies in a cache. (oneDNN writes fp32 from fp32
-factors alone; rounding those to bf16 itself, it takes 2.3 times as long.)
+The products are torch's and the sweeps are a backend's, so one loop serves every backend. The product of factors of 16
+bits is summed over chunks in fp32. Where the library writes products in fp32 (CUDA), it adds them too. Elsewhere it
+rounds the product of each chunk to 16 bits, a slab at a time, and the slab is added while it lies in a cache. (oneDNN
+writes fp32 from fp32 factors alone. When it rounds those to bf16 itself, it takes 2.3 times as long.)
 """
 
 import warnings
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor
 
 from . import topk
-from .options import RowOptions, at_one_stride, check_values, rows_of, values_are_checked
-from .rows import ROW_STATISTICS, ROW_TOP1
+from .options import RowOptions, at_one_stride, bad_values_raise, check_values, rows_of
+from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
 _budget = 256 << 20  # bytes of a chunk's buffers
 _SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache
-_ALIGNMENT = 8  # columns of a buffer's row, in which 16-bit rows begin at multiples of 16 bytes
-_ROUND = 64  # rows of a chunk are a multiple of it, where the budget holds so many
+_ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
+_ROUND = 64  # a chunk's rows are a multiple of it, where the budget holds as many
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -70,8 +71,8 @@ def product_dtype(dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> tor
     return dtype if autocast_dtype is None or dtype == torch.float64 else autocast_dtype
 
 
-class Side(NamedTuple):
-    """Student or teacher: logits [outer, inner, columns], or (with a weight) hidden states [outer, inner, H]."""
+class LogitsSource(NamedTuple):
+    """Logits [outer, inner, columns]; or, with a weight, the hidden states [outer, inner, H] of a head."""
 
     data: Tensor
     weight: Tensor | None  # [V, H]
@@ -80,7 +81,51 @@ class Side(NamedTuple):
     softcap: float | None
 
 
-class Wanted(NamedTuple):
+class Chunking(NamedTuple):
+    """How logits are made in chunks, decided when the call is made."""
+
+    autocast_dtype: torch.dtype | None
+    logits_dtype: torch.dtype | None
+    chunk_rows: int  # 0: as many as the budget holds
+    budget: int  # bytes
+    compact_rows: bool  # whether skipped rows are left out of the products
+
+
+class ChunkedRows(NamedTuple):
+    """`Rows` with a side whose logits are not stored: a head, or a sparse teacher."""
+
+    student: LogitsSource
+    teacher: LogitsSource | None
+    sparse: topk.Sparse | None  # in the teacher's place
+    options: RowOptions
+    divergence: str
+    parameters: Tensor  # [1], the divergence's, in the compute dtype
+    vocab_size: int
+    statistics: bool
+    chunking: Chunking
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return self.student[:3]
+
+    @property
+    def row_scale(self) -> Tensor:
+        return self.options.row_scale
+
+    def scaled(self, grad_loss: Tensor) -> "ChunkedRows":
+        return self._replace(options=self.options.scaled(grad_loss), statistics=False)
+
+
+class TopK(NamedTuple):
+    """Logits, or a head, whose k most probable classes are wanted."""
+
+    source: LogitsSource
+    options: RowOptions  # row_scale and temperature
+    k: int
+    vocab_size: int
+    chunking: Chunking
+
+
+class NeedsGrad(NamedTuple):
     """Which gradients to find: of the student's data (logits or hidden states), its weight and its bias."""
 
     data: bool = False
@@ -89,56 +134,40 @@ class Wanted(NamedTuple):
 
 
 @torch.no_grad()
-def chunked_rows(
-    kernels,
-    student: Side,
-    teacher: Side | topk.Sparse,
-    options: RowOptions,
-    parameters: Tensor,
-    divergence: str,
-    vocab_size: int,
-    temperature_squared: bool,
-    autocast_dtype: torch.dtype | None,
-    logits_dtype: torch.dtype | None,
-    chunk_rows: int,
-    budget: int,
-    compact_rows: bool,
-    wanted: Wanted,
-    statistics: bool,
-):
+def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
     """Losses [rows], the gradients of student, weight and bias, statistics and top-1: `ops.chunked_rows`."""
-    checked = options.row_scale.device.type == "cpu" or values_are_checked()
+    wanted, options, sparse, chunking = NeedsGrad(*wanted), problem.options, problem.sparse, problem.chunking
+    statistics, gradient = problem.statistics, any(wanted)
+    checked = bad_values_raise(options.row_scale.device)
     if checked:
-        check_values(*options, vocab_size)
+        check_values(options, problem.vocab_size)
     entries = None
-    if isinstance(teacher, topk.Sparse):
+    if sparse is not None:
         sort = getattr(kernels, "sorted_entries", None)  # of the CPU's
-        entries, row_scale = topk.entries_of(teacher, options, vocab_size, checked, sort)
+        entries, row_scale = topk.entries_of(sparse, options, problem.vocab_size, checked, sort)
         options = options._replace(row_scale=row_scale)
     row_scale = options.row_scale
     rows = row_scale.shape[0]
-    kept = _kept(row_scale, compact_rows)
-    count = rows if kept is None else kept.shape[0]
-    gradient = any(wanted)
-    every = kept is None and rows > 0  # all rows are written below
-    teacher_is_entries = entries is not None and teacher.tail != "uniform"
+    kept_rows = _kept_rows(row_scale, chunking.compact_rows)
+    count = rows if kept_rows is None else kept_rows.shape[0]
+    all_rows_written = kept_rows is None and rows > 0
+    teacher_is_entries = entries is not None and sparse.tail != "uniform"
 
-    def source(side: Side, wanted: Wanted):
-        if side.weight is None:
-            return _Stored(kernels, side, wanted, kept is not None, alone=teacher_is_entries)
-        return _Head(kernels, side, wanted, vocab_size, autocast_dtype, logits_dtype)
+    def logits_of(source: LogitsSource, wanted: NeedsGrad):
+        if source.weight is None:
+            return _StoredLogits(kernels, source, wanted, kept_rows is not None, only_source=teacher_is_entries)
+        return _HeadLogits(kernels, source, wanted, problem.vocab_size, chunking)
 
-    sources = [source(student, wanted)]
+    sources = [logits_of(problem.student, wanted)]
     if entries is None:
-        sources.append(source(teacher, Wanted()))
+        sources.append(logits_of(problem.teacher, NeedsGrad()))
     elif not teacher_is_entries:
-        sources.append(_Spread(kernels, entries, options, vocab_size))
-    fixed_bytes, row_bytes = (sum(getattr(x, name) for x in sources) for name in ("fixed_bytes", "row_bytes"))
-    size = _chunk_size(count, chunk_rows, budget, fixed_bytes, row_bytes)
+        sources.append(_UniformTailLogits(kernels, entries, options, problem.vocab_size))
+    size = _chunk_size(count, chunking, sources)
     for x in sources:
-        x.allocate(size, chunks=-(-count // size), every=every)
+        x.allocate(size, chunks=-(-count // size), all_rows_written=all_rows_written)
 
-    new = torch.empty if every else torch.zeros
+    new = torch.empty if all_rows_written else torch.zeros
     dtype, device = row_scale.dtype, row_scale.device
     loss = new(rows, dtype=dtype, device=device)
     row_statistics = new(len(ROW_STATISTICS) if statistics else 0, rows, dtype=dtype, device=device)
@@ -147,88 +176,88 @@ def chunked_rows(
     def sweep(chunk):  # a function, so that nothing of a chunk outlives it
         own = options.of(chunk)
         logits = [x.logits(chunk, own.row_scale) for x in sources]
-        into = sources[0].gradient_target(chunk) if gradient else None
+        out = sources[0].gradient_target(chunk) if gradient else None
+        common = (own, problem.divergence, problem.parameters, problem.vocab_size, statistics)
         if teacher_is_entries:
-            loss[chunk], _, row_statistics[:, chunk], top1[:, chunk] = kernels.topk_rows(
-                *logits, *entries.of(chunk), *own, parameters, divergence, vocab_size, temperature_squared,
-                teacher.tail == "support", gradient, statistics, into,
-            )  # fmt: skip
+            part = topk.TopkRows(*logits, entries.of(chunk), *common, support_only=sparse.tail == "support")
+            loss[chunk], _, row_statistics[:, chunk], top1[:, chunk] = kernels.topk_rows(part, gradient, out)
         else:
-            loss[chunk], _, _, _, row_statistics[:, chunk], top1[:, chunk] = kernels.rows(
-                *logits, *own, parameters, divergence, vocab_size, temperature_squared, gradient, statistics, into
-            )
+            part = Rows(*logits, *common)
+            loss[chunk], _, _, _, row_statistics[:, chunk], top1[:, chunk] = kernels.rows(part, gradient, out)
         if gradient:
             sources[0].add_gradients(chunk)
 
-    for chunk in _chunks(count, size, kept):
+    for chunk in _chunks(count, size, kept_rows):
         sweep(chunk)
     for x in sources:
         x.release()
-    if entries is not None and teacher.tail == "truncate":
-        offset = topk.tail_offset(divergence, parameters, entries.log_probs)
-        loss, row_statistics = topk.with_offset(offset, options, temperature_squared, loss, row_statistics)
+    if sparse is not None and sparse.tail == "truncate":
+        offset = topk.tail_offset(problem.divergence, problem.parameters, entries.log_probs)
+        loss, row_statistics = topk.with_offset(offset, options, loss, row_statistics)
     return loss, *sources[0].gradients(), row_statistics, top1
 
 
 @torch.no_grad()
-def topk_log_probs(
-    kernels,
-    side: Side,
-    row_scale: Tensor,
-    temperature: Tensor,
-    k: int,
-    vocab_size: int,
-    autocast_dtype: torch.dtype | None,
-    logits_dtype: torch.dtype | None,
-    chunk_rows: int,
-    budget: int,
-    compact_rows: bool,
-):
+def topk_log_probs(kernels, problem: TopK):
     """Indices and log-probabilities [rows, k] and the rest's [rows]: `ops.topk_log_probs`."""
-    options = RowOptions(row_scale, None, temperature, None)
-    if row_scale.device.type == "cpu" or values_are_checked():
-        check_values(*options, vocab_size)
+    options, k, row_scale = problem.options, problem.k, problem.options.row_scale
+    if bad_values_raise(row_scale.device):
+        check_values(options, problem.vocab_size)
     rows, new = row_scale.shape[0], {"dtype": row_scale.dtype, "device": row_scale.device}
-    kept = _kept(row_scale, compact_rows)
-    count = rows if kept is None else kept.shape[0]
     indices = torch.full((rows, k), -1, dtype=torch.int32, device=row_scale.device)
     log_probs, tail_log_prob = torch.full((rows, k), -torch.inf, **new), torch.zeros(rows, **new)
-    if side.weight is None:
-        source = _Stored(kernels, side, Wanted(), kept is not None, alone=True)
-    else:
-        source = _Head(kernels, side, Wanted(), vocab_size, autocast_dtype, logits_dtype)
-    size = _chunk_size(count, chunk_rows, budget, source.fixed_bytes, source.row_bytes)
-    source.allocate(size, chunks=-(-count // size), every=True)
-    for chunk in _chunks(count, size, kept):
+    for chunk, logits in logits_in_chunks(kernels, problem.source, options, problem.vocab_size, problem.chunking):
         own = options.of(chunk)
-        logits = source.logits(chunk, own.row_scale)
         indices[chunk], log_probs[chunk], tail_log_prob[chunk] = kernels.topk(
-            logits, own.row_scale, own.temperature, k, vocab_size
+            logits, own.row_scale, own.temperature, k, problem.vocab_size
         )
     return indices, log_probs, tail_log_prob
 
 
-def _kept(row_scale: Tensor, compact_rows: bool) -> Tensor | None:
-    """Indices of the rows that are not skipped; None where all rows are to be gone through."""
-    kept = row_scale.nonzero()[:, 0] if compact_rows else None
-    return None if kept is None or kept.shape[0] == row_scale.shape[0] else kept
+def logits_in_chunks(
+    kernels, source: LogitsSource, options: RowOptions, vocab_size: int, chunking: Chunking, row_bytes: int = 0
+) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    """(rows, their logits [1, n, columns]) a chunk at a time; the next chunk overwrites the logits of a head.
+
+    `row_bytes`: what the caller makes of each row of a chunk, which the budget holds too.
+    """
+    row_scale = options.row_scale
+    kept_rows = _kept_rows(row_scale, chunking.compact_rows)
+    count = row_scale.shape[0] if kept_rows is None else kept_rows.shape[0]
+    if source.weight is None:
+        made = _StoredLogits(kernels, source, NeedsGrad(), kept_rows is not None, only_source=True)
+    else:
+        made = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
+    made.row_bytes += row_bytes
+    size = _chunk_size(count, chunking, [made])
+    made.allocate(size, chunks=-(-count // size), all_rows_written=True)
+    for chunk in _chunks(count, size, kept_rows):
+        yield chunk, made.logits(chunk, row_scale[chunk])
 
 
-def _chunks(count: int, size: int, kept: Tensor | None) -> Iterator[slice | Tensor]:
+def _kept_rows(row_scale: Tensor, compact_rows: bool) -> Tensor | None:
+    """Indices of the rows that are not skipped; None where the chunks hold all rows."""
+    kept_rows = row_scale.nonzero()[:, 0] if compact_rows else None
+    return None if kept_rows is None or kept_rows.shape[0] == row_scale.shape[0] else kept_rows
+
+
+def _chunks(count: int, size: int, kept_rows: Tensor | None) -> Iterator[slice | Tensor]:
     for first in range(0, count, size):
         chunk = slice(first, min(first + size, count))
-        yield chunk if kept is None else kept[chunk]
+        yield chunk if kept_rows is None else kept_rows[chunk]
 
 
-def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_bytes: int) -> int:
+def _chunk_size(count: int, chunking: Chunking, sources: list) -> int:
     """Rows of a chunk: as asked for, or as many as the budget holds, spread evenly over the chunks."""
-    if chunk_rows:
-        return max(min(chunk_rows, count), 1)
+    if chunking.chunk_rows:
+        return max(min(chunking.chunk_rows, count), 1)
+    budget = chunking.budget
+    fixed_bytes, row_bytes = (sum(getattr(x, name) for x in sources) for name in ("fixed_bytes", "row_bytes"))
     most = (budget - fixed_bytes) // row_bytes if row_bytes else count
     if most < 1 and count:
         warnings.warn(
-            f"a chunk budget of {budget} bytes holds no row, which takes {row_bytes} beside {fixed_bytes} of all: "
-            "chunks have one row (kdkernels.chunk_budget sets the budget)",
+            f"a chunk budget of {budget} bytes holds no row: a row takes {row_bytes} bytes, and the chunk itself "
+            f"{fixed_bytes}. Chunks have one row now; kdkernels.chunk_budget sets the budget",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -237,32 +266,33 @@ def _chunk_size(count: int, chunk_rows: int, budget: int, fixed_bytes: int, row_
     return max(min(-(-evenly // _ROUND) * _ROUND, most, count), 1)
 
 
-class _Stored:
-    """Logits that the caller has. `alone`: nothing else is made in chunks, so they are taken whole, as they lie."""
+class _StoredLogits:
+    """Logits that the caller has. `only_source`: no other logits are made in chunks, so the tensor is used whole and
+    uncopied."""
 
-    def __init__(self, kernels, side: Side, wanted: Wanted, gathered: bool, alone: bool):
-        self.kernels, self.data, self.wanted, self.gathered = kernels, side.data, wanted, gathered
-        self.whole = alone and not gathered
-        copies = 0 if self.whole else (gathered or not at_one_stride(side.data)) + (gathered and wanted.data)
-        self.row_bytes = copies * side.data.shape[-1] * side.data.element_size()
+    def __init__(self, kernels, source: LogitsSource, wanted: NeedsGrad, gathered: bool, only_source: bool):
+        self.kernels, self.data, self.wanted, self.gathered = kernels, source.data, wanted, gathered
+        self.uncopied = only_source and not gathered
+        copies = 0 if self.uncopied else (gathered or not at_one_stride(self.data)) + (gathered and wanted.data)
+        self.row_bytes = copies * self.data.shape[-1] * self.data.element_size()
         self.fixed_bytes = 0
 
-    def allocate(self, size: int, chunks: int, every: bool):
-        self.whole &= chunks == 1
+    def allocate(self, size: int, chunks: int, all_rows_written: bool):
+        self.uncopied &= chunks == 1
         if not self.wanted.data:
             return
         outer, inner, columns = self.data.shape
         new = {"dtype": self.data.dtype, "device": self.data.device}
         self.gradient = self.kernels.empty(outer * inner, columns, **new)
-        if not every:
+        if not all_rows_written:
             self.gradient.zero_()
         self.part = self.kernels.empty(size, columns, **new) if self.gathered else None
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
-        return self.data if self.whole else rows_of(self.data, chunk)[None]
+        return self.data if self.uncopied else rows_of(self.data, chunk)[None]
 
     def gradient_target(self, chunk) -> Tensor:
-        if self.whole:
+        if self.uncopied:
             return self.gradient.view(self.data.shape)
         return (self.gradient[chunk] if isinstance(chunk, slice) else self.part[: chunk.shape[0]])[None]
 
@@ -278,8 +308,8 @@ class _Stored:
         return data, self.data.new_empty(0), self.data.new_empty(0)
 
 
-class _Spread:
-    """Logits of a sparse teacher whose missing mass is spread over the classes that it does not name."""
+class _UniformTailLogits:
+    """Logits of a sparse teacher whose missing mass is spread evenly over the classes that it does not name."""
 
     fixed_bytes = 0
 
@@ -289,7 +319,7 @@ class _Spread:
         self.columns = -(-(vocab_size + 1) // _ALIGNMENT) * _ALIGNMENT  # one more, for padding
         self.row_bytes = self.columns * entries.log_probs.element_size()
 
-    def allocate(self, size: int, chunks: int, every: bool):
+    def allocate(self, size: int, chunks: int, all_rows_written: bool):
         log_probs = self.entries.log_probs
         self.buffer = self.kernels.empty(size, self.columns, dtype=log_probs.dtype, device=log_probs.device)
 
@@ -302,66 +332,67 @@ class _Spread:
         self.buffer = None
 
 
-class _Head:
-    """Logits made from hidden states, in a buffer of a chunk's rows, which their gradient takes over."""
+class _HeadLogits:
+    """Logits made from hidden states, in a buffer of a chunk's rows; their gradient overwrites them."""
 
-    def __init__(self, kernels, side: Side, wanted: Wanted, classes: int, autocast_dtype, logits_dtype):
-        self.kernels, self.side, self.wanted, self.classes = kernels, side, wanted, classes
-        self.dtype = product_dtype(side.data.dtype, autocast_dtype)
-        self.logits_dtype = logits_dtype if logits_dtype is not None and self.dtype in _HALVES else self.dtype
-        self.weight = side.weight[:classes].to(self.dtype)
-        self.bias = None if side.bias is None else side.bias[:classes].to(self.dtype)
+    def __init__(self, kernels, source: LogitsSource, wanted: NeedsGrad, classes: int, chunking: Chunking):
+        self.kernels, self.source, self.wanted, self.classes = kernels, source, wanted, classes
+        self.dtype = product_dtype(source.data.dtype, chunking.autocast_dtype)
+        halves = chunking.logits_dtype is not None and self.dtype in _HALVES
+        self.logits_dtype = chunking.logits_dtype if halves else self.dtype
+        self.weight = source.weight[:classes].to(self.dtype)
+        self.bias = None if source.bias is None else source.bias[:classes].to(self.dtype)
         self.columns = -(-classes // _ALIGNMENT) * _ALIGNMENT
-        # The gradient needs a buffer of its own where the capped logits must outlive it; where it is fp32, the products
-        # need it rounded.
-        self.apart = any(wanted) and side.softcap is not None
+        # A softcap needs the capped logits after the gradient: then the gradient has a buffer of its own. The products
+        # take an fp32 gradient rounded to their factors' dtype.
+        self.apart = any(wanted) and source.softcap is not None
         self.rounded = any(wanted) and self.logits_dtype != self.dtype
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
         self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
-        self.row_bytes += side.data.shape[-1] * factor_bytes
-        slabs = wanted.weight and self.dtype in _HALVES and not writes_fp32(side.data.device)
+        self.row_bytes += source.data.shape[-1] * factor_bytes
+        slabs = wanted.weight and self.dtype in _HALVES and not writes_fp32(source.data.device)
         self.fixed_bytes = min(_SLAB, self.weight.nbytes) if slabs else 0
 
-    def allocate(self, size: int, chunks: int, every: bool):
+    def allocate(self, size: int, chunks: int, all_rows_written: bool):
         def new(*shape, dtype):
-            return self.kernels.empty(*shape, dtype=dtype, device=self.side.data.device)
+            return self.kernels.empty(*shape, dtype=dtype, device=self.source.data.device)
 
         self.buffer = new(size, self.columns, dtype=self.logits_dtype)
         self.gradient_buffer = new(size, self.columns, dtype=self.logits_dtype) if self.apart else self.buffer
         self.factor = new(size, self.columns, dtype=self.dtype) if self.rounded else self.gradient_buffer
-        outer, inner, width = self.side.data.shape
+        outer, inner, width = self.source.data.shape
         self.data_gradient = self.weight_sum = self.bias_sum = None
         if self.wanted.data:
-            self.data_gradient = new(outer * inner, width, dtype=self.side.data.dtype)
-            if not every:
+            self.data_gradient = new(outer * inner, width, dtype=self.source.data.dtype)
+            if not all_rows_written:
                 self.data_gradient.zero_()
         if self.wanted.weight:
-            self.weight_sum = _ProductSum(self.kernels, self.side.weight, self.classes, self.dtype, chunks)
+            self.weight_sum = _ProductSum(self.kernels, self.source.weight, self.classes, self.dtype, chunks)
         if self.wanted.bias:
             total = torch.promote_types(self.dtype, torch.float32)
-            self.bias_sum = torch.zeros(self.side.bias.shape, dtype=total, device=self.side.bias.device)
+            self.bias_sum = torch.zeros(self.source.bias.shape, dtype=total, device=self.source.bias.device)
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
-        hidden = rows_of(self.side.data, chunk).to(self.dtype)
+        hidden = rows_of(self.source.data, chunk).to(self.dtype)
         # A skipped row may hold anything, and so may a weight: their products with dlogits of 0 would be NaN.
         self.skipped = (row_scale == 0)[:, None] if isinstance(chunk, slice) else None
         if self.wanted.weight and self.skipped is not None:
             hidden = hidden.masked_fill(self.skipped, 0)
         self.hidden = hidden
         out = self.buffer[: hidden.shape[0]]
-        _project(hidden, self.weight, self.bias, self.side.scale, out[:, : self.classes])
-        if self.side.softcap is not None:
-            self.kernels.softcap_(out, self.side.softcap)
+        _project(hidden, self.weight, self.bias, self.source.scale, out[:, : self.classes])
+        if self.source.softcap is not None:
+            self.kernels.softcap_(out, self.source.softcap)
         return out[None]
 
     def gradient_target(self, chunk) -> Tensor:
         return self.gradient_buffer[None, : self.hidden.shape[0]]
 
     def add_gradients(self, chunk):
-        n, scale = self.hidden.shape[0], self.side.scale
+        n, scale = self.hidden.shape[0], self.source.scale
         gradient, factor = self.gradient_buffer[:n], self.factor[:n]
         if self.apart:
-            self.kernels.softcap_gradient_(gradient, self.buffer[:n], self.side.softcap)
+            self.kernels.softcap_gradient_(gradient, self.buffer[:n], self.source.softcap)
         if self.rounded:
             factor.copy_(gradient)
         factor = factor[:, : self.classes]
@@ -369,7 +400,8 @@ class _Head:
             if isinstance(chunk, slice) and self.data_gradient.dtype == self.dtype:
                 _product(factor, self.weight, scale, out=self.data_gradient[chunk])
             else:
-                self.data_gradient[chunk] = _product(factor, self.weight, scale, out=torch.empty_like(self.hidden))
+                product = _product(factor, self.weight, scale, out=torch.empty_like(self.hidden))
+                self.data_gradient[chunk] = product.to(self.data_gradient.dtype)  # indexing does not cast
             if self.skipped is not None:
                 self.data_gradient[chunk].masked_fill_(self.skipped, 0)
         if self.weight_sum is not None:
@@ -382,11 +414,11 @@ class _Head:
         self.buffer = self.gradient_buffer = self.factor = self.weight = self.hidden = None
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        data = self.side.data
+        data = self.source.data
         return (
             data.new_empty(0) if self.data_gradient is None else self.data_gradient.view(data.shape),
             data.new_empty(0) if self.weight_sum is None else self.weight_sum.result(),
-            data.new_empty(0) if self.bias_sum is None else self.bias_sum.to(self.side.bias.dtype),
+            data.new_empty(0) if self.bias_sum is None else self.bias_sum.to(self.source.bias.dtype),
         )
 
 

@@ -1,6 +1,7 @@
 """Per-row options as every operator takes them, the rules for their values, and helpers that slice rows."""
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,23 +10,49 @@ from torch import Tensor
 STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def compute_dtype(student: torch.Tensor, teacher: torch.Tensor) -> torch.dtype:
+def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     """The dtype of the arithmetic, the loss and every per-row number: fp64 when a side is fp64, else fp32."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
 class RowOptions(NamedTuple):
-    """Contiguous [rows], or (temperature, hard_weight) [1], in the compute dtype; labels int64."""
+    """The options of each row. Tensors are contiguous, in the compute dtype unless named otherwise."""
 
-    row_scale: Tensor
-    labels: Tensor | None
-    temperature: Tensor
-    hard_weight: Tensor | None
+    row_scale: Tensor  # [rows]: the row's weight over the denominator; 0 skips the row before any load
+    labels: Tensor | None  # [rows] int64
+    temperature: Tensor  # [rows] or [1]
+    hard_weight: Tensor | None  # [rows] or [1]: the label term's share of the loss
+    temperature_squared: bool  # whether the divergence is multiplied by the temperature's square
 
     def of(self, chunk) -> "RowOptions":
-        """Those of some rows: a slice or indices."""
-        rows = self.row_scale.shape[0]
-        return RowOptions(*(x if x is None or x.shape[0] != rows else x[chunk] for x in self))
+        """The options of some rows: a slice or indices."""
+        return RowOptions(*(x if x is None else per_row(x, self.row_scale, chunk) for x in self[:4]), self[4])
+
+    def soft_factor(self) -> Tensor:
+        """[rows]: the factor of a row's divergence in its loss."""
+        factor = self.row_scale if self.hard_weight is None else self.row_scale * (1 - self.hard_weight)
+        return factor * self.temperature**2 if self.temperature_squared else factor
+
+    def scaled(self, grad_loss: Tensor) -> "RowOptions":
+        """The options of the rows times the gradient of their losses. A skipped row stays skipped, whatever comes."""
+        return self._replace(row_scale=scaled_rows(self.row_scale, grad_loss))
+
+
+def per_row(x: Tensor, row_scale: Tensor, chunk) -> Tensor:
+    """Some rows of [rows]; a number for all rows, [1], as it is."""
+    return x if x.shape[0] != row_scale.shape[0] else x[chunk]
+
+
+def scaled_rows(row_scale: Tensor, grad_loss: Tensor) -> Tensor:
+    """The row scale times the gradient of the row losses; 0 for a skipped row, also where the gradient is NaN."""
+    return torch.where(row_scale == 0, 0, row_scale * grad_loss)
+
+
+def slices(count: int, bytes_each: int, budget: int) -> Iterator[slice]:
+    """Slices of `count` rows, each of as many rows as the budget holds, and at least one."""
+    size = max(budget // bytes_each, 1)
+    for first in range(0, count, size):
+        yield slice(first, min(first + size, count))
 
 
 def rows_of(x: Tensor, chunk) -> Tensor:
@@ -70,39 +97,26 @@ def bad_values_raise(device: torch.device) -> bool:
     return (device.type == "cpu" or _checked) and not is_transformed()
 
 
-def bad_rows(
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    vocab_size: int,
-) -> dict[str, Tensor]:
-    """Which kept rows have a value that no loss has: a bool tensor [rows] for each argument that is there."""
-    kept = row_scale != 0
+def bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:
+    """The kept rows with a value that no loss has: a bool tensor [rows] for each option that is there."""
+    kept, temperature = options.row_scale != 0, options.temperature
     bad = {"temperature": kept & ~((temperature > 0) & (temperature < torch.inf) & (1 / temperature < torch.inf))}
-    if labels is not None:
-        bad["labels"] = kept & ((labels < 0) | (labels >= vocab_size))
-    if hard_weight is not None:
-        bad["hard_weight"] = kept & ~((hard_weight >= 0) & (hard_weight <= 1))
+    if options.labels is not None:
+        bad["labels"] = kept & ((options.labels < 0) | (options.labels >= vocab_size))
+    if options.hard_weight is not None:
+        bad["hard_weight"] = kept & ~((options.hard_weight >= 0) & (options.hard_weight <= 1))
     return bad
 
 
-def check_values(
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    vocab_size: int,
-) -> None:
+def check_values(options: RowOptions, vocab_size: int) -> None:
     """Raises ValueError for the first row of `bad_rows`. Reads values: a synchronisation on a GPU."""
-    given = {"labels": labels, "temperature": temperature, "hard_weight": hard_weight}
     expected = {
         "labels": f"0 <= label < {vocab_size} (the vocabulary) or ignore_index",
-        "temperature": f"finite and > 0 in {temperature.dtype}, as its inverse",
+        "temperature": f"finite and > 0 in {options.temperature.dtype}, as its inverse",
         "hard_weight": "from 0 to 1",
     }
-    for name, bad in bad_rows(row_scale, labels, temperature, hard_weight, vocab_size).items():
+    for name, bad in bad_rows(options, vocab_size).items():
         if bad.any():
             row = int(bad.nonzero()[0])
-            got = given[name].expand_as(row_scale)[row].item()
+            got = getattr(options, name).expand_as(options.row_scale)[row].item()
             raise ValueError(f"{name}: expected {expected[name]}; got {got} in row {row}")

@@ -1,4 +1,10 @@
-"""The names of what a row sweep finds."""
+"""The row family: losses between stored logits of one vocabulary, and the names of what its sweeps find."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .options import RowOptions
 
 # Statistics of a row, in the order of the [len, rows] tensor that every backend fills.
 ROW_STATISTICS = (
@@ -18,3 +24,30 @@ ROW_STATISTICS = (
 ROW_TOP1 = ("student_top1", "teacher_top1")
 ROW_FLOATS = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum", "unit_log_sum")
 ROW_SUMS = ("phi", "psi")
+
+
+class Rows(NamedTuple):
+    """Student and teacher logits, compared row by row."""
+
+    student: Tensor  # [outer, inner, columns], the last stride is 1
+    teacher: Tensor  # [outer, inner, columns]
+    options: RowOptions
+    divergence: str
+    parameters: Tensor  # [1], the divergence's, in the compute dtype
+    vocab_size: int
+    statistics: bool  # whether the row statistics are wanted
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return (self.student,)
+
+    @property
+    def row_scale(self) -> Tensor:
+        return self.options.row_scale
+
+    def scaled(self, grad_loss: Tensor) -> "Rows":
+        return self._replace(options=self.options.scaled(grad_loss), statistics=False)
+
+
+def softmaxes(student: Tensor, teacher: Tensor, options: RowOptions, vocab_size: int) -> Rows:
+    """The problem whose row floats are those of two softmaxes; they depend on no divergence."""
+    return Rows(student, teacher, options, "kl", options.temperature[:1], vocab_size, False)

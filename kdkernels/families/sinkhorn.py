@@ -1,4 +1,4 @@
-"""What every backend of the transport losses shares: the formulas of a plan and its gradients, and SinKD's two halves.
+"""The Sinkhorn family: the formulas of a plan and its gradients, and SinKD's two halves.
 
 Problems are [problems, n, m] with masses a [problems, n] and b [problems, m]; potentials f and g are in units of the
 cost::
@@ -6,32 +6,75 @@ cost::
     P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import linear
-from .options import bad_values_raise
+from .options import RowOptions, bad_values_raise, slices
+from .rows import softmaxes
 
 COSTS = ("l1", "l2", "sqeuclidean", "dot")
 GRADIENTS = ("unrolled", "implicit", "envelope")
-# Costs of pairs of rows that need each pair's difference class by class; the others are products of matrices.
+# The costs that need the difference of each pair of rows class by class. The others are products of matrices.
 PAIRWISE = ("l1", "l2")
 _RIDGE = 1e-10
 
 
 class Sinkhorn(NamedTuple):
-    """value [problems], potentials f [problems, n] and g [problems, m], the rows' error and the iterations done."""
+    """Problems of entropic transport, contiguous in one compute dtype."""
 
-    value: Tensor
-    f: Tensor
-    g: Tensor
-    error: Tensor
-    iterations: Tensor
+    cost: Tensor  # [problems, n, m]
+    a: Tensor  # [problems, n]
+    b: Tensor  # [problems, m]
+    epsilon: Tensor  # [1]
+    tolerance: Tensor  # [1]; 0: none
+    iterations: int
+    entropic: bool  # whether the value is the regularised one
+    gradient: str  # one of GRADIENTS
+    chunk_budget: int  # bytes, of the implicit gradient's matrices
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return self[:3]
+
+    @property
+    def row_scale(self) -> None:
+        return None  # no problem is skipped
 
 
-# ---- a plan and its gradients
+class Solution(NamedTuple):
+    """What the iterations found."""
+
+    value: Tensor  # [problems]
+    f: Tensor  # [problems, n], a potential
+    g: Tensor  # [problems, m], a potential
+    error: Tensor  # [problems], of the rows' sums
+    iterations: Tensor  # [problems] int32, done
+
+
+class Clouds(NamedTuple):
+    """Rows of logits, [clouds, n, columns]; each row of a cloud is compared with every row of its teacher."""
+
+    student: Tensor
+    teacher: Tensor
+    row_mass: Tensor  # [clouds, n]: 1, or 0 for a row that is dropped and never read
+    temperature: Tensor  # [1]
+    cost: str  # one of COSTS
+    vocab_size: int
+
+
+class SinkhornKD(NamedTuple):
+    """Clouds of distributions and the transport between them."""
+
+    clouds: Clouds
+    epsilon: Tensor  # [1]
+    iterations: int
+    gradient: str  # one of GRADIENTS
+    chunk_budget: int  # bytes, of the columns of probabilities that a product takes at a time
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return (self.clouds.student,)
 
 
 def plan_of(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: Tensor) -> Tensor:
@@ -40,7 +83,7 @@ def plan_of(cost: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: T
 
 
 def _bounded(exponents: Tensor, masses: Tensor, most: float) -> Tensor:
-    """Exponents of pairs without mass end at `most`: no sum bounds them, and 0 * inf would be NaN."""
+    """Clamps the exponents of pairs without mass to `most`: no sum bounds them, and 0 * inf would be NaN."""
     return torch.where(masses == 0, exponents.clamp_max(most), exponents)
 
 
@@ -49,38 +92,37 @@ def costs_times_plan(cost: Tensor, plan: Tensor) -> Tensor:
     return plan * torch.where(torch.isposinf(cost), 0, cost)
 
 
-def envelope_gradient(cost, a, b, f, g, epsilon):
-    """Of the entropic value, the plan held fixed: P, f and g, with respect to cost, a and b. Copies of the potentials:
-    backward scales a derivative in place."""
-    return plan_of(cost, a, b, f, g, epsilon), f.clone(), g.clone()
+def plan_gradient(problem: Sinkhorn, f: Tensor, g: Tensor, implicit: bool):
+    """The gradients with respect to cost, a and b from the plan of the potentials f and g."""
+    return implicit_gradient(problem, f, g) if implicit else envelope_gradient(problem, f, g)
 
 
-def plan_gradient(cost, a, b, f, g, epsilon, implicit: bool):
-    return (implicit_gradient if implicit else envelope_gradient)(cost, a, b, f, g, epsilon)
+def envelope_gradient(problem: Sinkhorn, f: Tensor, g: Tensor):
+    """P, f and g: the gradient of the entropic value with the plan held fixed.
+
+    The potentials are copied, since backward scales a gradient in place.
+    """
+    return plan_of(*problem[:3], f, g, problem.epsilon), f.clone(), g.clone()
 
 
-def implicit_gradient(cost, a, b, f, g, epsilon):
-    """Of <P, C> where the rounds have converged, with respect to cost, a and b: P (1 - (C - x - y) / epsilon), x, y.
+def implicit_gradient(problem: Sinkhorn, f: Tensor, g: Tensor):
+    """The gradient of <P, C> where the rounds have converged: P (1 - (C - x - y) / epsilon), x and y.
 
     x and y solve the symmetric system of the marginals' derivatives,
 
         [diag(r) P; P^T diag(c)] [x; y] = [(P C) 1; (P C)^T 1],        r = P 1, c = P^T 1
 
-    here by its Schur complement in y, which is diag(c) times the identity less two Sinkhorn half-steps. It is singular
-    for y = 1, which c c^T / sum(c) mends; the system is solved in fp64, since P's own rounding would be divided by the
-    distance of its second eigenvalue from 1. A point without mass takes the x or y that its neighbours give it.
+    here by its Schur complement in y, which is diag(c) times the identity less two Sinkhorn half-steps. The complement
+    is singular for y = 1, which c c^T / sum(c) mends. The system is solved in fp64, since the distance of the second
+    eigenvalue of P from 1 divides P's own rounding. A point without mass takes the x or y that its neighbours give it.
     """
-    dtype = cost.dtype
-    found = [_implicit_of_chunk(*chunk, epsilon.double()) for chunk in _chunks(cost, a, b, f, g)]
-    return tuple(torch.cat(x).to(dtype) for x in zip(*found, strict=True))
-
-
-def _chunks(cost, *others):
-    """Some problems at a time, in fp64: some eight matrices of each are there at once."""
-    size = max(linear.current_budget() // (64 * cost.shape[1] * cost.shape[2]), 1)
-    for first in range(0, max(cost.shape[0], 1), size):
-        chunk = slice(first, first + size)
-        yield [cost[chunk].double(), *(x[chunk].double() for x in others)]
+    inputs, matrix = (*problem[:3], f, g), problem.cost.shape[1] * problem.cost.shape[2]
+    # About eight fp64 matrices of a problem exist at once.
+    found = [
+        _implicit_of_chunk(*(x[chunk].double() for x in inputs), problem.epsilon.double())
+        for chunk in slices(max(problem.cost.shape[0], 1), 64 * matrix, problem.chunk_budget)
+    ]
+    return tuple(torch.cat(x).to(problem.cost.dtype) for x in zip(*found, strict=True))
 
 
 def _implicit_of_chunk(cost, a, b, f, g, epsilon):
@@ -88,7 +130,7 @@ def _implicit_of_chunk(cost, a, b, f, g, epsilon):
     weights = _bounded((f[:, :, None] + g[:, None, :] - cost) / epsilon, masses, 600).exp()  # P without the masses
     plan = masses * weights
     c = plan.sum(1)
-    # How a row's mass is spread over columns, and a column's over rows, also where there is none.
+    # The shares of a row's mass in the columns, and of a column's mass in the rows, also for points without mass.
     of_rows = _normalized(b[:, None, :] * weights, 2)
     of_columns = _normalized(a[:, :, None] * weights, 1)
     finite = torch.where(torch.isposinf(cost), 0, cost)
@@ -134,32 +176,32 @@ def _differ(mass_a: Tensor, mass_b: Tensor) -> Tensor:
     return ~((mass_a - mass_b).abs() <= 1e-4 * mass_a)
 
 
-def checked_sinkhorn(kernels, cost, a, b, *others):
-    """On a CPU bad values raise; elsewhere, unless checks are on, they make their problem NaN."""
-    if bad_values_raise(cost.device):
-        check_problems(cost, a, b)
+def checked_sinkhorn(kernels, problem: Sinkhorn, wanted: list[bool]):
+    """Value, gradients and solution: `ops.sinkhorn`. Bad values raise where values are checked, else become NaN."""
+    if bad_values_raise(problem.cost.device):
+        check_problems(*problem[:3])
     else:
+        a, b = problem.a, problem.b
         a = torch.where(_differ(a.sum(1), b.sum(1))[:, None] | ~(a >= 0), torch.nan, a)
-        b = torch.where(b >= 0, b, torch.nan)
-    return sinkhorn(kernels, cost, a, b, *others)
+        problem = problem._replace(a=a, b=torch.where(b >= 0, b, torch.nan))
+    solution, gradients = sinkhorn(kernels, problem, any(wanted))
+    return solution.value, *gradients, *solution[1:]
 
 
-def sinkhorn(kernels, cost, a, b, epsilon, tolerance, iterations: int, entropic: bool, gradient: str | None):
-    """A backend's Sinkhorn, and the gradients with respect to cost, a and b: of shape [0] where none is named."""
-    if gradient == "unrolled":
-        return kernels.sinkhorn(cost, a, b, epsilon, tolerance, iterations, entropic, True)
-    *found, _, _, _ = kernels.sinkhorn(cost, a, b, epsilon, tolerance, iterations, entropic, False)
-    if gradient is None:
-        return *found, *(cost.new_empty(0) for _ in range(3))
+def sinkhorn(kernels, problem: Sinkhorn, wanted: bool) -> tuple[Solution, tuple[Tensor, ...]]:
+    """A backend's solution, and the gradients with respect to cost, a and b: of shape [0] if not wanted."""
+    if wanted and problem.gradient == "unrolled":
+        found = kernels.sinkhorn(problem, True)
+        return Solution(*found[:5]), found[5:]
+    solution = Solution(*kernels.sinkhorn(problem, False)[:5])
+    if not wanted:
+        return solution, tuple(problem.cost.new_empty(0) for _ in range(3))
     formula = getattr(kernels, "plan_gradient", plan_gradient)
-    return *found, *formula(cost, a, b, found[1], found[2], epsilon, gradient == "implicit" and not entropic)
-
-
-# ---- SinKD: costs between the rows of clouds [clouds, n, columns], and back to their logits
+    return solution, formula(problem, solution.f, solution.g, problem.gradient == "implicit" and not problem.entropic)
 
 
 class Floats(NamedTuple):
-    """Of each row of logits its maximum and the log-sum of its exponentials at the temperature: [clouds, n]."""
+    """The maximum of each row of logits and the log-sum of its exponentials at the temperature: [clouds, n]."""
 
     student_max: Tensor
     student_log_sum: Tensor
@@ -167,83 +209,91 @@ class Floats(NamedTuple):
     teacher_log_sum: Tensor
 
 
-def sinkhorn_kd(kernels, student, teacher, kept, temperature, epsilon, iterations: int, cost: str,
-                gradient: str | None, vocab_size: int):  # fmt: skip
-    """Losses [clouds], and what the gradient of the logits is made of (`sinkhorn_kd_gradient`): the gradient of the
-    cost [clouds, n, n], its products with the costs' moments [clouds, n], and the rows' floats [4, clouds, n]."""
-    wanted = gradient is not None
-    clouds, n = kept.shape
-    floats = kernels.row_floats(student, teacher, kept.view(-1), temperature, vocab_size)[:4].view(4, clouds, n)
-    if cost in PAIRWISE:
-        pairs, moments = kernels.pairwise_costs(student, teacher, kept, temperature, floats, cost, vocab_size, wanted)
+def sinkhorn_kd(kernels, problem: SinkhornKD, wanted: list[bool]):
+    """Losses [clouds] and what `sinkhorn_kd_gradient` needs.
+
+    That is the gradient of the costs [clouds, n, n], its products with the costs' moments [clouds, n], and the rows'
+    floats [4, clouds, n].
+    """
+    clouds, wanted = problem.clouds, any(wanted)
+    row_mass, shape = clouds.row_mass, clouds.row_mass.shape
+    options = RowOptions(row_mass.view(-1), None, clouds.temperature, None, False)
+    rows = softmaxes(clouds.student, clouds.teacher, options, clouds.vocab_size)
+    floats = kernels.row_floats(rows)[:4].view(4, *shape)
+    if clouds.cost in PAIRWISE:
+        pairs, moments = kernels.pairwise_costs(clouds, floats, wanted)
     else:
-        pairs, moments = product_costs(student, teacher, kept, temperature, Floats(*floats), cost, vocab_size)
-    no_tolerance = torch.zeros_like(epsilon)
-    found = sinkhorn(kernels, pairs, kept, kept, epsilon, no_tolerance, iterations, False, gradient)
+        pairs, moments = product_costs(clouds, Floats(*floats), problem.chunk_budget)
+    transport = Sinkhorn(
+        pairs, row_mass, row_mass, problem.epsilon, torch.zeros_like(problem.epsilon), problem.iterations, False,
+        problem.gradient, problem.chunk_budget,
+    )  # fmt: skip
+    solution, (grad_costs, _, _) = sinkhorn(kernels, transport, wanted)
     if not wanted:
-        return found[0], pairs.new_empty(0), pairs.new_empty(0), floats
-    of_pairs = found[5]
-    dot = (of_pairs * moments).sum(2)
-    if cost == "l2":  # whose derivative is the difference over the cost
-        of_pairs = torch.where(pairs == 0, 0, of_pairs / pairs)
-    return found[0], of_pairs, dot, floats
+        return solution.value, pairs.new_empty(0), pairs.new_empty(0), floats
+    dot = (grad_costs * moments).sum(2)
+    if clouds.cost == "l2":  # whose derivative is the difference over the cost
+        grad_costs = torch.where(pairs == 0, 0, grad_costs / pairs)
+    return solution.value, grad_costs, dot, floats
 
 
-def sinkhorn_kd_gradient(kernels, student, teacher, kept, temperature, of_pairs, dot, floats, cost: str,
-                         vocab_size: int):  # fmt: skip
-    """The gradient of student logits: (p / T) (g - sum p g), g = sum_j of_pairs_ij d C_ij / d p_i."""
-    if cost in PAIRWISE:
-        return kernels.pairwise_gradient(student, teacher, kept, temperature, of_pairs, dot, floats, cost, vocab_size)
-    return product_gradient(
-        kernels, student, teacher, kept, temperature, of_pairs, dot, Floats(*floats), cost, vocab_size
-    )
+def sinkhorn_kd_gradient(kernels, problem: SinkhornKD, grad_costs: Tensor, dot: Tensor, floats: Tensor):
+    """The gradient of student logits: (p / T) (g - sum p g), g = sum_j grad_costs_ij d C_ij / d p_i."""
+    clouds = problem.clouds
+    if clouds.cost in PAIRWISE:
+        return kernels.pairwise_gradient(clouds, floats, grad_costs, dot)
+    return product_gradient(kernels, clouds, Floats(*floats), grad_costs, dot, problem.chunk_budget)
 
 
-def probabilities(logits, kept, temperature, maximum, log_sum, first: int, end: int) -> Tensor:
-    """Of some columns of [clouds, n, columns], in the compute dtype; 0 in rows that are dropped."""
-    x = logits[..., first:end].to(kept.dtype) - maximum[..., None]
-    return torch.where(kept[..., None] == 0, 0, torch.exp(x / temperature - log_sum[..., None]))
+def _probabilities(clouds: Clouds, floats: Floats, budget: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(columns, the student's and the teacher's probabilities in them), 0 in rows that are dropped.
+
+    Four tensors of a chunk's columns are within the budget.
+    """
+    row_mass = clouds.row_mass
+
+    def probabilities(logits: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
+        x = logits.to(row_mass.dtype) - maximum[..., None]
+        return torch.where(row_mass[..., None] == 0, 0, torch.exp(x / clouds.temperature - log_sum[..., None]))
+
+    column_bytes = 4 * row_mass.dtype.itemsize * max(row_mass.numel(), 1)
+    for columns in slices(clouds.vocab_size, column_bytes, budget):
+        yield (
+            columns,
+            probabilities(clouds.student[..., columns], floats.student_max, floats.student_log_sum),
+            probabilities(clouds.teacher[..., columns], floats.teacher_max, floats.teacher_log_sum),
+        )
 
 
-def _column_chunks(student: Tensor, kept: Tensor, vocab_size: int):
-    """So many columns at a time that four tensors of them are within the budget."""
-    size = max(linear.current_budget() // (4 * kept.dtype.itemsize * max(kept.numel(), 1)), 1)
-    for first in range(0, vocab_size, size):
-        yield first, min(first + size, vocab_size)
-
-
-def product_costs(student, teacher, kept, temperature, floats: Floats, cost: str, vocab_size: int):
+def product_costs(clouds: Clouds, floats: Floats, budget: int):
     """Costs out of products of probabilities, and their moments sum_v p_iv d C_ij / d p_iv.
 
     "dot": 1 - <p, q>. "sqeuclidean": |p - q|^2 = |p|^2 + |q|^2 - 2 <p, q>, right to the rounding of its terms, which
     are at most 1.
     """
-    clouds, n = kept.shape
-    products = kept.new_zeros(clouds, n, n)
-    p_squares, q_squares = kept.new_zeros(clouds, n, 1), kept.new_zeros(clouds, 1, n)
-    for first, end in _column_chunks(student, kept, vocab_size):
-        p = probabilities(student, kept, temperature, floats.student_max, floats.student_log_sum, first, end)
-        q = probabilities(teacher, kept, temperature, floats.teacher_max, floats.teacher_log_sum, first, end)
+    row_mass, (count, n) = clouds.row_mass, clouds.row_mass.shape
+    products = row_mass.new_zeros(count, n, n)
+    p_squares, q_squares = row_mass.new_zeros(count, n, 1), row_mass.new_zeros(count, 1, n)
+    for _, p, q in _probabilities(clouds, floats, budget):
         products += p @ q.transpose(1, 2)
-        if cost == "sqeuclidean":
+        if clouds.cost == "sqeuclidean":
             p_squares += (p * p).sum(2, keepdim=True)
             q_squares += (q * q).sum(2)[:, None]
-    if cost == "dot":
+    if clouds.cost == "dot":
         costs, moments = 1 - products, -products
     else:
         costs, moments = (p_squares + q_squares - 2 * products).clamp_min(0), 2 * (p_squares - products)
-    pairs = (kept[:, :, None] != 0) & (kept[:, None, :] != 0)
+    pairs = (row_mass[:, :, None] != 0) & (row_mass[:, None, :] != 0)
     return torch.where(pairs, costs, 0), torch.where(pairs, moments, 0)
 
 
-def product_gradient(kernels, student, teacher, kept, temperature, of_pairs, dot, floats: Floats, cost: str,
-                     vocab_size: int):  # fmt: skip
+def product_gradient(kernels, clouds: Clouds, floats: Floats, grad_costs: Tensor, dot: Tensor, budget: int):
+    student, row_mass = clouds.student, clouds.row_mass
     gradient = kernels.empty(*student.shape, dtype=student.dtype, device=student.device)
-    gradient[..., vocab_size:] = 0
-    of_rows = of_pairs.sum(2)[..., None]
-    for first, end in _column_chunks(student, kept, vocab_size):
-        p = probabilities(student, kept, temperature, floats.student_max, floats.student_log_sum, first, end)
-        q = probabilities(teacher, kept, temperature, floats.teacher_max, floats.teacher_log_sum, first, end)
-        g = -(of_pairs @ q) if cost == "dot" else 2 * (of_rows * p - of_pairs @ q)
-        gradient[..., first:end] = torch.where(kept[..., None] == 0, 0, p * (g - dot[..., None]) / temperature)
+    gradient[..., clouds.vocab_size :] = 0
+    row_sums = grad_costs.sum(2)[..., None]
+    for columns, p, q in _probabilities(clouds, floats, budget):
+        g = -(grad_costs @ q) if clouds.cost == "dot" else 2 * (row_sums * p - grad_costs @ q)
+        slope = p * (g - dot[..., None]) / clouds.temperature
+        gradient[..., columns] = torch.where(row_mass[..., None] == 0, 0, slope)
     return gradient

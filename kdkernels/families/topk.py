@@ -1,8 +1,8 @@
-"""Sparse teachers: what the caller gave becomes the entries that every kernel takes, and log-probabilities a top k.
+"""Sparse teachers: validates and sorts the caller's entries into the form that the kernels take.
 
-Entries are sorted by class and none is there twice, so that a kernel meets them in the order of the logits. All of this
-is on [rows, K], which is small beside the logits, and waits for no device: on a CPU values are checked and raise, on a
-GPU a bad value makes its row NaN.
+Entries are sorted by class, without duplicates, so that a kernel can walk them alongside the logits. All of this works
+on [rows, K], which is small against the logits, and waits for no device. A bad value raises on a CPU and makes its row
+NaN on a GPU.
 """
 
 import math
@@ -21,7 +21,7 @@ _MASS_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2
 
 
 class Sparse(NamedTuple):
-    """A sparse teacher as an operator takes it: see `distributions.SparseLogProbs`."""
+    """A `distributions.SparseLogProbs` as an operator takes it."""
 
     log_probs: Tensor  # [rows, K]
     indices: Tensor  # [rows, K]
@@ -31,9 +31,9 @@ class Sparse(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What the kernels take: csrc/topk_call.h."""
+    """The entries as the kernels take them: csrc/calls/topk.h."""
 
-    indices: Tensor  # [rows, K] int32, ascending; those from vocab_size on are no entries
+    indices: Tensor  # [rows, K] int32, ascending; an index of vocab_size or more is no entry
     log_probs: Tensor  # [rows, K] in the compute dtype, -inf where there is no entry
     tail_log_prob: Tensor  # [rows]
 
@@ -41,11 +41,26 @@ class Entries(NamedTuple):
         return Entries(*(x[chunk] for x in self))
 
 
+class TopkRows(NamedTuple):
+    """Student logits, compared with a teacher's entries row by row."""
+
+    student: Tensor  # [outer, inner, columns], the last stride is 1
+    entries: Entries
+    options: RowOptions
+    divergence: str
+    parameters: Tensor  # [1], the divergence's, in the compute dtype
+    vocab_size: int
+    statistics: bool
+    support_only: bool  # whether both sides are renormalised over the entries (tail "support")
+
+
 def entries_of(
     teacher: Sparse, options: RowOptions, vocab_size: int, checked: bool, sort=None
 ) -> tuple[Entries, Tensor]:
-    """The entries, and the row scale, NaN where a row's values have no loss. `checked`: those raise instead. `sort`:
-    what does the work of `sorted_entries` on a CPU."""
+    """The entries, and the row scale. A row whose values have no loss raises if `checked`, else its scale is NaN.
+
+    `sort` is a kernel that does the work of `sorted_entries`, or None.
+    """
     dtype, kept = options.row_scale.dtype, options.row_scale != 0
     indices, log_probs, outside, repeated = (sort or sorted_entries)(
         teacher.indices, teacher.log_probs, options.row_scale, vocab_size
@@ -63,8 +78,8 @@ def entries_of(
         bad["temperature"] = kept & ~((ratio - 1).abs() < 1e-6)
     tail_log_prob = torch.full_like(options.row_scale, -torch.inf)
     if teacher.tail in HAVE_TAIL_MASS:
-        every = (indices < vocab_size).all(-1) if indices.shape[1] == vocab_size else torch.zeros_like(kept)
-        tail_log_prob, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, every)
+        names_all = (indices < vocab_size).all(-1) if indices.shape[1] == vocab_size else torch.zeros_like(kept)
+        tail_log_prob, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, names_all)
     if teacher.tail != "truncate" and checked:
         bad["repeated"] = repeated
 
@@ -77,8 +92,11 @@ def entries_of(
 
 
 def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
-    """Indices [rows, K] int32 in ascending order, `vocab_size` for what is no entry, and their log-probabilities; which
-    rows have an index past the vocabulary, and which one twice. A row whose row_scale is 0 has no entries."""
+    """Sorts each row by class: indices [rows, K] int32, log-probabilities, and two bool tensors [rows].
+
+    The first says whether a row has an index past the vocabulary, the second whether an index stands in it twice. An
+    absent entry has the index `vocab_size`. A row whose row_scale is 0 has no entries.
+    """
     given = log_probs.to(row_scale.dtype)
     absent = (indices < 0) | torch.isneginf(given) | (row_scale == 0)[:, None]
     outside = ~absent & (indices >= vocab_size)
@@ -90,7 +108,7 @@ def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_
 
 
 def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> tuple[Tensor, Tensor]:
-    """Of sorted entries that repeat a class one: with their sum, or (`add` False) the largest."""
+    """Merges sorted entries of the same class into one: their sum if `add`, else the largest."""
     place = torch.nn.functional.pad(indices[:, 1:] != indices[:, :-1], (1, 0)).cumsum(-1)
     merged_indices = torch.full_like(indices, vocab_size).scatter(-1, place, indices)
     largest = torch.full_like(log_probs, -torch.inf).scatter_reduce(-1, place, log_probs, "amax")
@@ -102,18 +120,18 @@ def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> t
     return merged_indices, torch.where(merged_indices < vocab_size, largest + mass.log(), -torch.inf)
 
 
-def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, every: Tensor) -> tuple[Tensor, Tensor]:
-    """The tail's log-probability [rows], and the rows whose mass is not 1. `every`: rows that name all classes."""
+def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all: Tensor) -> tuple[Tensor, Tensor]:
+    """The tail's log-probability [rows], and the rows whose mass is not 1. `names_all`: rows that name every class."""
     tolerance = _MASS_TOLERANCE[teacher.log_probs.dtype]
     wide = log_probs.double()
     largest, at = wide.max(-1, keepdim=True)
     others = wide.exp().scatter(-1, at, 0).sum(-1)
     left = -torch.expm1(largest[:, 0]) - others
     if teacher.tail_log_prob is None:
-        # A few units in the last places of the log-probabilities may be all that is left. NaN stays NaN: no clamp.
+        # The rest may be no more than the rounding of the log-probabilities. A clamp would hide a NaN: none here.
         units = 2 * torch.finfo(teacher.log_probs.dtype).eps
         rounding = units * torch.where(torch.isneginf(wide), 0, wide.exp() * wide.abs()).sum(-1)
-        tail_log_prob = torch.where((left < rounding) | every, 0, left).log().to(log_probs.dtype)
+        tail_log_prob = torch.where((left < rounding) | names_all, 0, left).log().to(log_probs.dtype)
         return tail_log_prob, kept & (left < -tolerance)
     tail_log_prob = torch.where(kept, teacher.tail_log_prob.to(log_probs.dtype), 0)
     return tail_log_prob, kept & ((left - tail_log_prob.double().exp()).abs() > tolerance)
@@ -134,15 +152,15 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
             there = indices[(indices >= 0) & ~torch.isneginf(log_probs)]
             values, counts = there.unique(return_counts=True)
             raise ValueError(
-                f"indices: {int(values[counts.argmax()])} stands twice in row {row}, which tail={teacher.tail!r} does "
-                "not take; samples that repeat are for tail='truncate'"
+                f"indices: expected each class once a row for tail={teacher.tail!r}; got "
+                f"{int(values[counts.argmax()])} twice in row {row}; tail='truncate' adds entries that repeat"
             )
         if name == "temperature":
             got = options.temperature.expand_as(options.row_scale)[row].item()
             raise ValueError(
-                f"temperature: tail={teacher.tail!r} needs the temperature at which the teacher's log-probabilities "
-                f"were taken, source_temperature={teacher.source_temperature.item():g}; got {got:g} in row {row}; "
-                "'support' and 'renormalize' can be tempered anew"
+                f"temperature: expected source_temperature={teacher.source_temperature.item():g}, the temperature of "
+                f"the teacher's log-probabilities, for tail={teacher.tail!r}; got {got:g} in row {row}; "
+                "'support' and 'renormalize' take any temperature"
             )
         mass = log_probs.double().exp()[indices >= 0].sum().item()
         if teacher.tail_log_prob is None:
@@ -152,17 +170,15 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
 
 
 def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor) -> Tensor:
-    """What a row's sum of phi lacks of the divergence's value for a teacher of mass M: [rows]."""
+    """[rows]: the divergence's value less the row's sum of phi, for a teacher of mass M."""
     return CATALOGUE[divergence].slack(parameters[0]) * torch.expm1(log_probs.logsumexp(-1))
 
 
 def with_offset(
-    offset: Tensor, options: RowOptions, temperature_squared: bool, loss: Tensor, statistics: Tensor | None
+    offset: Tensor, options: RowOptions, loss: Tensor, statistics: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Loss and statistics of rows whose divergence is larger by an offset."""
-    factor = options.row_scale if options.hard_weight is None else options.row_scale * (1 - options.hard_weight)
-    if temperature_squared:
-        factor = factor * options.temperature**2
+    """Adds an offset [rows] to the divergences in the losses and the statistics."""
+    factor = options.soft_factor()
     loss = loss + torch.where(factor == 0, 0, factor * offset)
     if statistics is not None and statistics.shape[0]:
         statistics = statistics.clone()
@@ -178,15 +194,17 @@ def sampled(
     proposal_temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Classes [n, exact + samples] int32, each once, and the logarithms of their targets: `exact` of the most probable
-    ones with their probabilities, and of the others what was drawn: `teachers.sampled_log_probs`."""
+    """Classes [n, exact + samples] int32, each once, and the logarithms of their targets.
+
+    The `exact` most probable classes have their probabilities, the rest is drawn: `teachers.sampled_log_probs`.
+    """
     log_probs = torch.log_softmax(logits / temperature, -1)
     certain, of_certain = log_probs.topk(exact, dim=-1)
     others = logits.scatter(-1, of_certain, -torch.inf)
-    nothing = torch.isneginf(others).all(-1, keepdim=True)  # is left to draw
+    nothing = torch.isneginf(others).all(-1, keepdim=True)  # no class is left to draw
     log_proposal = torch.log_softmax(torch.where(nothing, 0, others) / proposal_temperature, -1)
     broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
-    # In fp64, since the sampler sums over all classes; and without what it would refuse.
+    # In fp64, since the sampler sums over all classes. It refuses NaN, so a broken row gets ones.
     proposal = torch.where(broken, 1.0, log_proposal.double().exp())
     drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator)
     targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
@@ -202,10 +220,10 @@ def sampled(
 def fill_uniform(entries: Entries, temperature: Tensor, vocab_size: int, out: Tensor) -> None:
     """out[:, :vocab_size] = the log-probabilities of all classes, times the temperature: logits of the teacher.
 
-    `out` has a column more, for what is no entry.
+    `out` has one column more, which takes the absent entries.
     """
     count = (entries.indices < vocab_size).sum(-1)
-    # Without other classes there is no mass for them but by rounding.
+    # Where no other class is left, the tail's mass is rounding.
     shared = entries.tail_log_prob - (vocab_size - count).to(entries.tail_log_prob.dtype).log()
     others = torch.where(count < vocab_size, shared, -torch.inf)
     out.copy_((others * temperature)[:, None].expand_as(out))

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation, what its backends share: sorted rows, and the comparison of the k largest alone."""
+"""Universal Logit Distillation: sorts rows for the kernels, and compares the k largest probabilities alone."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -6,10 +6,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import rows_of
+from .options import RowOptions, bad_values_raise, check_values, per_row, rows_of, scaled_rows, slices
 
-# Of a buffer that stays in a CPU's cache while one operation after the other goes through it.
-_CACHE_BYTES = 2 << 20
+_CACHE_BYTES = 2 << 20  # of a buffer that stays in a CPU's cache from one operation to the next
+
+
+class Uld(NamedTuple):
+    """Student and teacher logits of two vocabularies, whose sorted probabilities are compared."""
+
+    student: Tensor  # [outer, inner, columns], the last stride is 1
+    teacher: Tensor  # [outer, inner, columns]
+    row_scale: Tensor  # [rows]; 0 skips the row
+    temperature: Tensor  # [rows] or [1]
+    k: int | None  # ranks that are compared; None: all
+    student_vocab_size: int
+    teacher_vocab_size: int
+    chunk_budget: int  # bytes
+
+    def tracked(self) -> tuple[Tensor | None, ...]:
+        return (self.student,)
+
+    def scaled(self, grad_loss: Tensor) -> "Uld":
+        return self._replace(row_scale=scaled_rows(self.row_scale, grad_loss))
 
 
 class Ranked(NamedTuple):
@@ -21,20 +39,20 @@ class Ranked(NamedTuple):
     teacher: Tensor  # [n, teacher_vocab_size]
 
 
-def ranked_chunks(
-    student: Tensor, teacher: Tensor, student_vocab_size: int, teacher_vocab_size: int, budget: int, gradient: bool
-) -> Iterator[Ranked]:
-    """All rows, so many at a time that what is sorted fits the budget. The logits themselves are sorted: softmax keeps
-    their order, and 16-bit keys take a radix sort half the passes of fp32 probabilities."""
+def ranked_chunks(problem: Uld, gradient: bool) -> Iterator[Ranked]:
+    """Sorts all rows, a chunk within the budget at a time.
+
+    The logits themselves are sorted: softmax keeps their order, and a radix sort makes half as many passes over 16-bit
+    keys as over fp32 probabilities.
+    """
+    student, teacher = problem.student, problem.teacher
     rows = student.shape[0] * student.shape[1]
     # Sorted values and indices, and the sums of signs; the sort takes as much again.
-    row_bytes = student_vocab_size * (2 * (student.element_size() + 8) + 4)
-    row_bytes += teacher_vocab_size * 2 * (teacher.element_size() + 8)
-    size = max(budget // row_bytes, 1)
-    for first in range(0, rows, size):
-        chunk = slice(first, min(first + size, rows))
-        values, indices = _sorted(student, chunk, student_vocab_size)
-        others, _ = _sorted(teacher, chunk, teacher_vocab_size)
+    row_bytes = problem.student_vocab_size * (2 * (student.element_size() + 8) + 4)
+    row_bytes += problem.teacher_vocab_size * 2 * (teacher.element_size() + 8)
+    for chunk in slices(rows, row_bytes, problem.chunk_budget):
+        values, indices = _sorted(student, chunk, problem.student_vocab_size)
+        others, _ = _sorted(teacher, chunk, problem.teacher_vocab_size)
         yield Ranked(chunk, values, indices if gradient else None, others)
 
 
@@ -43,67 +61,77 @@ def _sorted(logits: Tensor, chunk: slice, vocab_size: int) -> tuple[Tensor, Tens
     return values.contiguous(), indices.contiguous()
 
 
-def uld_topk(
-    kernels,
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    temperature: Tensor,
-    k: int,
-    student_vocab_size: int,
-    teacher_vocab_size: int,
-    chunk_budget: int,
-    gradient: bool,
-):
-    """Of the k largest probabilities of each side, exact and of whole vocabularies: loss, gradient, divergence and
-    error bound [rows].
+def uld(kernels, problem: Uld, wanted: list[bool]):
+    """Loss, gradient, divergence and error bound [rows]: `ops.uld`."""
+    row_scale = problem.row_scale
+    if bad_values_raise(row_scale.device):
+        check_values(RowOptions(row_scale, None, problem.temperature, None, False), 0)
+    if problem.k is not None:
+        return _uld_topk(kernels, problem, wanted[0])
+    loss, gradient, divergence = kernels.uld(problem, wanted[0])
+    return loss, gradient, divergence, torch.zeros_like(divergence)
 
-    With the classes past them taken for no difference, l_k = sum over k ranks |p - q| is off by at most what both sides
-    have there. Its gradient is p (s [class among the k] - sum p s) / temperature, of every class of the student.
+
+def _uld_topk(kernels, problem: Uld, wanted: bool):
+    """The same of the k largest probabilities of each side, which are exact, of whole vocabularies.
+
+    The classes past the k largest count as equal on both sides. So l_k = sum over k ranks |p - q| is off by at most
+    the mass that both sides have past them. The gradient is p (s [class among the k] - sum p s) / temperature, for
+    every class of the student.
     """
+    student, row_scale, temperature, k = problem.student, problem.row_scale, problem.temperature, problem.k
 
     def ranked(logits, vocab_size):
         # Where one side alone is fp64, the other is widened to it.
         wide = logits.to(row_scale.dtype) if row_scale.dtype == torch.float64 else logits
         return kernels.topk(wide, row_scale, temperature, min(k, vocab_size), vocab_size)
 
-    of_student, rank_log_probs, tail = ranked(student, student_vocab_size)
-    _, teacher_log_probs, teacher_tail = ranked(teacher, teacher_vocab_size)
+    classes, rank_log_probs, tail = ranked(student, problem.student_vocab_size)
+    _, teacher_log_probs, teacher_tail = ranked(problem.teacher, problem.teacher_vocab_size)
     kept = row_scale != 0
     p, q = (torch.nn.functional.pad(x.exp(), (0, k - x.shape[1])) for x in (rank_log_probs, teacher_log_probs))
     difference = p - q
     divergence = torch.where(kept, difference.abs().sum(-1), 0)
     error_bound = torch.where(kept, tail.exp() + teacher_tail.exp(), 0)
     loss = torch.where(kept, row_scale * divergence, 0)
-    if not gradient:
+    if not wanted:
         return loss, student.new_empty(0), divergence, error_bound
 
     sign = torch.where(difference == 0, 0, difference / difference.abs())
-    ranks = of_student.shape[1]
+    ranks = classes.shape[1]
     p, sign = p[:, :ranks], mean_of_runs(sign[:, :ranks], rank_log_probs)
     slope = row_scale / temperature
     signed_mass = (p * sign).sum(-1)
-    of_ranks = torch.where(of_student >= 0, slope[:, None] * p * sign, 0)  # a row that is NaN is so by signed_mass
+    # A row of NaN has no classes; signed_mass makes its gradient NaN.
+    rank_gradient = torch.where(classes >= 0, slope[:, None] * p * sign, 0)
     # The log of the softmax's denominator, from the largest class.
-    largest = _at(student, of_student[:, 0].clamp(min=0).long()).to(row_scale.dtype)
+    largest = _at(student, classes[:, 0].clamp(min=0).long()).to(row_scale.dtype)
     log_sum = largest / temperature - rank_log_probs[:, 0]
-    at = of_student.clamp(min=0).long()
-    made = kernels.empty(*student.shape, dtype=student.dtype, device=student.device)
-    target = made.flatten(0, 1)
-    if student.device.type == "cpu":
-        chunk_budget = min(chunk_budget, _CACHE_BYTES)
-    size = max(chunk_budget // (student_vocab_size * row_scale.element_size()), 1)
-    buffer = torch.empty(min(size, kept.shape[0]), student_vocab_size, dtype=row_scale.dtype, device=student.device)
-    for first in range(0, kept.shape[0], size):
-        chunk = slice(first, min(first + size, kept.shape[0]))
-        x = buffer[: chunk.stop - first]
-        x.copy_(rows_of(student, chunk)[:, :student_vocab_size])
-        x.div_((temperature if temperature.numel() == 1 else temperature[chunk])[:, None])
+    gradient = _topk_gradient(kernels, problem, log_sum, slope * signed_mass, classes, rank_gradient)
+    return loss, gradient, divergence, error_bound
+
+
+def _topk_gradient(
+    kernels, problem: Uld, log_sum: Tensor, row_slope: Tensor, classes: Tensor, rank_gradient: Tensor
+) -> Tensor:
+    """-row_slope softmax(student / temperature), plus the gradient of the ranks at their classes."""
+    student, vocab_size, kept = problem.student, problem.student_vocab_size, problem.row_scale != 0
+    at = classes.clamp(min=0).long()
+    gradient = kernels.empty(*student.shape, dtype=student.dtype, device=student.device)
+    target = gradient.flatten(0, 1)
+    budget = min(problem.chunk_budget, _CACHE_BYTES) if student.device.type == "cpu" else problem.chunk_budget
+    row_bytes = vocab_size * log_sum.element_size()
+    size = min(max(budget // row_bytes, 1), kept.shape[0])
+    buffer = torch.empty(size, vocab_size, dtype=log_sum.dtype, device=student.device)
+    for chunk in slices(kept.shape[0], row_bytes, budget):
+        x = buffer[: chunk.stop - chunk.start]
+        x.copy_(rows_of(student, chunk)[:, :vocab_size])
+        x.div_(per_row(problem.temperature, problem.row_scale, chunk)[:, None])
         x.sub_(log_sum[chunk, None]).exp_()  # the softmax, and then the gradient
-        x.mul_(-(slope * signed_mass)[chunk, None]).scatter_add_(-1, at[chunk], of_ranks[chunk])
-        target[chunk, :student_vocab_size] = x.masked_fill_(~kept[chunk, None], 0)
-    target[:, student_vocab_size:] = 0
-    return loss, made, divergence, error_bound
+        x.mul_(-row_slope[chunk, None]).scatter_add_(-1, at[chunk], rank_gradient[chunk])
+        target[chunk, :vocab_size] = x.masked_fill_(~kept[chunk, None], 0)
+    target[:, vocab_size:] = 0
+    return gradient
 
 
 def _at(logits: Tensor, column: Tensor) -> Tensor:
@@ -112,7 +140,7 @@ def _at(logits: Tensor, column: Tensor) -> Tensor:
 
 
 def mean_of_runs(x: Tensor, keys: Tensor) -> Tensor:
-    """Of x [rows, n] the means over neighbours whose keys are equal, in the place of each."""
+    """Replaces each element of x [rows, n] by the mean over the neighbours whose keys equal its own."""
     run = torch.nn.functional.pad(keys[:, 1:] != keys[:, :-1], (1, 0)).cumsum(-1)
     total = torch.zeros_like(x).scatter_add(-1, run, x)
     number = torch.zeros_like(x).scatter_add(-1, run, torch.ones_like(x))

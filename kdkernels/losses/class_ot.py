@@ -3,13 +3,11 @@
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from ..autograd import ClassOT, refuse_transforms
-from ..backends.reference import class_ot as reference
-from ..families import class_ot
-from ..families import linear as chunks
-from ..families.class_ot import GRADIENTS
-from ..families.options import bad_values_raise, compute_dtype
+from .. import backends
+from ..autograd import CLASS_OT, run
+from ..families.class_ot import GRADIENTS, NO_LABEL, ClassOT
+from ..families.linear import current_budget
+from ..families.options import compute_dtype
 from . import options
 
 
@@ -101,38 +99,23 @@ def fused_class_ot(
     """
     _check(student, teacher, class_cost)
     epsilon = options.positive_number("epsilon", epsilon, student.device, torch.float64)
-    options.check_iterations(iterations)
+    options.check_int("iterations", iterations, 1)
     options.check_choice("gradient", gradient, GRADIENTS)
     dtype = torch.float64 if class_cost.dtype == torch.float64 else compute_dtype(student, teacher)
-    row = options.resolve(
-        student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=None,
-        ignore_index=ignore_index, hard_weight=0.0, reduction=reduction, normalizer=normalizer, dtype=dtype,
-    )  # fmt: skip
+    given = options.GivenRowOptions(
+        temperature=temperature, mask=mask, row_weight=row_weight, reduction=reduction, normalizer=normalizer
+    )
+    rows = options.resolve(student, teacher, given, dtype)
     excluded = _excluded(exclude_labels, ignore_index, student)
-    literal, backend = backend == "reference", backends.select(backend, student, teacher)
-    tensors = (*options.as_outer_inner(student, teacher), class_cost, row.row_scale, excluded, row.temperature,
-               epsilon, iterations)  # fmt: skip
-    row_loss = _reference_rows(tensors, gradient, dtype) if literal else _row_losses(tensors, gradient, backend)
-    return row_loss.reshape(student.shape[:-1]) if reduction == "none" else row_loss.sum()
-
-
-def _row_losses(tensors, gradient: str, backend: str) -> Tensor:
-    student, budget = tensors[0], chunks.current_budget()
-    refuse_transforms(student, backend)
-    if torch.is_grad_enabled() and student.requires_grad:
-        return ClassOT.apply(*tensors, gradient, budget, backend)
-    return ops.classes_ot(*tensors, None, budget)[0]
-
-
-def _reference_rows(tensors, gradient: str, dtype: torch.dtype) -> Tensor:
-    student, _, class_cost, row_scale, excluded, temperature, epsilon, _ = tensors
-    if bad_values_raise(student.device):
-        class_ot.check_row_values(row_scale, excluded, temperature, student.shape[-1])
-        working = class_ot.working_dtype(class_cost, epsilon, dtype)
-    else:
-        working = dtype
-    with torch.autocast(student.device.type, enabled=False):
-        return reference.class_ot(*tensors, gradient, working).to(dtype)
+    definition, backend = backend == "reference", backends.select(backend, student, teacher)
+    problem = ClassOT(
+        *options.as_outer_inner(student, teacher), class_cost, rows.row_scale, excluded, rows.temperature, epsilon,
+        iterations, gradient, current_budget(),
+    )  # fmt: skip
+    # The operator's products are torch's: it serves "auto" also where no backend has kernels.
+    reduce = reduction != "none"
+    (loss,) = run(CLASS_OT, problem, backend, "forward", reduce=reduce, definition=definition)
+    return loss if reduce else loss.reshape(student.shape[:-1])
 
 
 def _check(student: Tensor, teacher: Tensor, class_cost: Tensor):
@@ -162,7 +145,7 @@ def _check(student: Tensor, teacher: Tensor, class_cost: Tensor):
 
 
 def _excluded(exclude_labels: Tensor | None, ignore_index: int, student: Tensor) -> Tensor | None:
-    """[rows], with class_ot.NOTHING for ignore_index."""
+    """[rows], with NO_LABEL for ignore_index."""
     if exclude_labels is None:
         return None
     options.check_per_row("exclude_labels", exclude_labels, student.shape[:-1], student.device, torch.int64)
@@ -170,4 +153,4 @@ def _excluded(exclude_labels: Tensor | None, ignore_index: int, student: Tensor)
     if student.shape[-1] < 2:
         raise ValueError("exclude_labels: expected a vocabulary of at least 2 classes; got 1")
     labels = exclude_labels.reshape(-1)
-    return torch.where(labels == ignore_index, class_ot.NOTHING, labels)
+    return torch.where(labels == ignore_index, NO_LABEL, labels)

@@ -3,17 +3,13 @@
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from ..autograd import ChunkedRows, Rows, refuse_transforms
-from ..backends.reference import linear as reference_linear
-from ..backends.reference import rows as reference
-from ..backends.reference import topk as reference_topk
+from .. import backends
+from ..autograd import CHUNKED_ROWS, ROWS, run
 from ..distributions import LinearLogits, SparseLogProbs
-from ..divergences import CATALOGUE, Divergence
-from ..families import linear as chunks
-from ..families import topk
-from ..families.options import RowOptions, bad_values_raise, compute_dtype
-from ..families.rows import ROW_STATISTICS, ROW_TOP1
+from ..divergences import Divergence
+from ..families.linear import ChunkedRows, Chunking, LogitsSource, product_dtype
+from ..families.rows import ROW_STATISTICS, ROW_TOP1, Rows
+from ..families.topk import Sparse
 from . import options
 from .options import LossOutput
 
@@ -132,33 +128,38 @@ def fused_divergence(
         divergence = Divergence(divergence)
     vocab_size = options.check_logits(student, teacher, vocab_size)
     options.check_choice("gradient", gradient, options.GRADIENTS)
-    options.check_type("temperature_squared", temperature_squared, bool)
     options.check_statistics(statistics, labels)
-    row = options.resolve(
-        student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=labels,
-        ignore_index=ignore_index, hard_weight=hard_weight, reduction=reduction, normalizer=normalizer,
-    )  # fmt: skip
-    heads = options.resolve_heads(
-        student=student, teacher=teacher, chunk_rows=chunk_rows, compact_rows=compact_rows, logits_dtype=logits_dtype
+    given = options.GivenRowOptions(
+        temperature, temperature_squared, mask, row_weight, labels, ignore_index, hard_weight, reduction, normalizer
     )
+    rows = options.resolve(student, teacher, given)
+    heads = options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+    chunking = options.resolve_chunking(heads, student=student, teacher=teacher)
     if isinstance(teacher, SparseLogProbs):
         options.check_tail(divergence, teacher)
-        heads = heads or options.HeadOptions(None, None, 0, False)
+        chunking = chunking or options.whole_rows()
     backend = backends.select(backend, student, teacher)
-    parameters = torch.ones(1, dtype=compute_dtype(student, teacher), device=student.device)
-    if CATALOGUE[divergence.name].parameter is not None:
+    parameters = torch.ones(1, dtype=rows.row_scale.dtype, device=student.device)
+    if divergence.parameter is not None:
         parameters = parameters * divergence.parameter
 
-    static = (divergence.name, vocab_size, temperature_squared)
-    row_numbers, last = (*row, parameters), (bool(statistics), reduction, gradient, backend)
-    if heads is None:
-        found = _row_losses((*options.as_outer_inner(student, teacher), *row_numbers), static, *last)
+    loss_terms = (rows, divergence.name, parameters, vocab_size, bool(statistics))
+    if chunking is None:
+        family, dtype = ROWS, student.dtype
+        problem = Rows(*options.as_outer_inner(student, teacher), *loss_terms)
     else:
-        found = _chunked_row_losses(student, teacher, row_numbers, static, heads, *last)
-    row_loss, row_statistics, top1 = found
+        family, dtype = CHUNKED_ROWS, _gradient_dtype(student, chunking)
+        problem = ChunkedRows(*_sources(student, teacher, chunking, rows.row_scale.dtype), *loss_terms, chunking)
+    if gradient == "forward" and reduction == "none" and isinstance(student, LinearLogits):
+        raise ValueError(
+            "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
+            "expected gradient='backward' or 'auto'"
+        )
+    mode = options.gradient_mode(gradient, reduction, dtype)
+    loss, row_statistics, top1 = run(family, problem, backend, mode, reduce=reduction != "none")
 
     leading = student.shape[:-1]
-    loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
+    loss = loss.reshape(leading) if reduction == "none" else loss
     if not statistics:
         return loss
     return LossOutput(loss, {name: _statistic(name, row_statistics, top1, leading) for name in statistics})
@@ -204,101 +205,28 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return torch.cat([labels[..., 1:], last], dim=-1)
 
 
-def _row_losses(tensors, static, statistics: bool, reduction: str, gradient: str, backend: str):
-    """Row losses [rows] (a node of the autograd graph where a gradient is wanted), statistics and top-1."""
-    student = tensors[0]
-    if backend == "reference":
-        with torch.autocast(student.device.type, enabled=False):
-            return reference.rows(*tensors, *static, statistics)
-    refuse_transforms(student, backend)
-    if not (torch.is_grad_enabled() and student.requires_grad):
-        loss, _, _, _, row_statistics, top1 = ops.rows(*tensors, *static, False, statistics, backend)
-        return loss, row_statistics, top1
-    if gradient == "auto":
-        # A teacher made in inference mode cannot be saved for backward.
-        per_row = reduction == "none" and (torch.compiler.is_compiling() or not tensors[1].is_inference())
-        gradient = "backward" if per_row or student.dtype == torch.float16 else "forward"
-    return Rows.apply(*tensors, *static, statistics, gradient, backend)
+def _gradient_dtype(student: Tensor | LinearLogits, chunking: Chunking) -> torch.dtype:
+    """The dtype of the logits' gradient."""
+    return product_dtype(student.dtype, chunking.autocast_dtype) if isinstance(student, LinearLogits) else student.dtype
 
 
-def _chunked_row_losses(student, teacher, row_numbers, static, heads, statistics, reduction, gradient, backend):
-    """What `_row_losses` returns, where a side is a head or the teacher sparse; or the sum of the row losses."""
-    of_student, of_teacher, *sparse, tail = _sides(student, teacher, heads, row_numbers[0].dtype)
-    if backend == "reference":
-        return _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, statistics)
-    tensors = [x for side in (of_student, of_teacher) for x in (side.data, side.weight, side.bias)] + sparse
-    for x in tensors:
-        if x is not None:
-            refuse_transforms(x, backend)
-    numbers = [x for side in (of_student, of_teacher) for x in (side.scale, side.softcap)]
-    budget = chunks.current_budget()
-    static = (
-        *static, *numbers, tail, heads.autocast_dtype, heads.logits_dtype, heads.chunk_rows, budget, heads.compact_rows
-    )  # fmt: skip
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors[:3]]
-    if not any(wanted):
-        loss, _, _, _, row_statistics, top1 = ops.chunked_rows(
-            *tensors, *row_numbers, *static, wanted, statistics, backend
-        )
-        return loss, row_statistics, top1
-    of_weight = of_student.weight is not None
-    if gradient == "forward" and reduction == "none" and of_weight:
-        raise ValueError(
-            "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
-            "expected gradient='backward' or 'auto'"
-        )
-    if gradient == "auto":
-        dtype = chunks.product_dtype(student.dtype, heads.autocast_dtype) if of_weight else student.dtype
-        gradient = "backward" if reduction == "none" or dtype == torch.float16 else "forward"
-    if gradient == "backward":  # which keeps them
-        tensors = [x if x is None else options.savable(x) for x in tensors]
-    return ChunkedRows.apply(*tensors, *row_numbers, *static, wanted, statistics, gradient, backend)
-
-
-def _sides(student, teacher, heads: options.HeadOptions, dtype: torch.dtype):
-    """Both as [outer, inner, ...] sides; then, of a sparse teacher, whose side has its log-probabilities [rows, K], the
-    indices, the tail's log-probability and the source temperature, and what its tail is. Else None."""
-    of_student = options.side_of(student, heads)
+def _sources(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, chunking: Chunking, dtype
+) -> tuple[LogitsSource, LogitsSource | None, Sparse | None]:
+    """The student's logits, and the teacher's logits or entries, as the chunk loop takes them."""
+    student = options.source_of(student, chunking)
     if not isinstance(teacher, SparseLogProbs):
-        of_teacher = options.side_of(teacher, heads)
-        data = options.as_outer_inner(of_student.data, of_teacher.data)
-        return of_student._replace(data=data[0]), of_teacher._replace(data=data[1]), None, None, None, None
-    of_student = of_student._replace(data=options.as_outer_inner(of_student.data)[0])
+        teacher = options.source_of(teacher, chunking)
+        data = options.as_outer_inner(student.data, teacher.data)
+        return student._replace(data=data[0]), teacher._replace(data=data[1]), None
     entries = teacher.shape[-1]
-    of_teacher = chunks.Side(teacher.log_probs.reshape(-1, entries), None, None, 1.0, None)
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(-1)
     source_temperature = torch.ones(1, dtype=dtype, device=teacher.device) * teacher.source_temperature
-    return of_student, of_teacher, teacher.indices.reshape(-1, entries), tail_log_prob, source_temperature, teacher.tail
-
-
-def _reference_rows(of_student, of_teacher, sparse, tail, row_numbers, static, statistics):
-    """The definition, of whole logits."""
-    *row, parameters = row_numbers
-    row, (divergence, vocab_size, temperature_squared) = RowOptions(*row), static
-    dtype, device = row.row_scale.dtype, row.row_scale.device
-
-    def logits_of(x):
-        return x.data if x.weight is None else reference_linear.linear_logits(*x, row.row_scale, vocab_size, dtype)
-
-    with torch.autocast(device.type, enabled=False):
-        student = logits_of(of_student)
-        if tail is None:
-            return reference.rows(student, logits_of(of_teacher), *row_numbers, *static, statistics)
-        sparse = topk.Sparse(of_teacher.data, *sparse, tail)
-        entries, row_scale = topk.entries_of(sparse, row, vocab_size, bad_values_raise(device))
-        row = row._replace(row_scale=row_scale)
-        if tail == "uniform":
-            teacher = torch.empty(row_scale.shape[0], vocab_size + 1, dtype=dtype, device=device)
-            topk.fill_uniform(entries, row.temperature.expand_as(row_scale), vocab_size, teacher)
-            teacher = teacher.view(*student.shape[:2], vocab_size + 1)
-            return reference.rows(student, teacher, *row, parameters, *static, statistics)
-        loss, row_statistics, top1 = reference_topk.topk_rows(
-            student, *entries, *row, parameters, *static, tail == "support", statistics
-        )
-        if tail == "truncate":
-            offset = topk.tail_offset(divergence, parameters, entries.log_probs)
-            loss, row_statistics = topk.with_offset(offset, row, temperature_squared, loss, row_statistics)
-        return loss, row_statistics, top1
+    sparse = Sparse(
+        teacher.log_probs.reshape(-1, entries), teacher.indices.reshape(-1, entries), tail_log_prob,
+        source_temperature, teacher.tail,
+    )  # fmt: skip
+    return student._replace(data=options.as_outer_inner(student.data)[0]), None, sparse
 
 
 def _statistic(name: str, row_statistics: Tensor, top1: Tensor, leading: torch.Size) -> Tensor:

@@ -1,7 +1,7 @@
-"""The row options: checks what the caller passed and turns it into the few tensors that every kernel takes.
+"""The row options: checks the caller's arguments and turns them into the few tensors that every kernel takes.
 
-Mask, labels, row weights, reduction and normalizer fold, on the device and without synchronisation, into one row_scale.
-Nothing here reads a value of a tensor: that is left to the operators, which on a CPU can afford it.
+Mask, labels, row weights, reduction and normalizer fold into one row_scale, on the device and without synchronisation.
+Nothing here reads a tensor's values. The operators read them on a CPU, where that costs no synchronisation.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
 from ..divergences import Divergence
-from ..families.linear import Side, product_dtype
+from ..families.linear import Chunking, LogitsSource, current_budget, product_dtype
 from ..families.options import STORAGE_DTYPES, RowOptions, compute_dtype
 from ..families.rows import ROW_STATISTICS, ROW_TOP1
 
@@ -74,15 +74,14 @@ def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
         if any(width != first for width in others):
             (one, its), (other, others_width) = widths.items()
             raise ValueError(
-                f"{one} has {its} classes and {other} {others_width}; where the rest is padding, "
+                f"{one} has {its} classes and {other} {others_width}; if the rest is padding, "
                 "pass vocab_size=<classes that both have>"
             )
         vocab_size = first
-    elif isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"vocab_size: expected an int or None; got {type(vocab_size).__name__}")
-    if vocab_size < 1 or any(vocab_size > width for width in widths.values()):
+    check_int("vocab_size", vocab_size, 1)
+    if any(vocab_size > width for width in widths.values()):
         classes = " and ".join(f"{width} of the {name}" for name, width in widths.items())
-        raise ValueError(f"vocab_size: expected from 1 to the classes that are there; got {vocab_size}, with {classes}")
+        raise ValueError(f"vocab_size: expected at most the logits' classes, {classes}; got {vocab_size}")
     return vocab_size
 
 
@@ -122,36 +121,31 @@ def check_tail(divergence: Divergence, teacher: SparseLogProbs):
 
 
 class HeadOptions(NamedTuple):
-    """How the logits of heads are made; None and 0 leave it to the operator."""
+    """The options of `LinearLogits`, as the caller gave them."""
 
-    autocast_dtype: torch.dtype | None
+    chunk_rows: int | None
+    compact_rows: bool | None
     logits_dtype: torch.dtype | None
-    chunk_rows: int
-    compact_rows: bool
 
 
-def resolve_heads(*, chunk_rows, compact_rows, logits_dtype, **sides) -> HeadOptions | None:
-    """None where no side, by its name in the call, is a head."""
+def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
+    """How the logits of the sides, by their names in the call, are made; None if no side is a head."""
     heads = {name: x for name, x in sides.items() if isinstance(x, LinearLogits)}
-    given = {"chunk_rows": chunk_rows, "compact_rows": compact_rows, "logits_dtype": logits_dtype}
-    for name, value in given.items():
+    for name, value in given._asdict().items():
         if value is not None and not heads:
-            raise ValueError(f"{name} is of LinearLogits; got {name}={value} without one")
+            raise ValueError(f"{name}: expected None without a LinearLogits, whose option it is; got {value}")
     if not heads:
         return None
-    if chunk_rows is not None:
-        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, (int, torch.SymInt)):
-            raise TypeError(f"chunk_rows: expected an int or None; got {type(chunk_rows).__name__}")
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows: expected at least 1; got {chunk_rows}")
-    if compact_rows is not None:
-        check_type("compact_rows", compact_rows, bool)
-    if logits_dtype not in (None, torch.float32):
-        raise TypeError(f"logits_dtype: expected torch.float32 or None (as the products' factors); got {logits_dtype}")
+    if given.chunk_rows is not None:
+        check_int("chunk_rows", given.chunk_rows, 1)
+    if given.compact_rows is not None:
+        check_type("compact_rows", given.compact_rows, bool)
+    if given.logits_dtype not in (None, torch.float32):
+        raise TypeError(f"logits_dtype: expected torch.float32 or None (the factors' dtype); got {given.logits_dtype}")
     device = next(iter(heads.values())).device.type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     for name, x in heads.items():
-        # Autocast casts all but fp64; what is sharded is cast as it is gathered.
+        # Autocast casts every dtype but fp64. A sharded weight is cast when it is gathered.
         cast = autocast_dtype is not None and torch.float64 not in (x.hidden.dtype, x.weight.dtype)
         cast = cast or is_sharded(x.weight)
         if x.hidden.dtype != x.weight.dtype and not cast:
@@ -159,17 +153,30 @@ def resolve_heads(*, chunk_rows, compact_rows, logits_dtype, **sides) -> HeadOpt
                 f"{name}: expected hidden and weight of one dtype outside autocast; "
                 f"got {x.hidden.dtype} and {x.weight.dtype}"
             )
-    compact_rows = device == "cpu" if compact_rows is None else compact_rows
-    return HeadOptions(autocast_dtype, logits_dtype, chunk_rows or 0, compact_rows)
+    compact_rows = device == "cpu" if given.compact_rows is None else given.compact_rows
+    return Chunking(autocast_dtype, given.logits_dtype, given.chunk_rows or 0, current_budget(), compact_rows)
 
 
-def side_of(x: Tensor | LinearLogits, heads: HeadOptions) -> Side:
-    """Its tensors, a sharded weight gathered; the data as they came, [..., columns]."""
+def whole_rows() -> Chunking:
+    """How rows of stored logits go in chunks."""
+    return Chunking(None, None, 0, current_budget(), False)
+
+
+def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:
+    """The tensors of a side, a sharded weight gathered; the data as it came, [..., columns]."""
     if isinstance(x, Tensor):
-        return Side(x, None, None, 1.0, None)
-    dtype = product_dtype(x.hidden.dtype, heads.autocast_dtype)
+        return LogitsSource(x, None, None, 1.0, None)
+    dtype = product_dtype(x.hidden.dtype, chunking.autocast_dtype)
     bias = None if x.bias is None else gathered(x.bias, dtype)
-    return Side(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
+    return LogitsSource(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
+
+
+def gradient_mode(gradient: str, reduction: str, dtype: torch.dtype) -> str:
+    """"auto" is "backward" for losses row by row, whose kept gradient one more product would round, and for fp16, in
+    which a small gradient would be lost before a loss scaler sees it; else "forward"."""
+    if gradient != "auto":
+        return gradient
+    return "backward" if reduction == "none" or dtype == torch.float16 else "forward"
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):
@@ -182,20 +189,20 @@ def check_type(name: str, value, expected: type):
         raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
 
 
-def check_iterations(iterations: int):
-    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)):
-        raise TypeError(f"iterations: expected an int; got {type(iterations).__name__}")
-    if iterations < 1:
-        raise ValueError(f"iterations: expected at least 1; got {iterations}")
+def check_int(name: str, value, least: int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}; got {value}")
 
 
-def check_statistics(statistics: tuple[str, ...], labels: Tensor | None):
+def check_statistics(statistics: tuple[str, ...], labels: Tensor | None, known: tuple[str, ...] = STATISTICS):
     if not isinstance(statistics, (tuple, list)):
         hint = f", as in ({statistics!r},)" if isinstance(statistics, str) else ""
         raise TypeError(f"statistics: expected a tuple of names{hint}; got {type(statistics).__name__}")
     for name in statistics:
-        if name not in STATISTICS:
-            raise ValueError(f"statistics: unknown name {name!r}; known: {', '.join(STATISTICS)}")
+        if name not in known:
+            raise ValueError(f"statistics: unknown name {name!r}; known: {', '.join(known)}")
         if name in NEED_LABELS and labels is None:
             raise ValueError(f"statistics: {name!r} needs labels; got labels=None")
 
@@ -219,35 +226,44 @@ def _collapses(x: Tensor, first: int, last: int) -> bool:
     return all(x.stride(d) == x.stride(d + 1) * x.shape[d + 1] for d in range(first, last - 1))
 
 
+class GivenRowOptions(NamedTuple):
+    """The row options of a loss, as the caller gave them."""
+
+    temperature: float | Tensor = 1.0
+    temperature_squared: bool = False
+    mask: Tensor | None = None
+    row_weight: Tensor | None = None
+    labels: Tensor | None = None
+    ignore_index: int = -100
+    hard_weight: float | Tensor = 0.0
+    reduction: str = "mean"
+    normalizer: int | float | Tensor | None = None
+
+
 def resolve(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits | SparseLogProbs,
-    *,
-    temperature,
-    mask: Tensor | None,
-    row_weight: Tensor | None,
-    labels: Tensor | None,
-    ignore_index: int,
-    hard_weight,
-    reduction: str,
-    normalizer,
+    given: GivenRowOptions,
     dtype: torch.dtype | None = None,
 ) -> RowOptions:
-    """`dtype`: of the row numbers, where more than student and teacher decide it."""
+    """The options of each row. `dtype`: of their numbers, if more than student and teacher decide it."""
     leading, device = student.shape[:-1], student.device
     dtype = dtype or compute_dtype(student, teacher)
-    check_choice_of_reduction(reduction)
+    check_reduction(given.reduction)
+    check_type("temperature_squared", given.temperature_squared, bool)
 
-    if mask is not None:
-        check_per_row("mask", mask, leading, device, torch.bool)
+    if given.mask is not None:
+        check_per_row("mask", given.mask, leading, device, torch.bool)
+    labels = given.labels
     if labels is not None:
         check_per_row("labels", labels, leading, device, torch.int64)
-        check_type("ignore_index", ignore_index, int)
-        labels = savable(labels.reshape(-1).contiguous())
-    if row_weight is not None:
-        check_per_row("row_weight", row_weight, leading, device)
+        check_type("ignore_index", given.ignore_index, int)
+        labels = labels.reshape(-1).contiguous()
+    if given.row_weight is not None:
+        check_per_row("row_weight", given.row_weight, leading, device)
 
-    temperature = _number_or_per_row("temperature", temperature, leading, device, dtype)
+    temperature = _number_or_per_row("temperature", given.temperature, leading, device, dtype)
+    hard_weight = given.hard_weight
     if not isinstance(hard_weight, Tensor):
         _check_number("hard_weight", hard_weight)
     if isinstance(hard_weight, Tensor) or hard_weight != 0:
@@ -257,45 +273,43 @@ def resolve(
     else:
         hard_weight = None
 
-    keep = None if mask is None else mask.reshape(-1)
+    keep = None if given.mask is None else given.mask.reshape(-1)
     if isinstance(teacher, SparseLogProbs) and teacher.tail != "bucket":
         named = ((teacher.indices >= 0) & ~torch.isneginf(teacher.log_probs)).any(-1).reshape(-1)
         keep = named if keep is None else keep & named
-    row_scale = _row_scale(
-        leading.numel(), device, dtype, keep, labels, ignore_index, row_weight, reduction, normalizer
-    )
-    return RowOptions(row_scale, labels, temperature, hard_weight)
+    if labels is not None:
+        labelled = labels != given.ignore_index
+        keep = labelled if keep is None else keep & labelled
+    row_scale = _row_scale(leading.numel(), device, dtype, keep, given)
+    return RowOptions(row_scale, labels, temperature, hard_weight, given.temperature_squared)
 
 
-def check_choice_of_reduction(reduction: str):
+def check_reduction(reduction: str):
     if reduction == "batchmean":
         raise ValueError(
-            "reduction 'batchmean' depends on what is the batch; 'mean' divides by the number of kept rows, and "
-            "normalizer replaces that number"
+            "reduction: expected 'mean', 'sum' or 'none'; got 'batchmean', whose batch the shape does not tell; "
+            "'mean' divides by the number of kept rows, and normalizer replaces that number"
         )
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def _row_scale(rows, device, dtype, keep, labels, ignore_index, row_weight, reduction, normalizer) -> Tensor:
+def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
     """where(keep, weight / denominator, 0) as [rows]."""
-    if labels is not None:
-        labelled = labels != ignore_index
-        keep = labelled if keep is None else keep & labelled
     weight = torch.ones(rows, dtype=dtype, device=device)
-    if row_weight is not None:
-        weight = weight * row_weight.reshape(-1).to(dtype)
+    if given.row_weight is not None:
+        weight = weight * given.row_weight.reshape(-1).to(dtype)
 
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"normalizer goes with reduction='mean' only; got reduction={reduction!r}")
-        denominator = _normalizer(normalizer, device, dtype)
-    elif reduction == "mean":
+    if given.normalizer is not None:
+        if given.reduction != "mean":
+            raise ValueError(f"normalizer goes with reduction='mean' only; got reduction={given.reduction!r}")
+        denominator = _normalizer(given.normalizer, device, dtype)
+    elif given.reduction == "mean":
         denominator = rows if keep is None else keep.sum()
     else:
         denominator = 1
     scale = weight / denominator
-    if row_weight is not None:
-        scale = torch.where(weight == 0, 0, scale)  # skipped also where the denominator is 0
+    if given.row_weight is not None:
+        scale = torch.where(weight == 0, 0, scale)  # a row of weight 0 is skipped even if the denominator is 0
     return scale if keep is None else torch.where(keep, scale, 0)
 
 
@@ -305,7 +319,7 @@ def _normalizer(normalizer, device, dtype):
             raise ValueError(f"normalizer: expected one element; got shape {list(normalizer.shape)}")
         _check_real("normalizer", normalizer)
         _refuse_gradient("normalizer", normalizer)
-        return _moved(normalizer.detach().reshape(()), device, dtype)
+        return _to_device(normalizer.detach().reshape(()), device, dtype)
     _check_number("normalizer", normalizer)
     if not 0 <= normalizer < float("inf"):
         raise ValueError(f"normalizer: expected finite and not negative; got {normalizer}")
@@ -318,9 +332,9 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
         if value.dim() == 0:
             _check_real(name, value)
             _refuse_gradient(name, value)
-            return _moved(value.detach().reshape(1), device, dtype)
+            return _to_device(value.detach().reshape(1), device, dtype)
         check_per_row(name, value, leading, device)
-        return _moved(value.detach().reshape(-1).contiguous(), device, dtype)
+        return _to_device(value.detach().reshape(-1).contiguous(), device, dtype)
     if name == "temperature":
         check_temperature(name, value)
     else:
@@ -341,7 +355,7 @@ def positive_number(name: str, value: float | Tensor, device, dtype) -> Tensor:
     _refuse_gradient(name, value)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_positive(name, value.item(), dtype)
-    return _moved(value.detach().reshape(1), device, dtype)
+    return _to_device(value.detach().reshape(1), device, dtype)
 
 
 def _check_positive(name: str, value, dtype: torch.dtype):
@@ -379,14 +393,9 @@ def _check_real(name: str, x: Tensor):
         raise TypeError(f"{name}: expected real numbers; got {x.dtype}")
 
 
-def _moved(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """To the device and dtype, without waiting where the target is a GPU. Never an inference tensor."""
-    return savable(x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu"))
-
-
-def savable(x: Tensor) -> Tensor:
-    """Itself; or a copy of what was made in inference mode, which cannot be saved for backward."""
-    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
+def _to_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """To the device and dtype, without waiting if the target is a GPU."""
+    return x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 
 def _refuse_gradient(name: str, x: Tensor):

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from ..autograd import Sinkhorn, SinkhornKD, refuse_transforms
-from ..backends.reference import sinkhorn as reference
+from .. import backends
+from ..autograd import SINKHORN, SINKHORN_KD, run
 from ..families import sinkhorn as transport
-from ..families.options import bad_values_raise, compute_dtype
+from ..families.linear import current_budget
+from ..families.options import compute_dtype
+from ..families.sinkhorn import Clouds, Sinkhorn, SinkhornKD, Solution
 from . import options
 
 VALUES = ("transport", "entropic")
@@ -107,7 +108,7 @@ def fused_sinkhorn(
     options.check_choice("value", value, VALUES)
     options.check_choice("gradient", gradient, transport.GRADIENTS)
     options.check_type("plan", plan, bool)
-    options.check_iterations(iterations)
+    options.check_int("iterations", iterations, 1)
     dtype, device = compute_dtype(cost, cost), cost.device
     leading, (n, m) = cost.shape[:-2], cost.shape[-2:]
     epsilon = options.positive_number("epsilon", epsilon, device, dtype)
@@ -118,27 +119,15 @@ def fused_sinkhorn(
     a, b = (_masses(name, x, leading, size, device, dtype) for name, x, size in (("a", a, n), ("b", b, m)))
     backend = backends.select(backend, cost, cost, max(n, m))
     problems = cost.to(dtype).reshape(-1, n, m).contiguous()
-    # Costs that have much in common would cancel. P does not change where each has less, f changes as much, and the
-    # value by that times the mass (whose derivative is a constant that b's have no part in).
+    # Costs that have much in common would cancel. Without the common part P stays the same, f shrinks by it, and the
+    # value by it times the mass (whose derivative is a constant that b's have no part in).
     common = problems.detach().where(torch.isfinite(problems.detach()), torch.inf).amin((1, 2))
     common = torch.where(torch.isfinite(common), common, 0)
     problems = problems - common[:, None, None]
-    numbers = (problems, a, b, epsilon, limit, iterations, value == "entropic")
-
-    if backend == "reference":
-        with torch.autocast(device.type, enabled=False):
-            if bad_values_raise(device):
-                transport.check_problems(*(x.detach() for x in numbers[:3]))
-            found = reference.sinkhorn(*numbers, gradient)
-    else:
-        wanted = [torch.is_grad_enabled() and x.requires_grad for x in numbers[:3]]
-        for x in numbers[:3]:
-            refuse_transforms(x, backend)
-        if any(wanted):
-            found = Sinkhorn.apply(*numbers, gradient, backend)
-        else:
-            found = ops.sinkhorn(*numbers, None, backend)[:5]
-    found = transport.Sinkhorn(*found)
+    problem = Sinkhorn(
+        problems, a, b, epsilon, limit, iterations, value == "entropic", gradient, current_budget()
+    )  # fmt: skip
+    found = Solution(*run(SINKHORN, problem, backend, "forward"))
     with torch.no_grad():
         whole = transport.plan_of(problems, a, b, found.f, found.g, epsilon).view(cost.shape) if plan else None
         f = found.f + common[:, None]
@@ -261,7 +250,7 @@ def fused_sinkhorn_kd(
     options.check_choice("cost", cost, transport.COSTS)
     options.check_choice("gradient", gradient, transport.GRADIENTS)
     options.check_choice("reduction", reduction, options.REDUCTIONS)
-    options.check_iterations(iterations)
+    options.check_int("iterations", iterations, 1)
     dtype, device, leading = compute_dtype(student, teacher), student.device, student.shape[:-2]
     temperature = options.positive_number("temperature", temperature, device, dtype)
     epsilon = options.positive_number("epsilon", epsilon, device, dtype)
@@ -270,27 +259,19 @@ def fused_sinkhorn_kd(
     backend = backends.select(backend, student, teacher, student.shape[-2])
 
     rows = student.shape[-2]
-    clouds = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
-    kept = torch.ones(leading.numel(), rows, dtype=dtype, device=device)
+    row_mass = torch.ones(leading.numel(), rows, dtype=dtype, device=device)
     if mask is not None:
-        kept = torch.where(mask.reshape(kept.shape), kept, 0)
-    numbers = (*clouds, kept, temperature, epsilon, iterations, cost)
-    if backend == "reference":
-        with torch.autocast(device.type, enabled=False):
-            loss = reference.sinkhorn_kd(*numbers, gradient, vocab_size)
-    else:
-        refuse_transforms(student, backend)
-        if torch.is_grad_enabled() and student.requires_grad:
-            # What is made in inference mode cannot be saved for backward.
-            tensors = (numbers[0], options.savable(numbers[1]))
-            loss = SinkhornKD.apply(*tensors, *numbers[2:], gradient, vocab_size, backend)
-        else:
-            loss = ops.sinkhorn_kd(*numbers, None, vocab_size, backend)[0]
+        row_mass = torch.where(mask.reshape(row_mass.shape), row_mass, 0)
+    sides = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
+    clouds = Clouds(*sides, row_mass, temperature, cost, vocab_size)
+    (loss,) = run(
+        SINKHORN_KD, SinkhornKD(clouds, epsilon, iterations, gradient, current_budget()), backend, "backward"
+    )  # fmt: skip
     if reduction == "none":
         return loss.view(leading)
     if reduction == "sum":
         return loss.sum()
-    with_rows = (kept != 0).any(1).sum()
+    with_rows = (row_mass != 0).any(1).sum()
     return loss.sum() / with_rows.clamp_min(1)
 
 

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from .. import backends, ops
-from ..autograd import Rows, Uld, refuse_transforms, uld_rows
-from ..backends.reference import rows as reference_rows
-from ..backends.reference import uld as reference
-from ..families import linear as chunks
+from .. import backends
+from ..autograd import ROWS, ULD, run
+from ..families.linear import current_budget
 from ..families.options import RowOptions, compute_dtype
+from ..families.rows import Rows
+from ..families.uld import Uld
 from . import options
 from .options import LossOutput
 
@@ -93,31 +93,23 @@ def fused_uld(
     """
     sizes = _check_logits(student, teacher, student_vocab_size, teacher_vocab_size)
     options.check_choice("gradient", gradient, options.GRADIENTS)
-    options.check_type("temperature_squared", temperature_squared, bool)
-    _check_statistics(statistics)
+    options.check_statistics(statistics, labels, STATISTICS)
     if topk is not None:
         options.check_type("topk", topk, int)
         if not 1 <= topk <= max(sizes):
             raise ValueError(f"topk: expected from 1 to {max(sizes)}, the larger vocabulary; got {topk}")
-    row = options.resolve(
-        student, teacher, temperature=temperature, mask=mask, row_weight=row_weight, labels=labels,
-        ignore_index=ignore_index, hard_weight=hard_weight, reduction=reduction, normalizer=normalizer,
-    )  # fmt: skip
+    given = options.GivenRowOptions(
+        temperature, temperature_squared, mask, row_weight, labels, ignore_index, hard_weight, reduction, normalizer
+    )
+    rows = options.resolve(student, teacher, given)
     backend = backends.select(backend, student, teacher)
-    if backend != "reference":
-        refuse_transforms(student, backend)
-    want_gradient = torch.is_grad_enabled() and student.requires_grad
-    if gradient == "auto":
-        # A teacher made in inference mode cannot be saved for backward.
-        per_row = reduction == "none" and (torch.compiler.is_compiling() or not teacher.is_inference())
-        gradient = "backward" if per_row or student.dtype == torch.float16 else "forward"
-    mode = gradient if want_gradient else None
+    mode = options.gradient_mode(gradient, reduction, student.dtype)
 
     views = options.as_outer_inner(student, teacher)
-    row_loss, *found = _row_losses(*views, _scale_of_uld(row, temperature_squared), row.temperature, sizes, topk, mode,
-                                   backend)  # fmt: skip
-    if row.hard_weight is not None:
-        row_loss = row_loss + _label_losses(views[0], row, sizes[0], mode, backend)
+    problem = Uld(*views, _row_scale_of_uld(rows), rows.temperature, topk, *sizes, current_budget())
+    row_loss, *found = run(ULD, problem, backend, mode)
+    if rows.hard_weight is not None:
+        row_loss = row_loss + run(ROWS, _label_term(views[0], rows, sizes[0]), backend, mode)[0]
 
     leading = student.shape[:-1]
     loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
@@ -135,62 +127,30 @@ def _check_logits(student, teacher, student_vocab_size, teacher_vocab_size) -> t
             raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
         options.check_stored_or_head(name, x)
         size = x.shape[-1] if size is None else size
-        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
-            raise TypeError(f"{name}_vocab_size: expected an int or None; got {type(size).__name__}")
-        if not 1 <= size <= x.shape[-1]:
-            raise ValueError(
-                f"{name}_vocab_size: expected from 1 to the classes that are there; got {size}, "
-                f"with {x.shape[-1]} of the {name}"
-            )
+        options.check_int(f"{name}_vocab_size", size, 1)
+        if size > x.shape[-1]:
+            raise ValueError(f"{name}_vocab_size: expected at most the {name}'s {x.shape[-1]} classes; got {size}")
         sizes.append(size)
     options.check_pair(student, teacher)
     return tuple(sizes)
 
 
-def _check_statistics(statistics):
-    if not isinstance(statistics, (tuple, list)):
-        hint = f", as in ({statistics!r},)" if isinstance(statistics, str) else ""
-        raise TypeError(f"statistics: expected a tuple of names{hint}; got {type(statistics).__name__}")
-    for name in statistics:
-        if name not in STATISTICS:
-            raise ValueError(f"statistics: unknown name {name!r}; known: {', '.join(STATISTICS)}")
-
-
-def _scale_of_uld(row: RowOptions, temperature_squared: bool) -> Tensor:
-    """The row scale of the term of ULD alone; 0 where the row has none."""
-    factor = 1 if row.hard_weight is None else 1 - row.hard_weight
-    if temperature_squared:
-        factor = factor * row.temperature**2
+def _row_scale_of_uld(rows: RowOptions) -> Tensor:
+    """The row scale of the ULD term alone; 0 for a row without that term."""
+    factor = 1 if rows.hard_weight is None else 1 - rows.hard_weight
+    if rows.temperature_squared:
+        factor = factor * rows.temperature**2
     # Options of a row that is dropped may be anything.
-    return torch.where(row.row_scale == 0, 0, row.row_scale * factor)
+    return torch.where(rows.row_scale == 0, 0, rows.row_scale * factor)
 
 
-def _row_losses(student, teacher, row_scale, temperature, sizes, topk, mode: str | None, backend: str):
-    """Row losses [rows] (a node of the autograd graph where a gradient is wanted), divergences and error bounds."""
-    tensors = (student, teacher, row_scale, temperature)
-    if backend == "reference":
-        with torch.autocast(student.device.type, enabled=False):
-            return reference.uld(*tensors, *sizes, topk)
-    budget = chunks.current_budget()
-    if mode is None:
-        loss, _, *found = uld_rows(*tensors, *sizes, topk, budget, backend, gradient=False)
-        return loss, *found
-    return Uld.apply(*tensors, *sizes, topk, mode, budget, backend)
-
-
-def _label_losses(student: Tensor, row: RowOptions, vocab_size: int, mode: str | None, backend: str) -> Tensor:
+def _label_term(student: Tensor, rows: RowOptions, vocab_size: int) -> Rows:
     """lambda times the cross-entropy at temperature 1: rows whose divergence has weight 0, and is dropped."""
     dtype = compute_dtype(student, student)
-    in_range = (row.hard_weight >= 0) & (row.hard_weight <= 1)
-    scale = torch.where(row.row_scale == 0, 0, row.row_scale * row.hard_weight).to(dtype)
-    temperature, parameters = (torch.ones(1, dtype=dtype, device=student.device) for _ in range(2))
-    # A weight that no loss has raises there, or makes its row NaN.
-    all_of_it = torch.where(in_range, 1, row.hard_weight).to(dtype)
-    tensors = (student, student.detach(), scale, row.labels, temperature, all_of_it, parameters)
-    static = ("kl", vocab_size, False)
-    if backend == "reference":
-        with torch.autocast(student.device.type, enabled=False):
-            return reference_rows.rows(*tensors, *static, False)[0]
-    if mode is None:
-        return ops.rows(*tensors, *static, False, False, backend)[0]
-    return Rows.apply(*tensors, *static, False, mode, backend)[0]
+    in_range = (rows.hard_weight >= 0) & (rows.hard_weight <= 1)
+    row_scale = torch.where(rows.row_scale == 0, 0, rows.row_scale * rows.hard_weight).to(dtype)
+    ones = torch.ones(1, dtype=dtype, device=student.device)
+    # A weight outside [0, 1] stays as it is: it raises in the operator, or makes its row NaN.
+    hard_weight = torch.where(in_range, 1, rows.hard_weight).to(dtype)
+    label_options = RowOptions(row_scale, rows.labels, ones, hard_weight, False)
+    return Rows(student, student.detach(), label_options, "kl", ones, vocab_size, False)

@@ -4,12 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, ops
-from ..backends.reference import linear as reference_linear
-from ..backends.reference import topk as reference
 from ..distributions import LinearLogits, SparseLogProbs
-from ..families import linear as chunks
-from ..families import options as row_options
-from ..families import topk
+from ..families.linear import TopK, logits_in_chunks
+from ..families.topk import sampled
 from ..losses import options
 
 
@@ -50,27 +47,19 @@ def topk_log_probs(
     Raises:
         TypeError, ValueError: for what does not fit. RuntimeError: where the backend cannot serve the call.
     """
-    vocab_size, rows, heads = _checked(
-        logits, temperature, mask, vocab_size, chunk_rows=chunk_rows, compact_rows=compact_rows,
-        logits_dtype=logits_dtype,
-    )  # fmt: skip
+    vocab_size, rows, source, chunking = _checked(
+        logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+    )
     options.check_type("k", k, int)
     if not 1 <= k <= vocab_size:
         raise ValueError(f"k: expected from 1 to {vocab_size}, the vocabulary; got {k}")
     leading, backend = logits.shape[:-1], backends.select(backend, logits, logits)
-    side = options.side_of(logits, heads)
-    side = side._replace(data=options.as_outer_inner(side.data)[0])
+    problem = TopK(source, rows, k, vocab_size, chunking)
     if backend == "reference":
-        whole = side.data
-        if side.weight is not None:
-            whole = reference_linear.linear_logits(*side, rows.row_scale, vocab_size, rows.row_scale.dtype)
-        found = reference.topk_log_probs(whole, rows.row_scale, rows.temperature, k, vocab_size)
+        with torch.autocast(logits.device.type, enabled=False):
+            indices, log_probs, tail_log_prob = backends.kernels(backend).topk_log_probs(problem)
     else:
-        found = ops.topk_log_probs(
-            *side[:3], rows.row_scale, rows.temperature, k, vocab_size, *side[3:], heads.autocast_dtype,
-            heads.logits_dtype, heads.chunk_rows, chunks.current_budget(), heads.compact_rows, backend,
-        )  # fmt: skip
-    indices, log_probs, tail_log_prob = found
+        indices, log_probs, tail_log_prob = ops.topk_log_probs(problem, backend)
     return SparseLogProbs(
         indices.view(*leading, k), log_probs.view(*leading, k), tail_log_prob=tail_log_prob.view(leading),
         source_temperature=float(temperature),
@@ -88,6 +77,10 @@ def sampled_log_probs(
     generator: torch.Generator | None = None,
     mask: Tensor | None = None,
     vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+    compact_rows: bool | None = None,
+    logits_dtype: torch.dtype | None = None,
+    backend: str = "auto",
 ) -> SparseLogProbs:
     """An unbiased sparse teacher: samples of each row, weighted by their importance (Sparse Logit Sampling).
 
@@ -109,6 +102,9 @@ def sampled_log_probs(
         generator: of the logits' device.
         mask: bool, leading shape; False rows are not read, and are padding.
         vocab_size: classes that count.
+        chunk_rows, compact_rows, logits_dtype: of `LinearLogits`, as in `fused_divergence`, but compact_rows=None is
+            False: the draws of a row then do not depend on the mask.
+        backend: as in `fused_divergence`: it makes the logits of a `LinearLogits`; torch draws the samples.
 
     Returns:
         SparseLogProbs of tail "truncate": indices int32 [..., exact + n], each class once, in ascending order, with
@@ -119,68 +115,48 @@ def sampled_log_probs(
 
     Source: arXiv:2503.16870.
     """
-    vocab_size, rows, heads = _checked(logits, temperature, mask, vocab_size)
-    options.check_type("samples", samples, int)
-    if samples < 1:
-        raise ValueError(f"samples: expected from 1; got {samples}")
+    vocab_size, rows, source, chunking = _checked(
+        logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+    )
+    options.check_int("samples", samples, 1)
     options.check_type("exact", exact, int)
     if not 0 <= exact <= vocab_size:
         raise ValueError(f"exact: expected from 0 to {vocab_size}, the vocabulary; got {exact}")
     options.check_temperature("proposal_temperature", proposal_temperature)
-    leading, dtype = logits.shape[:-1], rows.row_scale.dtype
-    side = options.side_of(logits, heads)
-    side = side._replace(data=options.as_outer_inner(side.data)[0])
+    leading, dtype, row_scale = logits.shape[:-1], rows.row_scale.dtype, rows.row_scale
+    if compact_rows is None:
+        chunking = chunking._replace(compact_rows=False)
+    kernels = backends.kernels(backends.select(backend, logits, logits))
+    entries = exact + samples
+    # In a chunk, beside its logits: both distributions, and the sampler's in fp64; the classes and targets of the
+    # entries, before and after they are sorted and merged.
+    row_bytes = vocab_size * (3 * dtype.itemsize + 2 * 8) + entries * 8 * (8 + dtype.itemsize)
+    indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
+    log_probs = torch.full((row_scale.shape[0], entries), -torch.inf, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        drawn = [
-            topk.sampled(x, samples, exact, temperature, proposal_temperature, generator)
-            for x in _logits_in_chunks(side, rows.row_scale, vocab_size, exact + samples, dtype, heads.autocast_dtype)
-        ]
-    none = rows.row_scale.new_empty(0, exact + samples)
-    indices = torch.cat([x[0] for x in drawn]) if drawn else none.to(torch.int32)
-    log_probs = torch.cat([x[1] for x in drawn]) if drawn else none
-    absent = (rows.row_scale == 0)[:, None]
+        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, row_bytes):
+            kept = (row_scale[chunk] != 0)[:, None]
+            x = torch.where(kept, x.flatten(0, 1)[:, :vocab_size].to(dtype), 0)
+            found, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
+            indices[chunk] = torch.where(kept, found, -1)
+            log_probs[chunk] = torch.where(kept, targets, -torch.inf)
     return SparseLogProbs(
-        torch.where(absent, -1, indices).view(*leading, exact + samples),
-        torch.where(absent, -torch.inf, log_probs).view(*leading, exact + samples),
+        indices.view(*leading, entries),
+        log_probs.view(*leading, entries),
         tail="truncate",
         source_temperature=float(temperature),
     )
 
 
-def _logits_in_chunks(
-    side: chunks.Side, row_scale: Tensor, vocab_size: int, entries: int, dtype: torch.dtype, autocast_dtype
-):
-    """Logits [n, vocab_size] in the compute dtype, some rows at a time; zeros in rows that are not read."""
-    rows, kept = row_scale.shape[0], (row_scale != 0)[:, None]
-    # What lies beside each other at a time: the logits, both distributions, and in fp64 the sampler's; of the entries,
-    # classes and targets as they are sorted and merged.
-    row_bytes = vocab_size * (3 * dtype.itemsize + 2 * 8) + entries * 8 * (8 + dtype.itemsize)
-    size = max(chunks.current_budget() // row_bytes, 1)
-    of_product = chunks.product_dtype(side.data.dtype, autocast_dtype)
-    weight, bias = (x if x is None else x[:vocab_size].to(of_product) for x in (side.weight, side.bias))
-    for first in range(0, rows, size):
-        chunk = slice(first, min(first + size, rows))
-        data = row_options.rows_of(side.data, chunk)
-        if weight is None:
-            yield torch.where(kept[chunk], data[:, :vocab_size].to(dtype), 0)
-            continue
-        hidden = torch.where(kept[chunk], data.to(of_product), 0)
-        logits = torch.nn.functional.linear(hidden, weight, bias).to(dtype) * side.scale
-        yield logits if side.softcap is None else side.softcap * torch.tanh(logits / side.softcap)
-
-
-def _checked(logits, temperature, mask, vocab_size, *, chunk_rows=None, compact_rows=None, logits_dtype=None):
-    """The number of classes that count, the row options, and how the logits of a head are made."""
+def _checked(logits, temperature, mask, vocab_size, heads: options.HeadOptions):
+    """The vocabulary's size, the row options, and the logits as a source with its chunking."""
     if not isinstance(logits, (Tensor, LinearLogits)):
         raise TypeError(f"logits: expected a tensor or a LinearLogits; got {type(logits).__name__}")
     options.check_stored_or_head("logits", logits)
     vocab_size = options.check_vocab_size(vocab_size, {"logits": logits.shape[-1]})
     options.check_temperature("temperature", temperature)
-    heads = options.resolve_heads(
-        logits=logits, chunk_rows=chunk_rows, compact_rows=compact_rows, logits_dtype=logits_dtype
-    )
-    rows = options.resolve(
-        logits, logits, temperature=temperature, mask=mask, row_weight=None, labels=None, ignore_index=-100,
-        hard_weight=0.0, reduction="none", normalizer=None,
-    )  # fmt: skip
-    return vocab_size, rows, heads or options.HeadOptions(None, None, 0, False)
+    chunking = options.resolve_chunking(heads, logits=logits) or options.whole_rows()
+    given = options.GivenRowOptions(temperature=temperature, mask=mask, reduction="none")
+    rows = options.resolve(logits, logits, given)
+    source = options.source_of(logits, chunking)
+    return vocab_size, rows, source._replace(data=options.as_outer_inner(source.data)[0]), chunking

@@ -1,1 +1,23 @@
-"""The definition of every loss in plain PyTorch, a file a family: what the kernels are tested against."""
+"""The definition of every loss in plain PyTorch, a file a family: what the kernels are tested against.
+
+It has one function a family, which takes the family's problem and returns the losses, which autograd differentiates,
+and the detached results. It has no operators: nothing here goes through torch.library.
+"""
+
+from .class_ot import class_ot
+from .linear import chunked_rows, empty, softcap_, topk_log_probs
+from .rows import rows
+from .sinkhorn import sinkhorn, sinkhorn_kd
+from .uld import uld
+
+__all__ = [
+    "chunked_rows",
+    "class_ot",
+    "empty",
+    "rows",
+    "sinkhorn",
+    "sinkhorn_kd",
+    "softcap_",
+    "topk_log_probs",
+    "uld",
+]

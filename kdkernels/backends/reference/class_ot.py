@@ -3,48 +3,22 @@
 import torch
 from torch import Tensor
 
+from ...families.class_ot import ClassOT, check_row_values, working_dtype
+from ...families.options import bad_values_raise
+from .derivative import GivenDerivative
 from .rows import kept_logits
 
 
-class _WithSlope(torch.autograd.Function):
-    """A loss [rows] whose gradient with respect to a [rows, V] is said to be `slope`."""
+def class_ot(problem: ClassOT) -> tuple[Tensor]:
+    """Losses [rows] by the formulas of families/class_ot.py, with the plans [rows, V, V] of all rows.
 
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, loss, slope):
-        return loss.view_as(loss)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "second derivatives: gradient='implicit' and 'envelope' have first derivatives only; "
-                "'unrolled' is twice differentiable"
-            )
-        return grad_loss[:, None] * ctx.saved_tensors[0], None, None
-
-
-def class_ot(
-    student: Tensor,
-    teacher: Tensor,
-    class_cost: Tensor,
-    row_scale: Tensor,
-    exclude_labels: Tensor | None,
-    temperature: Tensor,
-    epsilon: Tensor,
-    iterations: int,
-    gradient: str,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Losses [rows] of `ops.class_ot`, by its formulas in `dtype`, with the plans [rows, V, V] of all rows.
-
-    "unrolled" is left to autograd; the other gradients with respect to a, the student's distribution, are put in.
+    Autograd differentiates "unrolled". Formulas give the other gradients with respect to a, the student's distribution.
     """
+    student, teacher, class_cost, row_scale, exclude_labels, temperature, epsilon, iterations, gradient, _ = problem
+    dtype = row_scale.dtype
+    if bad_values_raise(student.device):
+        check_row_values(problem)
+        dtype = working_dtype(class_cost, epsilon, dtype)
     kept = row_scale != 0
     classes = student.shape[-1]
     tempered = torch.where(kept, temperature, 1)[:, None].to(dtype)
@@ -63,10 +37,10 @@ def class_ot(
     plan = u[:, :, None] * kernel * v[:, None, :]
     loss = (plan * cost).sum((-2, -1))
     if gradient == "envelope":
-        loss = _WithSlope.apply(a, loss.detach(), -epsilon * torch.log(row_sums).detach())
+        loss = loss.detach() + GivenDerivative.apply(a, -epsilon * torch.log(row_sums).detach())
     elif gradient == "implicit":
-        loss = _WithSlope.apply(a, loss.detach(), _implicit_slope(plan.detach(), cost))
-    return torch.where(kept, row_scale * loss, 0)
+        loss = loss.detach() + GivenDerivative.apply(a, _implicit_slope(plan.detach(), cost))
+    return (torch.where(kept, row_scale * loss, 0).to(row_scale.dtype),)
 
 
 def _implicit_slope(plan: Tensor, cost: Tensor) -> Tensor:
@@ -76,10 +50,10 @@ def _implicit_slope(plan: Tensor, cost: Tensor) -> Tensor:
     """
     masses = torch.cat([plan.sum(-1), plan.sum(-2)], -1)
     over_roots = torch.where(masses > 0, masses.rsqrt(), 0)
-    of_rows, of_columns = torch.diag_embed(plan.sum(-1)), torch.diag_embed(plan.sum(-2))
-    system = torch.cat([torch.cat([of_rows, plan], -1), torch.cat([plan.mT, of_columns], -1)], -2)
+    row_block, column_block = torch.diag_embed(plan.sum(-1)), torch.diag_embed(plan.sum(-2))
+    system = torch.cat([torch.cat([row_block, plan], -1), torch.cat([plan.mT, column_block], -1)], -2)
     system = over_roots[:, :, None] * system * over_roots[:, None, :]
     costs = over_roots * torch.cat([(plan * cost).sum(-1), (plan * cost).sum(-2)], -1)
-    inverse = torch.linalg.pinv(system.nan_to_num(0), hermitian=True)  # which raises on NaN
+    inverse = torch.linalg.pinv(system.nan_to_num(0), hermitian=True)  # pinv raises on NaN
     found = over_roots * (inverse * costs[:, None, :]).sum(-1)
     return found[:, : cost.shape[0]] + 0 * plan.sum((-2, -1))[:, None]

@@ -1,22 +1,21 @@
-"""The definition: every divergence and the row loop in plain PyTorch.
+"""The row family in plain PyTorch: the loss of each row and its statistics.
 
-Differentiable by autograd (twice), in fp64 too, on any device, with every [rows, vocabulary] temporary that the kernels
-exist to avoid. The other backends' slopes are tested against the derivatives that autograd takes of the values here.
+Autograd differentiates it, twice if need be, in fp64 too and on any device. It makes every [rows, vocabulary] temporary
+that the kernels exist to avoid. Tests compare the other backends' slopes with autograd's derivatives of these values.
 """
 
 import torch
 from torch import Tensor
 
-from ...families import options
-from ...families.options import bad_values_raise, check_values, compute_dtype
-from ...families.rows import ROW_STATISTICS, ROW_TOP1
+from ...families.options import RowOptions, bad_rows, bad_values_raise, check_values, compute_dtype
+from ...families.rows import ROW_STATISTICS, ROW_TOP1, Rows
 from .table import TABLE, weighted
 
 
 class WholeRowOrNaN(torch.autograd.Function):
-    """Identity whose gradient is NaN in every class of a row where the sum over the row is not finite.
+    """The identity. Its gradient is NaN in every class of a row if the sum over the row is not finite.
 
-    An infinite slope (reverse_kl where the teacher has no mass) leaves a row without a gradient.
+    An infinite slope (reverse_kl where the teacher has no mass) leaves the row without a gradient.
     """
 
     generate_vmap_rule = True
@@ -35,22 +34,12 @@ class WholeRowOrNaN(torch.autograd.Function):
         return torch.where(finite, gradient, torch.nan)
 
 
-def rows(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    parameters: Tensor,
-    divergence: str,
-    vocab_size: int,
-    temperature_squared: bool,
-    statistics: bool,
-):
-    """Per-row losses [rows], statistics and top-1 as `ops.rows` returns them."""
-    dtype, kept = compute_dtype(student, teacher), row_scale != 0
-    bad = bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+def rows(problem: Rows):
+    """Losses [rows], statistics and top-1 (or None), as `ops.rows` finds them."""
+    student, teacher, options, divergence, parameters, vocab_size, statistics = problem
+    labels, temperature = options.labels, options.temperature
+    dtype, kept = compute_dtype(student, teacher), options.row_scale != 0
+    bad = checked_bad_rows(options, vocab_size)
     s, t = (kept_logits(x, kept, vocab_size, dtype) for x in (student, teacher))
     student_tempered, teacher_tempered = s / temperature[:, None], t / temperature[:, None]
     lq = WholeRowOrNaN.apply(torch.log_softmax(student_tempered, -1))
@@ -60,7 +49,7 @@ def rows(
     row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
     index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
     cross_entropy = label_cross_entropy(s, index)
-    loss = row_loss(row_divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad)
+    loss = row_loss(row_divergence, cross_entropy, options, bad)
     if not statistics:
         return loss, None, None
 
@@ -84,16 +73,15 @@ def rows(
     return loss, *stacked(values, top1, kept)
 
 
-def bad_rows(row_scale, labels, temperature, hard_weight, vocab_size) -> dict[str, Tensor]:
-    """`options.bad_rows`; raises for them where values are checked."""
-    if bad_values_raise(row_scale.device):
-        check_values(row_scale, labels, temperature, hard_weight, vocab_size)
-    return options.bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+def checked_bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:
+    """`bad_rows`; raises for them where values are checked."""
+    if bad_values_raise(options.row_scale.device):
+        check_values(options, vocab_size)
+    return bad_rows(options, vocab_size)
 
 
 def kept_logits(x: Tensor, kept: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """[rows, vocab_size]. A skipped row may hold anything: zeros take its place, so that nothing of it reaches a
-    gradient."""
+    """[rows, vocab_size]. A skipped row may hold anything; zeros replace it, so that it reaches no gradient."""
     return torch.where(kept[:, None], x[..., :vocab_size].reshape(kept.shape[0], vocab_size).to(dtype), 0)
 
 
@@ -103,13 +91,13 @@ def label_cross_entropy(logits: Tensor, index: Tensor | None) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, index)[:, 0]
 
 
-def row_loss(divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad) -> Tensor:
-    loss = divergence * temperature**2 if temperature_squared else divergence
-    if hard_weight is not None:
-        loss = weighted(1 - hard_weight, loss) + weighted(hard_weight, cross_entropy)
-    for rows_of_it in bad.values():
-        loss = loss * torch.where(rows_of_it, torch.nan, 1)
-    return torch.where(row_scale != 0, row_scale * loss, 0)
+def row_loss(divergence: Tensor, cross_entropy: Tensor, options: RowOptions, bad: dict[str, Tensor]) -> Tensor:
+    loss = divergence * options.temperature**2 if options.temperature_squared else divergence
+    if options.hard_weight is not None:
+        loss = weighted(1 - options.hard_weight, loss) + weighted(options.hard_weight, cross_entropy)
+    for bad_row in bad.values():
+        loss = loss * torch.where(bad_row, torch.nan, 1)
+    return torch.where(options.row_scale != 0, options.row_scale * loss, 0)
 
 
 def stacked(values: dict[str, Tensor], top1: dict[str, Tensor], kept: Tensor) -> tuple[Tensor, Tensor]:

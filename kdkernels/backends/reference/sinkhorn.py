@@ -1,14 +1,23 @@
-"""The definition of the transport losses in plain PyTorch: pairwise costs, Sinkhorn iterations and their gradients.
+"""Sinkhorn's iterations and SinKD in plain PyTorch.
 
-Everything is in the log domain, in any float dtype. "unrolled" gradients are autograd's own; "implicit" and "envelope"
-are the formulas that transport.py gives the kernels too, attached to a value that is found without a graph.
+Everything is in the log domain, in any float dtype. Autograd differentiates "unrolled". The formulas of
+families/sinkhorn.py give the "implicit" and "envelope" gradients of a value that is found without a graph.
 """
 
 import torch
 from torch import Tensor
 
-from ...families.options import is_transformed
-from ...families.sinkhorn import Sinkhorn, costs_times_plan, plan_gradient, plan_of
+from ...families.options import bad_values_raise, is_transformed
+from ...families.sinkhorn import (
+    Sinkhorn,
+    SinkhornKD,
+    Solution,
+    check_problems,
+    costs_times_plan,
+    plan_gradient,
+    plan_of,
+)
+from .derivative import GivenDerivative
 from .pairwise import pairwise_costs
 
 
@@ -56,20 +65,25 @@ def half_step(scores: Tensor, own_mass: Tensor, mass: Tensor, potential: Tensor,
     return torch.where(nothing, torch.where(own_mass == 0, 0, torch.nan), found)
 
 
-def sinkhorn(
-    cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int, entropic: bool,
-    gradient: str,
-) -> Sinkhorn:  # fmt: skip
-    """What `transport.sinkhorn` returns for problems [problems, n, m], with a value that autograd differentiates."""
+def sinkhorn(problem: Sinkhorn) -> Solution:
+    """The value, which autograd differentiates, and the detached rest of the solution."""
+    if bad_values_raise(problem.cost.device):
+        check_problems(*(x.detach() for x in problem[:3]))
+    return solve(problem)
+
+
+def solve(problem: Sinkhorn) -> Solution:
+    """`sinkhorn` of values that need no check."""
+    cost, a, b, epsilon, tolerance, iterations, entropic, gradient, _ = problem
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "unrolled"):
         f, g, error, done = potentials(cost, a, b, epsilon, tolerance, iterations)
         value = entropic_value(a, b, f, g, epsilon) if entropic else transport_value(cost, a, b, f, g, epsilon)
     if gradient in ("envelope", "implicit"):
         with torch.no_grad():
-            of_inputs = plan_gradient(cost, a, b, f, g, epsilon, gradient == "implicit" and not entropic)
-        for derivative, x in zip(of_inputs, (cost, a, b), strict=True):
-            value = value + _Derivative.apply(x, derivative)
-    return Sinkhorn(value, f.detach(), g.detach(), error, done)
+            derivatives = plan_gradient(problem, f, g, gradient == "implicit" and not entropic)
+        for derivative, x in zip(derivatives, (cost, a, b), strict=True):
+            value = value + GivenDerivative.apply(x, derivative)
+    return Solution(value, f.detach(), g.detach(), error, done)
 
 
 def transport_value(cost, a, b, f, g, epsilon):
@@ -82,41 +96,19 @@ def entropic_value(a, b, f, g, epsilon):
     return (a * f).sum(-1) + (b * g).sum(-1) - epsilon * (mass_b - mass_a * mass_b)
 
 
-class _Derivative(torch.autograd.Function):
-    """0 [problems], with a given derivative with respect to x [problems, ...], and no second one."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, derivative):
-        return x.new_zeros(x.shape[0])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx, grad_value):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "second derivatives: gradient='implicit' and 'envelope' have first derivatives only; "
-                "'unrolled' is twice differentiable"
-            )
-        (derivative,) = ctx.saved_tensors
-        return derivative * grad_value.view(-1, *(1,) * (derivative.dim() - 1)), None
-
-
-def sinkhorn_kd(
-    student: Tensor, teacher: Tensor, kept: Tensor, temperature: Tensor, epsilon: Tensor, iterations: int, cost: str,
-    gradient: str, vocab_size: int,
-) -> Tensor:  # fmt: skip
-    """Losses [clouds] of logits [clouds, n, columns]; kept [clouds, n] is 1 or 0."""
-    there = (kept != 0)[..., None]
+def sinkhorn_kd(problem: SinkhornKD) -> tuple[Tensor]:
+    """Losses [clouds]."""
+    student, teacher, row_mass, temperature, cost, vocab_size = problem.clouds
+    there = (row_mass != 0)[..., None]
     p, q = (
-        torch.softmax(torch.where(there, x[..., :vocab_size].to(kept.dtype), 0) / temperature, -1)
+        torch.softmax(torch.where(there, x[..., :vocab_size].to(row_mass.dtype), 0) / temperature, -1)
         for x in (student, teacher)
     )
-    if not kept.shape[1]:
-        return p.sum((1, 2))  # 0
+    if not row_mass.shape[1]:
+        return (p.sum((1, 2)),)  # 0
     pairs = torch.where(there & there.transpose(1, 2), pairwise_costs(p, q, cost), 0)
-    return sinkhorn(pairs, kept, kept, epsilon, torch.zeros_like(epsilon), iterations, False, gradient).value
+    no_tolerance = torch.zeros_like(problem.epsilon)
+    transport = Sinkhorn(
+        pairs, row_mass, row_mass, problem.epsilon, no_tolerance, problem.iterations, False, *problem[3:]
+    )
+    return (solve(transport).value,)

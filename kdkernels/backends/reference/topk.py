@@ -3,38 +3,27 @@
 import torch
 from torch import Tensor
 
-from .rows import WholeRowOrNaN, bad_rows, kept_logits, label_cross_entropy, row_loss, stacked
+from ...families.topk import TopkRows
+from .rows import WholeRowOrNaN, checked_bad_rows, kept_logits, label_cross_entropy, row_loss, stacked
 from .table import TABLE, weighted
 
 
-def topk_rows(
-    student: Tensor,
-    indices: Tensor,
-    log_probs: Tensor,
-    tail_log_prob: Tensor,
-    row_scale: Tensor,
-    labels: Tensor | None,
-    temperature: Tensor,
-    hard_weight: Tensor | None,
-    parameters: Tensor,
-    divergence: str,
-    vocab_size: int,
-    temperature_squared: bool,
-    conditional: bool,
-    statistics: bool,
-):
-    """The same against the entries of a sparse teacher (backends/topk.py, csrc/topk_call.h)."""
+def topk_rows(problem: TopkRows):
+    """Losses [rows], statistics and top-1 (or None) of logits against the entries of a sparse teacher."""
+    student, entries, options, divergence, parameters, vocab_size, statistics, support_only = problem
+    indices, log_probs, tail_log_prob = entries
+    row_scale, labels, temperature = options[:3]
     kept = row_scale != 0
-    bad = bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
+    bad = checked_bad_rows(options, vocab_size)
     s = kept_logits(student, kept, vocab_size, row_scale.dtype)
     tempered = WholeRowOrNaN.apply(s / temperature[:, None])
     lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
 
     there, lp = indices < vocab_size, log_probs
-    # Of the entries alone where these are all that is compared: the other classes are not read.
-    source = tempered if conditional else lq_of_all
+    # Under tail "support" the student is renormalised over the entries, and the other classes are not read.
+    source = tempered if support_only else lq_of_all
     lq = torch.where(there, source.gather(-1, torch.where(there, indices, 0).long()), -torch.inf)
-    if conditional:
+    if support_only:
         lq = torch.where(there, lq - log_sum_exp(lq)[:, None], -torch.inf)
     else:
         named = torch.zeros(s.shape[0], vocab_size + 1, dtype=torch.bool, device=s.device)
@@ -47,7 +36,7 @@ def topk_rows(
     row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
     index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
     cross_entropy = label_cross_entropy(s, index)
-    loss = row_loss(row_divergence, cross_entropy, row_scale, temperature, hard_weight, temperature_squared, bad)
+    loss = row_loss(row_divergence, cross_entropy, options, bad)
     if not statistics:
         return loss, None, None
 
@@ -76,12 +65,12 @@ def topk_rows(
     return loss, *stacked(values, top1, kept)
 
 
-def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
-    """Indices, log-probabilities [rows, k] and the rest's [rows], as `ops.topk_log_probs` returns them."""
+def topk(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
+    """Indices, log-probabilities [rows, k] and the log-sum-exp of the others' [rows]."""
     kept = row_scale != 0
     x = kept_logits(logits, kept, vocab_size, row_scale.dtype)
     log_probs = torch.log_softmax(x / temperature[:, None], -1)
-    # Sorted as wholes: topk does not say which of equals comes first.
+    # The whole rows are sorted: torch.topk does not define the order of equals.
     values, indices = log_probs.sort(dim=-1, descending=True, stable=True)
     values, rest, indices = values[:, :k], values[:, k:], indices[:, :k]
     tail = rest.logsumexp(-1) if rest.shape[1] else torch.full_like(row_scale, -torch.inf)
@@ -92,6 +81,6 @@ def topk_log_probs(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: in
 
 
 def log_sum_exp(x: Tensor) -> Tensor:
-    """Over the last dimension, -inf with a gradient of 0 where all is -inf."""
+    """log-sum-exp over the last dimension; -inf with a gradient of 0 if every element is -inf."""
     nothing = torch.isneginf(x).all(-1)
     return torch.where(nothing, -torch.inf, torch.where(nothing[:, None], 0, x).logsumexp(-1))

@@ -1,35 +1,28 @@
 """Universal Logit Distillation in plain PyTorch."""
 
 import torch
-from torch import Tensor
 
-from ...families.options import compute_dtype
-from ...families.uld import mean_of_runs
-from .rows import bad_rows, kept_logits, row_loss
+from ...families.options import RowOptions, compute_dtype
+from ...families.uld import Uld, mean_of_runs
+from .rows import checked_bad_rows, kept_logits, row_loss
 
 
-def uld(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    temperature: Tensor,
-    student_vocab_size: int,
-    teacher_vocab_size: int,
-    topk: int | None,
-):
-    """Universal Logit Distillation (csrc/uld_call.h): losses, divergences and error bounds [rows].
+def uld(problem: Uld):
+    """Losses, divergences and error bounds [rows] (csrc/calls/uld.h has the formulas).
 
-    The loss is linear in the sorted probabilities where no two of them change places; its slopes are the signs of their
-    differences, of equal logits the mean.
+    The loss is linear in the sorted probabilities as long as no two of them change places. Its slopes are the signs of
+    their differences; classes of equal logits take the mean of their signs.
     """
+    student, teacher, row_scale, temperature, k, student_vocab_size, teacher_vocab_size, _ = problem
+    options = RowOptions(row_scale, None, temperature, None, False)
     dtype, kept = compute_dtype(student, teacher), row_scale != 0
-    bad = bad_rows(row_scale, None, temperature, None, student_vocab_size)
+    bad = checked_bad_rows(options, student_vocab_size)
     s = kept_logits(student, kept, student_vocab_size, dtype)
     t = kept_logits(teacher, kept, teacher_vocab_size, dtype)
     sorted_logits, order = s.detach().sort(dim=-1, descending=True, stable=True)
     p = torch.softmax(s / temperature[:, None], -1).gather(-1, order)
     q = torch.softmax(t / temperature[:, None], -1).detach().sort(dim=-1, descending=True).values
-    ranks = max(student_vocab_size, teacher_vocab_size) if topk is None else topk
+    ranks = max(student_vocab_size, teacher_vocab_size) if k is None else k
     error_bound = p[:, ranks:].detach().sum(-1) + q[:, ranks:].sum(-1)
     p, q, sorted_logits = p[:, :ranks], q[:, :ranks], sorted_logits[:, :ranks]
     p = torch.nn.functional.pad(p, (0, ranks - p.shape[1]))
@@ -41,8 +34,8 @@ def uld(
     divergence = difference.abs().sum(-1)
     count = sorted_logits.shape[1]
     slopes = p[:, :count] * mean_of_runs(sign[:, :count], sorted_logits)
-    # Its value is that of the divergence, its derivative that of the slopes.
+    # The value of the divergence with the derivative of the slopes.
     loss = slopes.sum(-1)
     loss = divergence + (loss - loss.detach())
     divergence, error_bound = (torch.where(kept, x, 0) for x in (divergence, error_bound))
-    return row_loss(loss, None, row_scale, temperature, None, False, bad), divergence, error_bound
+    return row_loss(loss, None, options, bad), divergence, error_bound
