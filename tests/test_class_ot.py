@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from truth import BACKENDS, DEVICE
+from truth import BACKENDS, DEVICE, opcheck
 
 import kdkernels
 from kdkernels import fused_class_ot, nn, ops
@@ -545,11 +545,12 @@ def test_opcheck(gradient, dtype):
     torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
     student, teacher, cost = (x.to(DEVICE) for x in drawn(2, 3, classes=10, dtype=torch.float32))
     row_scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0], device=DEVICE)
-    labels = torch.tensor([3, 1, class_ot.NOTHING, 0, 9, 2], device=DEVICE)
+    labels = torch.tensor([3, 1, class_ot.NO_LABEL, 0, 9, 2], device=DEVICE)
     epsilon = torch.full((1,), 0.2, dtype=torch.float64, device=DEVICE)
     for excluded, temperature in ((labels, torch.rand(6)), (None, torch.ones(1))):
-        arguments = (student.to(dtype), teacher, cost, row_scale, excluded, temperature.to(DEVICE), epsilon)
-        torch.library.opcheck(ops.classes_ot, (*arguments, 4, gradient, 2**20))
+        tensors = (student.to(dtype), teacher, cost, row_scale, excluded, temperature.to(DEVICE), epsilon)
+        problem = class_ot.ClassOT(*tensors, 4, gradient or "unrolled", 2**20)
+        opcheck(ops.class_ot, problem, [gradient is not None], "cpu")
 
 
 @each_gradient

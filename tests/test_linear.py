@@ -9,11 +9,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, LEADING, row_options
 from torch.utils.checkpoint import checkpoint
-from truth import BACKENDS, DIVERGENCES, device_of, undecided_signs
+from truth import BACKENDS, DIVERGENCES, device_of, opcheck, undecided_signs
 
 import kdkernels
-from kdkernels import LinearLogits, chunk_budget, fused_divergence, fused_js, fused_kl
+from kdkernels import LinearLogits, chunk_budget, fused_divergence, fused_js, fused_kl, ops
 from kdkernels.families import linear as chunks
+from kdkernels.families.linear import LogitsSource
+from kdkernels.families.options import RowOptions
 from kdkernels.losses.options import STATISTICS
 
 KERNELS = ["cpu", "cuda", "triton"]
@@ -464,7 +466,7 @@ def test_budget_decides_the_chunks(monkeypatch):
 def test_a_budget_below_one_row_takes_one_and_warns():
     student, teacher = example((3,), 64, 4)
     want = run(student, teacher, backend="cpu")
-    with chunk_budget(100), pytest.warns(RuntimeWarning, match="100 bytes holds no row, which takes .* one row"):
+    with chunk_budget(100), pytest.warns(RuntimeWarning, match="100 bytes holds no row: a row takes .* one row"):
         got = run(student, teacher, backend="cpu")
     for x, y in zip((got[0], *got[1]), (want[0], *want[1]), strict=True):
         torch.testing.assert_close(x, y)
@@ -737,21 +739,20 @@ def test_opcheck(backend, case):
     device = device_of(backend)
     student, teacher = example((2, 3), device=device)
     stored = torch.randn(2, 3, 40, device=device)
-    student_parts = [student.hidden, student.weight, student.weight[:, 0].clone()]
-    teacher_parts = [teacher.hidden, teacher.weight, None]
-    if case == "teacher":
-        student_parts = [stored, None, None]
-    if case == "student":
-        teacher_parts = [stored, None, None]
+    sources = [
+        LogitsSource(student.hidden, student.weight, student.weight[:, 0].clone(), 0.5, 3.0),
+        LogitsSource(teacher.hidden, teacher.weight, None, 1.0, None),
+    ]
+    if case in ("teacher", "student"):
+        sources[case == "student"] = LogitsSource(stored, None, None, 1.0, None)
     ones = torch.ones(1, device=device)
+    labels = torch.randint(0, 40, (6,), device=device)
+    options = RowOptions(torch.rand(6, device=device), labels, ones, 0.3 * ones, False)
+    chunking = chunks.Chunking(None, None, 4, 1 << 20, case == "both")
+    problem = chunks.ChunkedRows(*sources, None, options, "kl", ones, 40, True, chunking)
     wanted = [case != "none wanted"] + 2 * [case in ("both", "student")]
-    arguments = (
-        *student_parts, *teacher_parts, None, None, None, torch.rand(6, device=device),
-        torch.randint(0, 40, (6,), device=device), ones, 0.3 * ones, ones, "kl", 40, False, 0.5, 3.0, 1.0, None, None,
-        None, None, 4, 1 << 20, case == "both", wanted, True, backend,
-    )  # fmt: skip
     torch.use_deterministic_algorithms(False)
-    torch.library.opcheck(torch.ops.kdkernels.chunked_rows.default, arguments)
+    opcheck(ops.chunked_rows, problem, wanted, backend)
 
 
 def test_no_value_is_read_on_the_way():
@@ -825,10 +826,10 @@ def test_bad_input_raises():
     logits = torch.randn(12, 40)
     for call, error, expected in (
         (lambda: fused_kl(student, teacher, chunk_rows=0), ValueError, "chunk_rows: expected at least 1; got 0"),
-        (lambda: fused_kl(student, teacher, chunk_rows=2.0), TypeError, "chunk_rows: expected an int.*float"),
-        (lambda: fused_kl(student, teacher, chunk_rows=True), TypeError, "chunk_rows: expected an int.*bool"),
-        (lambda: fused_kl(logits, logits, chunk_rows=4), ValueError, "chunk_rows is of LinearLogits; got chunk_rows=4"),
-        (lambda: fused_kl(logits, logits, compact_rows=True), ValueError, "compact_rows is of LinearLogits"),
+        (lambda: fused_kl(student, teacher, chunk_rows=2.0), TypeError, "chunk_rows: expected int.*float"),
+        (lambda: fused_kl(student, teacher, chunk_rows=True), TypeError, "chunk_rows: expected int.*bool"),
+        (lambda: fused_kl(logits, logits, chunk_rows=4), ValueError, "chunk_rows: expected None.*LinearLogits.*4"),
+        (lambda: fused_kl(logits, logits, compact_rows=True), ValueError, "compact_rows: expected None.*LinearLogits"),
         (lambda: fused_kl(student, teacher, compact_rows=1), TypeError, "compact_rows: expected bool; got int"),
         (lambda: fused_kl(student, teacher, logits_dtype=torch.float16), TypeError, "logits_dtype.*float16"),
         (lambda: fused_kl(LinearLogits(hidden.bfloat16(), weight), teacher), TypeError,

@@ -8,12 +8,15 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
-from truth import BACKENDS, DIVERGENCES, GRADIENT_TOLERANCE, assert_loss_close, device_of
+from truth import BACKENDS, DIVERGENCES, GRADIENT_TOLERANCE, assert_loss_close, device_of, opcheck
 
 import kdkernels
-from kdkernels import CATALOGUE, Divergence, LinearLogits, SparseLogProbs, fused_divergence, fused_kl
+from kdkernels import CATALOGUE, Divergence, LinearLogits, SparseLogProbs, fused_divergence, fused_kl, ops
 from kdkernels.backends.reference import table as reference
 from kdkernels.distributions import TAILS
+from kdkernels.families.linear import ChunkedRows, Chunking, LogitsSource, TopK
+from kdkernels.families.options import RowOptions
+from kdkernels.families.topk import Sparse
 from kdkernels.losses.options import STATISTICS
 
 KERNELS = ["cpu", "cuda", "triton"]
@@ -683,15 +686,13 @@ def test_opcheck(backend, tail):
     student, teacher = small(backend, tail)
     count, one = 6, torch.ones(1, device=student.device)
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(count)
-    arguments = (
-        student, None, None, teacher.log_probs.reshape(count, -1), None, None, teacher.indices.reshape(count, -1),
-        tail_log_prob, one, torch.ones(count, device=student.device), None, one, None, one, "kl", 40, False,
-        1.0, None, 1.0, None, tail, None, None, 0, 2**20, False, [True, False, False], True, backend,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.kdkernels.chunked_rows.default, arguments)
-    rows = torch.ones(count, device=student.device), one
-    extraction = (student, None, None, *rows, 5, 40, 1.0, None, None, None, 0, 2**20, True, backend)
-    torch.library.opcheck(torch.ops.kdkernels.topk_log_probs.default, extraction)
+    sparse = Sparse(teacher.log_probs.reshape(count, -1), teacher.indices.reshape(count, -1), tail_log_prob, one, tail)
+    source = LogitsSource(student, None, None, 1.0, None)
+    options = RowOptions(torch.ones(count, device=student.device), None, one, None, False)
+    chunking = Chunking(None, None, 0, 2**20, False)
+    problem = ChunkedRows(source, None, sparse, options, "kl", one, 40, True, chunking)
+    opcheck(ops.chunked_rows, problem, [True, False, False], backend)
+    opcheck(ops.topk_log_probs, TopK(source, options, 5, 40, chunking._replace(compact_rows=True)), backend)
 
 
 @kernel_backends

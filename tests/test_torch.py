@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from truth import BACKENDS, DIVERGENCES, device_of, run
+from truth import BACKENDS, DIVERGENCES, device_of, opcheck, run
 
 import kdkernels
 from kdkernels import Divergence, fused_divergence, fused_js, fused_kl, ops
 from kdkernels.backends import native
+from kdkernels.families.options import RowOptions
+from kdkernels.families.rows import Rows
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 kernel_backends = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
@@ -76,27 +78,28 @@ def operator_arguments(backend):
     row_scale = torch.rand(6, device=device)
     labels = torch.randint(0, 40, (6,), device=device)
     temperature, hard_weight, parameters = (torch.full((1,), x, device=device) for x in (1.5, 0.3, 0.4))
-    sweep = (student, teacher, row_scale)
-    label = (labels, temperature, hard_weight)
-    floats = ops.row_floats(*sweep, temperature, 40, backend)
-    sums, _, _ = ops.row_sums(*sweep, labels, temperature, parameters, floats, "js", 40, True, backend)
+    options = RowOptions(row_scale, labels, temperature, hard_weight, False)
+    problem = Rows(student, teacher, options, "js", parameters, 40, True)
+    without = Rows(student, teacher, RowOptions(row_scale, None, temperature, None, True), "kl", parameters, 40, False)
+    floats = ops.row_floats(problem, backend)
+    sums, _, _ = ops.row_sums(problem, floats, backend)
     return {
-        "rows": (*sweep, *label, parameters, "js", 40, False, True, True, backend),
-        "rows without": (*sweep, None, temperature, None, parameters, "kl", 40, True, False, False, backend),
-        "row_floats": (*sweep, temperature, 40, backend),
-        "row_sums": (*sweep, labels, temperature, parameters, floats, "js", 40, True, backend),
-        "row_gradient": (*sweep, *label, parameters, floats, sums, "js", 40, True, backend),
-        "scale": (student.clone(), row_scale, backend),
-        "scale_": (student.clone(), row_scale, backend),
+        "rows": (ops.rows, (problem, [True], backend)),
+        "rows without": (ops.rows, (without, [False], backend)),
+        "row_floats": (ops.row_floats, (problem, backend)),
+        "row_sums": (ops.row_sums, (problem, floats, backend)),
+        "row_gradient": (ops.row_gradient, (problem, floats, sums, backend)),
+        "scale": (ops.scale, (student.clone(), row_scale, backend)),
+        "scale_": (ops.scale_, (student.clone(), row_scale, backend)),
     }
 
 
 @kernel_backends
 @pytest.mark.parametrize("name", ["rows", "rows without", "row_floats", "row_sums", "row_gradient", "scale", "scale_"])
 def test_opcheck(backend, name):
-    arguments = operator_arguments(backend)[name]
-    torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
-    torch.library.opcheck(getattr(torch.ops.kdkernels, name.split()[0]).default, arguments)
+    operator, arguments = operator_arguments(backend)[name]
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs
+    opcheck(operator, *arguments)
 
 
 @kernel_backends
@@ -109,22 +112,17 @@ def test_the_three_sweeps_make_the_fused_one(backend, divergence):
     labels = torch.randint(0, 300, (6,), device=device)
     temperature, hard_weight = torch.full((1,), 1.3, device=device), torch.full((1,), 0.2, device=device)
     parameters = torch.full((1,), divergence.parameter or 1.0, device=device)
-    sweep = (student, teacher, row_scale)
-    _, gradient, floats, sums, statistics, top1 = ops.rows(
-        *sweep, labels, temperature, hard_weight, parameters, divergence.name, 300, False, True, True, backend
-    )
-    alone = ops.row_floats(*sweep, temperature, 300, backend)
+    options = RowOptions(row_scale, labels, temperature, hard_weight, False)
+    problem = Rows(student, teacher, options, divergence.name, parameters, 300, True)
+    _, gradient, floats, sums, statistics, top1 = ops.rows(problem, [True], backend)
+    alone = ops.row_floats(problem, backend)
     torch.testing.assert_close(alone, floats)
-    again, statistics_again, top1_again = ops.row_sums(
-        *sweep, labels, temperature, parameters, floats, divergence.name, 300, True, backend
-    )
+    again, statistics_again, top1_again = ops.row_sums(problem, floats, backend)
     close = {"rtol": 1e-4, "atol": 2e-6}
     torch.testing.assert_close(again, sums, **close)
     torch.testing.assert_close(statistics_again, statistics, **close)
     assert torch.equal(top1_again, top1)
-    gradient_again = ops.row_gradient(
-        *sweep, labels, temperature, hard_weight, parameters, floats, sums, divergence.name, 300, False, backend
-    )
+    gradient_again = ops.row_gradient(problem, floats, sums, backend)
     torch.testing.assert_close(gradient_again, gradient, rtol=1e-4, atol=1e-6)
 
 

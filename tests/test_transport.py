@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from truth import opcheck
 
 import kdkernels
-from kdkernels import fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd
+from kdkernels import fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd, ops
 from kdkernels.backends import native
 from kdkernels.families import sinkhorn as transport
 
@@ -673,20 +674,17 @@ def test_thread_count_changes_nothing(rows):
 def test_opcheck(gradient):
     cost, a, b = problems(2, 3, 4, dtype=torch.float32)
     one = torch.ones(1)
-    torch.library.opcheck(
-        torch.ops.kdkernels.sinkhorn.default, (cost, a, b, 0.1 * one, 0 * one, 5, False, gradient, "cpu")
-    )
+    named, wanted = gradient or "unrolled", gradient is not None
+    problem = transport.Sinkhorn(cost, a, b, 0.1 * one, 0 * one, 5, False, named, 2**20)
+    opcheck(ops.sinkhorn, problem, 3 * [wanted], "cpu")
     for kind in ("l1", "dot"):
         student, teacher = clouds(2, dtype=torch.float32)
-        kept = torch.ones(2, 6)
-        arguments = (student, teacher, kept, one, 0.1 * one, 5, kind, gradient, 40, "cpu")
-        torch.library.opcheck(torch.ops.kdkernels.sinkhorn_kd.default, arguments)
-        if gradient:
-            _, *found = torch.ops.kdkernels.sinkhorn_kd(*arguments)
-            torch.library.opcheck(
-                torch.ops.kdkernels.sinkhorn_kd_gradient.default,
-                (student, teacher, kept, one, *found, kind, 40, "cpu"),
-            )
+        cloud = transport.Clouds(student, teacher, torch.ones(2, 6), one, kind, 40)
+        problem = transport.SinkhornKD(cloud, 0.1 * one, 5, named, 2**20)
+        opcheck(ops.sinkhorn_kd, problem, [wanted], "cpu")
+        if wanted:
+            _, *kept = ops.sinkhorn_kd(problem, [True], "cpu")
+            opcheck(ops.sinkhorn_kd_gradient, problem, *kept, "cpu")
 
 
 @pytest.mark.skipif(native._native is None, reason="no module")

@@ -7,6 +7,7 @@ import torch
 import kdkernels
 from kdkernels import CATALOGUE, Divergence
 from kdkernels.backends import refuse
+from kdkernels.ops import Operator
 
 DIVERGENCES = [
     Divergence("kl"),
@@ -120,3 +121,11 @@ def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.T
     allowed += torch.as_tensor(of_class).cpu()
     error = (got - want).abs()
     assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times what is allowed"
+
+
+def opcheck(operator, *arguments):
+    """torch's checks of an operator; one that takes a problem is given it flat."""
+    if isinstance(operator, Operator):
+        problem, *arguments = arguments
+        operator, arguments = operator.flat, [*operator.fields.flatten(problem), *arguments]
+    torch.library.opcheck(operator, tuple(arguments))

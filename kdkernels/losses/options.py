@@ -68,7 +68,7 @@ def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | 
 
 
 def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
-    """The number of classes that count, of logits of these widths."""
+    """The number of classes that count, for logits of these widths."""
     first, *others = widths.values()
     if vocab_size is None:
         if any(width != first for width in others):
@@ -78,10 +78,10 @@ def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
                 "pass vocab_size=<classes that both have>"
             )
         vocab_size = first
-    check_int("vocab_size", vocab_size, 1)
-    if any(vocab_size > width for width in widths.values()):
+    check_type("vocab_size", vocab_size, int)
+    if vocab_size < 1 or any(vocab_size > width for width in widths.values()):
         classes = " and ".join(f"{width} of the {name}" for name, width in widths.items())
-        raise ValueError(f"vocab_size: expected at most the logits' classes, {classes}; got {vocab_size}")
+        raise ValueError(f"vocab_size: expected from 1 to the logits' classes, {classes}; got {vocab_size}")
     return vocab_size
 
 
@@ -185,13 +185,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]):
 
 
 def check_type(name: str, value, expected: type):
-    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+    """Raises unless the value has the type; a traced int is an int, and a bool is none."""
+    known = (int, torch.SymInt) if expected is int else expected
+    if not isinstance(value, known) or (expected is int and isinstance(value, bool)):
         raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
 
 
 def check_int(name: str, value, least: int):
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    check_type(name, value, int)
     if value < least:
         raise ValueError(f"{name}: expected at least {least}; got {value}")
 

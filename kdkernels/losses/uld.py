@@ -127,9 +127,9 @@ def _check_logits(student, teacher, student_vocab_size, teacher_vocab_size) -> t
             raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
         options.check_stored_or_head(name, x)
         size = x.shape[-1] if size is None else size
-        options.check_int(f"{name}_vocab_size", size, 1)
-        if size > x.shape[-1]:
-            raise ValueError(f"{name}_vocab_size: expected at most the {name}'s {x.shape[-1]} classes; got {size}")
+        options.check_type(f"{name}_vocab_size", size, int)
+        if not 1 <= size <= x.shape[-1]:
+            raise ValueError(f"{name}_vocab_size: expected from 1 to the {name}'s {x.shape[-1]} classes; got {size}")
         sizes.append(size)
     options.check_pair(student, teacher)
     return tuple(sizes)
