@@ -1,15 +1,18 @@
 # make bench   what this saves you, measured on this machine (a real language model, a real text)
-# make test    the whole test suite
+# make test    the whole test suite, on the same examples in each run
+# make fuzz    the property tests alone, on examples that a printed seed draws: as many as the suite's, FUZZ times
+#              (make fuzz FUZZ=10); SEED=123 draws those of that seed again
 #
-# Both make .venv first. torch is pinned here, so that two people measure and test the same; the package itself takes a
+# All make .venv first. torch is pinned here, so that two people measure and test the same; the package itself takes a
 # range. KDKERNELS_TORCH=torch==2.9.1 make test tests another.
 
 PYTHON ?= python3
 KDKERNELS_TORCH ?= torch==2.13.0
+FUZZ ?= 1
 BIN = .venv/bin
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: bench test lint clean
+.PHONY: bench test fuzz lint clean
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
@@ -17,6 +20,14 @@ bench: .venv/bench
 # One thread each, but for tests that ask for more: two processes whose threads wait for each other take twice as long.
 test: .venv/test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
+
+# Each time has the seed after the last one's, and the first that fails is the last.
+fuzz: .venv/test
+	@first=$(or $(SEED),$(strip $(shell od -An -N3 -tu4 /dev/urandom))); \
+	for seed in $$(seq $$first $$((first + $(FUZZ) - 1))); do \
+	  echo "SEED=$$seed"; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --fuzz --hypothesis-seed=$$seed -n 2 --dist worksteal || exit 1; \
+	done
 
 lint: .venv/test
 	$(BIN)/ruff check .

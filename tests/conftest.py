@@ -10,20 +10,34 @@ if not torch.cuda.is_available():
 import chips
 import emulated
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
-# In CI the examples are the same from run to run; elsewhere each run draws new ones.
-settings.register_profile(
-    "kdkernels",
-    deadline=None,
-    print_blob=True,
-    derandomize=bool(os.environ.get("CI")),
-    suppress_health_check=[HealthCheck.too_slow],
-)
+# The suite draws the same examples in each run. With --fuzz they follow from pytest's --hypothesis-seed alone.
+COMMON = {"deadline": None, "print_blob": True, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("kdkernels", derandomize=True, **COMMON)
+settings.register_profile("fuzz", derandomize=False, **COMMON)
 settings.load_profile("kdkernels")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", action="store_true", help="run the property tests alone, on examples drawn at random")
+
+
+def pytest_configure(config):
+    if config.getoption("fuzz"):
+        settings.load_profile("fuzz")
+
+
+def is_property(function) -> bool:
+    """Whether hypothesis draws the arguments of a test, or those of a function that the test defines with @given."""
+    return is_hypothesis_test(function) or "given" in function.__code__.co_names
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("fuzz"):
+        others = [item for item in items if not is_property(item.function)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if is_property(item.function)]
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
