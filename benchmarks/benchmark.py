@@ -131,6 +131,10 @@ class Benchmark(ABC):
         """A target whose limit is for a CPU; on another device the number is shown alone."""
         self.target(what, value, limit if self.is_on_cpu else None, **options)
 
+    def faster_target(self, what: str, seconds: dict, slow, fast, limit: float, **options) -> None:
+        """The ratio of two steps' times; on a CPU at least `limit`."""
+        self.cpu_target(what, ratio(seconds[slow], seconds[fast]), limit, at_least=True, **options)
+
     def leave_out(self, skipped: dict[str, str]) -> None:
         for name, why in skipped.items():
             self.results.remark(f"{name} is left out: {why}.")

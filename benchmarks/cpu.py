@@ -3,10 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
-from data import real_or_synthetic, synthetic_logits
-from family import COPY, FLOOR, OURS, Family, Problem, Shape, reason, record_times, time_steps, weigh
+from data import real_or_synthetic
+from family import COPY, FLOOR, OURS, Family, Problem, Shape, reason, record_times, synthetic_problem, time_steps, weigh
 from isolated import in_own_process
 from rows import CATALOGUE, COMPILED, EAGER, TRL, TRL_DIVERGENCES, eager, family, installed, kdkernels_loss, label
 from timing import copying, ratio
@@ -75,7 +74,7 @@ class CpuBenchmark(Benchmark):
 
     def main_case(self, dtype: str) -> None:
         """kl at the vocabulary of a current model, and every other implementation that can run here."""
-        problem = Problem(*synthetic_logits(self.rows, VOCABULARY, DTYPES[dtype]))
+        problem = synthetic_problem(Shape(self.rows, VOCABULARY, dtype), "cpu")
         kl = family("cpu")
         losses, skipped = kl.losses, kl.skipped
         if self.quick:
@@ -124,7 +123,7 @@ class CpuBenchmark(Benchmark):
 
     def divergences(self, dtype: str) -> None:
         """Every divergence of kdkernels in the same rounds, compared with kl."""
-        problem = Problem(*synthetic_logits(self.rows, VOCABULARY, DTYPES[dtype]))
+        problem = synthetic_problem(Shape(self.rows, VOCABULARY, dtype), "cpu")
         all_of_them = with_losses(family("cpu", False), {label(name): kdkernels_loss(name) for name in CATALOGUE})
         over = {"over_kl": "kl", "over_floor": FLOOR}
         seconds = self.measure("divergences", all_of_them, problem, self.rounds, over=over, contender=OURS)
@@ -133,7 +132,7 @@ class CpuBenchmark(Benchmark):
 
     def sweep(self, axis: str, shapes: list[tuple[int, int]]) -> None:
         for rows, vocabulary in shapes:
-            problem = Problem(*synthetic_logits(rows, vocabulary, torch.bfloat16))
+            problem = synthetic_problem(Shape(rows, vocabulary, "bfloat16"), "cpu")
             self.measure(f"sweep {axis}", family("cpu", False), problem, self.capped(7))
 
     def memory(self) -> None:

@@ -1,8 +1,8 @@
 """One record for a family of losses, and the one way to check, time and weigh its contenders on every device.
 
-A contender is a loss function `loss(student, *others)`. Each family's file has the family's name and three things:
-`family(device, with_peers)` returns the record, `PLANS` holds what is measured on a device, and `measure(benchmark,
-plan)` runs it. Answers are checked against fp64 before anything is timed.
+A contender is a loss function `loss(student, *others)`. Each file of a family has the family's name. It defines the
+record `FAMILY`, or `family(device, with_peers)` if the record depends on the device; `PLANS`, the shapes and rounds for
+each device; and `measure(benchmark, plan)`. Answers are checked against fp64 before anything is timed.
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+from data import synthetic_logits
 from report import MiB
 from timing import floor_seconds, interleaved, ratio
 
@@ -85,6 +86,11 @@ class Problem:
         return lambda: loss(self.student, *self.others).backward()
 
 
+def synthetic_problem(shape: Shape, device: str) -> Problem:
+    """Synthetic logits of a student and a teacher."""
+    return Problem(*synthetic_logits(shape.rows, shape.classes, shape.torch_dtype, device))
+
+
 def loss_and_gradients(loss: Loss, problem: Problem) -> list[torch.Tensor]:
     """The loss and the gradient of each of the student's tensors, in fp64."""
     value = loss(problem.student, *problem.others)
@@ -139,7 +145,7 @@ class Family:
     divergence: str | None = None
     checked: tuple[str, ...] = ()  # the contenders whose answers are checked; empty: all of them
     answer: Callable[[Loss, Problem], list[torch.Tensor]] = loss_and_gradients
-    problem: Callable[[Shape, str], Problem] | None = None  # a synthetic problem on a device, for its memory
+    problem: Callable[[Shape, str], Problem] = synthetic_problem  # for the memory of a contender on a device
     other_losses: dict[str, str] = field(default_factory=dict)  # by contender: its divergence where it differs
     skipped: dict[str, str] = field(default_factory=dict)  # by contender that cannot run here: the reason
 

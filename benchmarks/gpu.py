@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from benchmark import DTYPES, VOCABULARY, Benchmark
 from data import real_or_synthetic, synthetic_logits
-from family import OURS, Family, Problem, Shape, reason, weigh
+from family import OURS, Family, Problem, Shape, reason, synthetic_problem, weigh
 from rows import (
     CATALOGUE,
     COMPILED,
@@ -69,15 +69,10 @@ FULL = Plan(
     dtypes=("bfloat16", "float32"),
     contended=("kl", "js"),
 )
-QUICK = Plan(
-    vocabularies=(32_768, VOCABULARY),
-    rows=(4096,),
-    main_rows=4096,
-    main_vocabularies=(VOCABULARY,),
-    dtypes=("bfloat16",),
-    contended=("kl",),
-    seconds=0.05,
-)
+QUICK = dataclasses.replace(
+    FULL, vocabularies=(32_768, VOCABULARY), rows=(4096,), main_vocabularies=(VOCABULARY,), dtypes=("bfloat16",),
+    contended=("kl",), seconds=0.05,
+)  # fmt: skip
 
 
 class GpuBenchmark(Benchmark):
@@ -186,7 +181,7 @@ class GpuBenchmark(Benchmark):
         if needed > free:
             self.leave_out({str(shape): f"it needs {needed / GiB:.1f} GiB, and {free / GiB:.1f} GiB are free"})
         else:
-            use(Problem(*synthetic_logits(shape.rows, shape.classes, DTYPES[shape.dtype], self.device)))
+            use(synthetic_problem(shape, self.device))
 
     def measure(self, case: str, divergence: str, others: dict, problem: Problem) -> dict[tuple[str, str], Timing]:
         """Time every backend (public function, operator alone, forward) and the losses of `others`."""

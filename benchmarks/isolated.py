@@ -43,7 +43,8 @@ def main() -> None:
     options = parser.parse_args()
 
     names = options.contenders.split("|")
-    family = importlib.import_module(options.family).family("cpu", with_peers=names != [OURS])
+    module = importlib.import_module(options.family)
+    family = module.FAMILY if hasattr(module, "FAMILY") else module.family("cpu", with_peers=names != [OURS])
     problem = family.problem(Shape(options.rows, options.classes, options.dtype, options.width), "cpu")
     steps = {name: problem.step(family.losses[name]) for name in names}
     if options.measurement == "memory":

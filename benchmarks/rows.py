@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from data import synthetic_logits
-from family import OURS, Errors, Family, Loss, Problem, Shape, check, largest_error, reason
+from family import OURS, Errors, Family, Loss, Problem, check, largest_error, reason
 
 import kdkernels
 import kdkernels.backends
@@ -167,11 +166,7 @@ def family(device: str = "cpu", with_peers: bool = True, divergence: str = "kl")
         add_peers(losses, skipped, peers, device, needs_gpu=("Liger", "speculators"))
     truth = kdkernels_loss(divergence, "reference")
     errors, allowed = answer_errors(divergence), allowed_errors
-    return Family("rows", losses, truth, errors, allowed, label(divergence), problem=problem, skipped=skipped)
-
-
-def problem(shape: Shape, device: str) -> Problem:
-    return Problem(*synthetic_logits(shape.rows, shape.classes, shape.torch_dtype, device))
+    return Family("rows", losses, truth, errors, allowed, label(divergence), skipped=skipped)
 
 
 # ---- answers: row losses and the gradient of their mean, of each backend, at two temperatures

@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from family import OURS, Errors, Family, Problem, check, limit_by_dtype, time_steps
 from rows import installed
-from timing import ratio
 
 import kdkernels
 
@@ -85,7 +84,7 @@ LOSSES = {OURS: ours} | {f"{OURS}, {name}": partial(ours, gradient=name) for nam
 LOSSES_FROM_POINTS = {FROM_POINTS: ours_from_points, GEOMLOSS: geomloss_value}
 
 
-def family(device: str = "cpu", with_peers: bool = True) -> Family:
+def family() -> Family:
     losses = {name: loss for name, loss in LOSSES.items() if installed(LIBRARIES.get(name, "torch"))}
     return _family(losses, ours, tuple(name for name in losses if name in (OURS, POT)))
 
@@ -110,7 +109,7 @@ def measure(benchmark, plan: Plan) -> None:
     for name, other in ((POT, OURS), (GEOMLOSS, FROM_POINTS)):
         if name in seconds:
             what = f"{plan.problems:,} problems of 64 x 64: faster than {name}"
-            benchmark.cpu_target(what, ratio(seconds[name], seconds[other]), OVER_LIBRARIES, at_least=True)
+            benchmark.faster_target(what, seconds, name, other, OVER_LIBRARIES)
 
 
 def first_of(problem: Problem) -> Problem:

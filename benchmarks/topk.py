@@ -86,10 +86,6 @@ ALLOWED = limit_by_dtype(float32=1e-5, bfloat16=2.0**-8)
 FAMILY = Family("topk", {OURS: ours, EAGER: eager_loss}, exact_loss, errors, ALLOWED, "kl", problem=problem)
 
 
-def family(device: str = "cpu", with_peers: bool = True) -> Family:
-    return FAMILY
-
-
 def measure(benchmark, plan: Plan) -> None:
     for dtype in plan.dtypes:
         torch_dtype = getattr(torch, dtype)
@@ -127,13 +123,13 @@ def time_kl(benchmark, student: torch.Tensor, teacher: torch.Tensor, rounds: int
     steps[COPY] = copying(student)
     seconds = time_losses(benchmark, FAMILY, CASE, problem, benchmark.capped(rounds), {"over_copy": COPY}, **steps)
 
-    dtype, options = name_of(student.dtype), judged_in_fp32(student)
-    what, mine = f"kl against the top {ENTRIES} {dtype}:", seconds[OURS]
-    target = benchmark.cpu_target
-    target(f"{what} faster than eager", ratio(seconds[EAGER], mine), OVER_EAGER, at_least=True, **options)
-    target(f"{what} over the copy of the logits", ratio(mine, seconds[COPY]), OVER_COPY, **options)
+    dtype, options = name_of(student.dtype), {"judged": student.dtype == torch.float32}
+    what = f"kl against the top {ENTRIES} {dtype}:"
+    benchmark.faster_target(f"{what} faster than eager", seconds, EAGER, OURS, OVER_EAGER, **options)
+    over_copy = ratio(seconds[OURS], seconds[COPY])
+    benchmark.cpu_target(f"{what} over the copy of the logits", over_copy, OVER_COPY, **options)
     growth = ratio(seconds[f"{OURS}, 256 entries"], seconds[f"{OURS}, 16 entries"])
-    target(f"kl against a top k {dtype}: 256 entries over 16", growth, OVER_16_ENTRIES, **options)
+    benchmark.cpu_target(f"kl against a top k {dtype}: 256 entries over 16", growth, OVER_16_ENTRIES, **options)
 
 
 def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
@@ -146,9 +142,5 @@ def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
     rounds, options = benchmark.capped(rounds), {"before": problem.drop_gradients, "over": over}
     seconds = time_steps(benchmark, FAMILY, EXTRACTION, problem.shape, steps, rounds, **options)
     what = f"top {ENTRIES} {name_of(teacher.dtype)}: faster than {TORCH_TOPK}"
-    faster = ratio(seconds[TORCH_TOPK], seconds[OURS])
-    benchmark.cpu_target(what, faster, OVER_TOPK, at_least=True, **judged_in_fp32(teacher))
-
-
-def judged_in_fp32(logits: torch.Tensor) -> dict[str, bool]:
-    return {} if logits.dtype == torch.float32 else {"judged": False}
+    in_fp32 = teacher.dtype == torch.float32
+    benchmark.faster_target(what, seconds, TORCH_TOPK, OURS, OVER_TOPK, judged=in_fp32)

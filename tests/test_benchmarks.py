@@ -61,7 +61,7 @@ TINY_PLANS = {
         percent_of_products=85,
     ),
     "topk": topk.Plan(4, 257, ("bfloat16", "float32"), 2),
-    "pairwise": pairwise.Plan(((6, 300), (5, 200)), ((6, 100),), ((3, 300), (5, 300)), 2, (6, 300)),
+    "pairwise": pairwise.Plan(6, (300, 200), (100,), (3, 5), 300, 2),
     "sinkhorn": sinkhorn.Plan(3, 2),
     "class_ot": class_ot.Plan(6, 40, 2),
     "uld": uld.Plan(4, 257, (225,), ("bfloat16", "float32"), 2),
@@ -196,7 +196,7 @@ def test_clouds_are_checked_and_timed(tiny, monkeypatch):
     assert run.conclude(tiny) == 0, tiny.results.failures
     assert [target.limit for target in tiny.results.targets] == 2 * [None]  # a CPU's limits do not apply to a GPU
     expected = {
-        pairwise.CASE: [(6, 300), (5, 200)],
+        pairwise.CASE: [(6, 300), (6, 200)],
         pairwise.OVER_V: [(6, 100)],
         pairwise.OVER_B: [(3, 300), (5, 300)],
         f"{pairwise.CASE}: memory": [(6, 300)],
@@ -413,7 +413,7 @@ import class_ot, linear, pairwise, sinkhorn, topk, uld
 plans = {{
     "linear": linear.Plan(rows=48, width=32, vocabulary=600, chunk_rows=16, checked_rows=40, rounds=2),
     "topk": topk.Plan(2, 256, ("bfloat16",), 2),
-    "pairwise": pairwise.Plan(((3, 40),), ((3, 20),), ((2, 40),), 2, (3, 40)),
+    "pairwise": pairwise.Plan(3, (40,), (20,), (2,), 40, 2),
     "sinkhorn": sinkhorn.Plan(2, 2),
     "class_ot": class_ot.Plan(4, 20, 2),
     "uld": uld.Plan(2, 256, (224,), ("bfloat16",), 2),
