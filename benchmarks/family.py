@@ -147,7 +147,7 @@ class Family:
     answer: Callable[[Loss, Problem], list[torch.Tensor]] = loss_and_gradients
     problem: Callable[[Shape, str], Problem] = synthetic_problem  # for the memory of a contender on a device
     other_losses: dict[str, str] = field(default_factory=dict)  # by contender: its divergence where it differs
-    skipped: dict[str, str] = field(default_factory=dict)  # by contender that cannot run here: the reason
+    skipped: dict[str, str] = field(default_factory=dict)  # by contender that is left out: the reason
 
     def columns(self, contender: str, shape: Shape) -> dict[str, object]:
         divergence = self.other_losses.get(contender, self.divergence)

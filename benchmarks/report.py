@@ -130,15 +130,15 @@ def answer_cell(row: dict[str, object], is_wrong: bool) -> str:
 def print_timings(screen, rows: list[dict[str, object]]) -> None:
     """A table for each case. `print_answers` shows the answers."""
     for case in distinct(row["case"] for row in rows if row["case"] != "answers"):
-        of_case = [row for row in rows if row["case"] == case]
-        shown = [column for column in COLUMNS if any(row.get(column) is not None for row in of_case)]
-        cells = [["" if row.get(c) is None else COLUMNS[c].format(row[c]) for c in shown] for row in of_case]
+        case_rows = [row for row in rows if row["case"] == case]
+        shown = [column for column in COLUMNS if any(row.get(column) is not None for row in case_rows)]
+        cells = [["" if row.get(c) is None else COLUMNS[c].format(row[c]) for c in shown] for row in case_rows]
         screen.table(
             case,
             [column.replace("_", " ") for column in shown],
             cells,
             right=[column.replace("_", " ") for column in shown if COLUMNS[column] != "{}"],
-            bold=[i for i, row in enumerate(of_case) if row["contender"].startswith("kdkernels")],
+            bold=[i for i, row in enumerate(case_rows) if row["contender"].startswith("kdkernels")],
         )
 
 

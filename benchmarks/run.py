@@ -2,7 +2,7 @@
 
 It checks the answers against fp64 on real logits. It times a loss with its gradient, compared with the code that people
 use otherwise, and how the time grows with rows and vocabulary. It measures memory, a small call and the import. It
-writes tables, a CSV and a figure; everything but the figure needs torch alone. Exit code 1 means that an answer of
+writes tables, a CSV and a figure; all but the figure needs only torch. Exit code 1 means that an answer of
 kdkernels is wrong or that one of its kernels raised. A missed target is printed and does not change the exit code.
 """
 

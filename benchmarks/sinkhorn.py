@@ -96,16 +96,16 @@ def measure(benchmark, plan: Plan) -> None:
     x, *others = batch(plan.problems, benchmark.device)
     y, *masses = others
     costs, points = Problem(half_squares(x, y), *masses), Problem(x.clone(), *others)
-    of_costs, of_points = family(), _family(LOSSES_FROM_POINTS, ours_from_points, ())
-    check(benchmark, of_costs, first_of(costs), ERRORS)
+    cost_family, point_family = family(), _family(LOSSES_FROM_POINTS, ours_from_points, ())
+    check(benchmark, cost_family, first_of(costs), ERRORS)
     more_steps = {}
     if GEOMLOSS not in missing:
-        check(benchmark, of_points, first_of(points), ERRORS)
+        check(benchmark, point_family, first_of(points), ERRORS)
         more_steps = {name: summed(points, loss) for name, loss in LOSSES_FROM_POINTS.items()}
-    steps = {name: summed(costs, loss) for name, loss in of_costs.losses.items()} | more_steps
+    steps = {name: summed(costs, loss) for name, loss in cost_family.losses.items()} | more_steps
     drop = lambda: (costs.drop_gradients(), points.drop_gradients())  # noqa: E731
     options = {"before": drop, "over": {"ratio_to_kdkernels": OURS}}
-    seconds = time_steps(benchmark, of_costs, CASE, costs.shape, steps, benchmark.capped(plan.rounds), **options)
+    seconds = time_steps(benchmark, cost_family, CASE, costs.shape, steps, benchmark.capped(plan.rounds), **options)
     for name, other in ((POT, OURS), (GEOMLOSS, FROM_POINTS)):
         if name in seconds:
             what = f"{plan.problems:,} problems of 64 x 64: faster than {name}"

@@ -43,12 +43,10 @@ class Plan:
     weighs: bool = False  # measures memory too, in fp32
 
 
-CPU = Plan(512, None, ("float32", "bfloat16"), 9, True)
-GPU = Plan(4096, 151_936, ("bfloat16", "float32"), 10)
 PLANS = {
-    "cpu": CPU,
+    "cpu": Plan(512, None, ("float32", "bfloat16"), 9, True),
     "cpu quick": Plan(64, None, ("float32", "bfloat16"), 9, True),
-    "cuda": GPU,
+    "cuda": Plan(4096, 151_936, ("bfloat16", "float32"), 10),
     "cuda quick": Plan(4096, 151_936, ("bfloat16",), 10),
 }
 
@@ -142,5 +140,5 @@ def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
     rounds, options = benchmark.capped(rounds), {"before": problem.drop_gradients, "over": over}
     seconds = time_steps(benchmark, FAMILY, EXTRACTION, problem.shape, steps, rounds, **options)
     what = f"top {ENTRIES} {name_of(teacher.dtype)}: faster than {TORCH_TOPK}"
-    in_fp32 = teacher.dtype == torch.float32
-    benchmark.faster_target(what, seconds, TORCH_TOPK, OURS, OVER_TOPK, judged=in_fp32)
+    judged = teacher.dtype == torch.float32
+    benchmark.faster_target(what, seconds, TORCH_TOPK, OURS, OVER_TOPK, judged=judged)
