@@ -1,4 +1,4 @@
-"""What the measurement of a CPU (cpu.py) and of a GPU (gpu.py) have in common."""
+"""The parts of a run that every device shares: phases, answers, families, a small call, the import."""
 
 import os
 import platform
@@ -10,34 +10,45 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
+import class_ot
+import linear
+import pairwise
 import report
+import rows
+import sinkhorn
+import topk
 import torch
 import torch.nn.functional as F
-from answers import check
-from contenders import CATALOGUE, TRL_DIVERGENCES, available_backends, installed, label
+import uld
 from data import synthetic_logits
+from family import OURS, Family, Problem, Shape, time_steps
 from report import Results, Target
-from timing import interleaved, ratio
+from timing import ratio
 
 import kdkernels
-from kdkernels.backends import select
 from kdkernels.info import version
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 VOCABULARY = 151_936  # Qwen 2.5 and 3
+# The families besides the dense losses, by the name of their phase, in the order in which they run.
+FAMILIES = {
+    "heads": linear,
+    "top-k teachers": topk,
+    "SinKD": pairwise,
+    "Sinkhorn problems": sinkhorn,
+    "transport between classes": class_ot,
+    "universal logit distillation": uld,
+}
 
 
 def describe_machine(device: str) -> dict[str, object]:
     name = platform.processor() or platform.machine()
-    probe = torch.zeros(1, 1, device=device)
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":
         name = torch.cuda.get_device_name()
     elif cpuinfo.exists():
-        models = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        name = models[0] if models else name
+        lines = cpuinfo.read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     versions = {"cuda": torch.version.cuda, "triton": version("triton")} if device == "cuda" else {}
     return {
         "device": name,
@@ -46,51 +57,70 @@ def describe_machine(device: str) -> dict[str, object]:
         "torch": torch.__version__,
         **versions,
         "kdkernels": kdkernels.__version__,
-        "backend": select("auto", probe, probe),
+        "backend": rows.automatic_backend(device),
         "load": round(os.getloadavg()[0], 2),
     }
 
 
 class Benchmark(ABC):
-    """Runs the phases of a subclass. What a phase measured is shown, and in the CSV, when the phase ends."""
+    """Runs the phases of a subclass. When a phase ends, its results are printed and written to the CSV."""
 
-    # Targets beside what is measured here; None shows the number alone.
+    # Limits of targets; None shows the number alone.
     small_call_limit: float | None = None
     import_limit: float | None = None
     import_repeats = 7
-    judged = True  # whether the targets are meant for this machine
-    is_of_cpu = False  # whether limits that were set for a CPU are
+    judged = True  # whether the targets apply to this machine
+    is_on_cpu = False  # whether limits for a CPU apply
     note_on_targets = ""
 
-    def __init__(self, device: str, quick: bool, rounds: int, screen, output: Path):
+    def __init__(self, device: str, quick: bool, rounds: int | None, screen, output: Path, plans=None):
+        """`plans` replaces a family's plan, by the name of its file."""
         self.device = device
         self.quick = quick
-        self.rounds = rounds
+        self.rounds = rounds or (3 if quick else 15)
         self.screen = screen
+        self.plans = plans or {}
         self.results = Results(describe_machine(device))
         name = ("quick_" if quick else "") + device + "_" + report.slug(self.results.machine["device"])
         self.path = output / name
 
     @abstractmethod
-    def phases(self) -> list[tuple[str, Callable[[], None]]]:
-        """Names and measurements, in their order."""
+    def dense_phases(self) -> list[tuple[str, Callable[[], None]]]:
+        """Names and measurements of the dense losses, in their order."""
 
     @abstractmethod
     def draw(self, path: Path) -> None:
-        """The figure of what was measured."""
+        """Draw the figure of this run."""
+
+    @abstractmethod
+    def peak_bytes(self, family: Family, contender: str, shape: Shape) -> int:
+        """Peak memory beyond the inputs of one loss with its gradient, on a synthetic problem of this shape."""
+
+    @abstractmethod
+    def capped(self, rounds: int) -> int:
+        """The rounds to run of those that a family's plan asks for."""
+
+    def phases(self) -> list[tuple[str, Callable[[], None]]]:
+        families = [(name, lambda module=module: self.measure_family(module)) for name, module in FAMILIES.items()]
+        return [*self.dense_phases(), *families, ("small call", self.small_call), ("import", self.import_time)]
+
+    def measure_family(self, module) -> None:
+        plan = module.PLANS[("cpu" if self.is_on_cpu else "cuda") + " quick" * self.quick]
+        module.measure(self, self.plans.get(module.__name__, plan))
 
     def run(self) -> None:
         start = time.perf_counter()
         for name, phase in self.phases():
             phase_start = time.perf_counter()
-            rows, answers = len(self.results.rows), len(self.results.answers)
+            first = len(self.results.rows)
             try:
                 phase()
             finally:
                 self.results.write(self.path.with_suffix(".csv"))
-                report.print_timings(self.screen, self.results.rows[rows:])
-                if self.results.answers[answers:]:
-                    report.print_answers(self.screen, self.results.answers[answers:])
+                measured = self.results.rows[first:]
+                report.print_timings(self.screen, measured)
+                if answers := [row for row in measured if row["case"] == rows.ANSWERS]:
+                    report.print_answers(self.screen, answers, self.results.wrong)
                 now = time.perf_counter()
                 self.screen.print(f"{name}: {now - phase_start:.0f} s, {now - start:.0f} s in all")
 
@@ -98,61 +128,33 @@ class Benchmark(ABC):
         self.results.targets.append(Target(what, value, limit, **{"judged": self.judged, **options}))
 
     def cpu_target(self, what: str, value: float, limit: float, **options) -> None:
-        """A target with a limit that was set for a CPU: elsewhere the number stands alone."""
-        self.target(what, value, limit if self.is_of_cpu else None, **options)
+        """A target whose limit is for a CPU; on another device the number is shown alone."""
+        self.target(what, value, limit if self.is_on_cpu else None, **options)
+
+    def faster_target(self, what: str, seconds: dict, slow, fast, limit: float, **options) -> None:
+        """The ratio of two steps' times; on a CPU at least `limit`."""
+        self.cpu_target(what, ratio(seconds[slow], seconds[fast]), limit, at_least=True, **options)
 
     def leave_out(self, skipped: dict[str, str]) -> None:
         for name, why in skipped.items():
             self.results.remark(f"{name} is left out: {why}.")
 
     def check_answers(self, logits: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Loss and gradient of every backend on pairs of student and teacher logits [N, V], in both dtypes."""
-        backends = available_backends(self.device)
-        advance = self.screen.task(
-            f"answers of {', '.join(backends)}", total=len(logits) * len(DTYPES) * len(CATALOGUE)
-        )
+        """Check loss and gradient of every backend on pairs of student and teacher logits [N, V], in both dtypes."""
+        total = len(logits) * len(DTYPES) * len(rows.CATALOGUE)
+        advance = self.screen.task(f"answers of {', '.join(rows.available_backends(self.device))}", total=total)
         for dtype in DTYPES.values():
             for pair in logits:
                 student, teacher = (x.to(self.device, dtype) for x in pair)
-                for divergence in CATALOGUE:
-                    with_trl = not self.quick and installed("trl") and divergence in TRL_DIVERGENCES
-                    self.record_answers(check(divergence, student, teacher, backends, with_trl), len(student))
+                for divergence in rows.CATALOGUE:
+                    with_trl = not self.quick and rows.installed("trl") and divergence in rows.TRL_DIVERGENCES
+                    rows.check_answers(self, divergence, student, teacher, with_trl)
                     advance()
 
-    def record_answers(self, answers, rows: int) -> None:
-        self.results.answers += answers
-        for answer in answers:
-            self.results.add(
-                "answers",
-                answer.contender,
-                divergence=label(answer.divergence),
-                dtype=answer.dtype,
-                N=rows,
-                V=answer.vocabulary,
-                loss_error=answer.loss_error,
-                gradient_error=answer.gradient_error,
-            )
-            if answer.wrong:
-                self.results.failures.append(answer.why_wrong())
-
-    def record_memory(self, peaks: dict[str, int], baseline: str, dtype: str, rows: int) -> None:
-        """Peaks beyond the inputs of one kl with gradient, by contender."""
-        for name, peak in peaks.items():
-            self.results.add(
-                "memory",
-                name,
-                divergence="kl",
-                dtype=dtype,
-                N=rows,
-                V=VOCABULARY,
-                ratio_to_kdkernels=peak / peaks[baseline] if peaks.get(baseline) else None,
-                peak_extra_MiB=peak / report.MiB,
-            )
-
     def small_call(self) -> None:
-        """The price of a call: one forward on logits that cost nothing."""
-        student, teacher = synthetic_logits(8, 1000, torch.float32, self.device)
-        calls = 50
+        """The overhead of a call: one forward on logits whose arithmetic costs almost nothing."""
+        problem, calls = Problem(*synthetic_logits(8, 1000, torch.float32, self.device)), 50
+        student, (teacher,) = problem.student.detach(), problem.others
 
         def repeat(call):
             return lambda: [call() for _ in range(calls)] and None
@@ -160,22 +162,13 @@ class Benchmark(ABC):
         def eager():
             F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="batchmean")
 
-        steps = {"kdkernels": repeat(lambda: kdkernels.fused_kl(student, teacher)), "F.kl_div": repeat(eager)}
-        seconds = interleaved(steps, 5 * self.rounds, self.device)
-        for name in steps:
-            self.results.add(
-                "small call, forward",
-                name,
-                divergence="kl",
-                dtype="float32",
-                N=8,
-                V=1000,
-                median_ms=1e3 * statistics.median(seconds[name]) / calls,
-                ratio_to_kdkernels=ratio(seconds[name], seconds["kdkernels"]),
-            )
-        over = ratio(seconds["kdkernels"], seconds["F.kl_div"])
+        steps = {OURS: repeat(lambda: kdkernels.fused_kl(student, teacher)), "F.kl_div": repeat(eager)}
+        seconds = time_steps(
+            self, rows.family(self.device, with_peers=False), "small call, forward", problem.shape, steps,
+            5 * self.rounds, before=problem.drop_gradients, over={"ratio_to_kdkernels": OURS}, calls=calls,
+        )  # fmt: skip
         what = "one forward call on [8, 1000]: over F.kl_div with its log_softmaxes"
-        self.target(what, over, self.small_call_limit)
+        self.target(what, ratio(seconds[OURS], seconds["F.kl_div"]), self.small_call_limit)
 
     def import_time(self) -> None:
         code = "import torch, time; start = time.perf_counter(); import kdkernels\n"
@@ -187,5 +180,5 @@ class Benchmark(ABC):
             seconds.append(float(subprocess.check_output([sys.executable, "-c", code], text=True)))
             advance()
         median = statistics.median(seconds)
-        self.results.add("import beyond torch", "kdkernels", median_ms=1e3 * median)
+        self.results.add("import beyond torch", OURS, median_ms=1e3 * median)
         self.target("import kdkernels beyond import torch", median, self.import_limit, unit="s")

@@ -1,54 +1,60 @@
-"""Optimal transport between classes (WKD-L): loss and gradient, beside the loop with a kernel matrix a row."""
+"""Optimal transport between classes (WKD-L): loss and gradient, compared with a loop over a kernel matrix per row."""
 
-import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from data import synthetic_logits
-from timing import interleaved, ratio
+from family import OURS, Family, Problem, Shape, check, errors_by, largest_error, limit_by_dtype, time_losses, weigh
 
 import kdkernels
 
 CASE, ERRORS = "transport between classes", "transport between classes: errors against fp64"
-OURS, EAGER, PRODUCTS = "kdkernels", "eager, a kernel matrix a row", "the matrix products alone"
-SHAPE, QUICK = (64, 1000), (16, 300)  # images and classes
+EAGER, PRODUCTS = "eager, a kernel matrix a row", "the matrix products alone"
 ITERATIONS, EPSILON, TEMPERATURE = 10, 0.05, 2.0
 CHECKED_ROWS = 4
-OVER_EAGER = 10  # target on a CPU: at least so many times faster
-ALLOWED = 2e-5  # of the gradient, beside its largest element, after so many products in fp32
+OVER_EAGER = 10  # target on a CPU: at least this many times faster
+ALLOWED = 2e-5  # of the gradient's largest element: the error of 40 matrix products in fp32
 
 
-class Batch:
-    """Logits of images, their labels, and costs between classes that are points on a sphere: 1 - exp(-2 distance)."""
+@dataclass(frozen=True)
+class Plan:
+    images: int
+    classes: int
+    rounds: int
 
-    def __init__(self, rows: int, classes: int, device: str = "cpu"):
-        self.student, self.teacher = synthetic_logits(rows, classes, torch.float32, device)
-        generator = torch.Generator(device).manual_seed(1)
-        places = torch.nn.functional.normalize(torch.randn(classes, 8, generator=generator, device=device), dim=-1)
-        self.cost = 1 - torch.exp(-2 * torch.cdist(places, places))
-        self.labels = torch.randint(0, classes, (rows,), generator=generator, device=device)
-        self.leaf = self.student.requires_grad_()
 
-    def inputs(self):
-        return self.leaf, self.teacher, self.cost, self.labels
+# Three rounds on a CPU: each takes seconds, because of eager PyTorch.
+PLANS = {
+    "cpu": Plan(64, 1000, 3),
+    "cpu quick": Plan(16, 300, 3),
+    "cuda": Plan(64, 1000, 10),
+    "cuda quick": Plan(16, 300, 10),
+}
 
-    def step(self, loss: Callable) -> Callable[[], None]:
-        return lambda: loss(*self.inputs()).backward()
 
-    def drop_gradient(self) -> None:
-        self.leaf.grad = None
+def problem(shape: Shape, device: str = "cpu") -> Problem:
+    """Logits of images, costs between classes, labels. Classes are points on a sphere; cost = 1 - exp(-2 distance)."""
+    rows, classes = shape.rows, shape.classes
+    student, teacher = synthetic_logits(rows, classes, shape.torch_dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    places = torch.nn.functional.normalize(torch.randn(classes, 8, generator=generator, device=device), dim=-1)
+    cost = 1 - torch.exp(-2 * torch.cdist(places, places))
+    return Problem(student, teacher, cost, torch.randint(0, classes, (rows,), generator=generator, device=device))
 
-    def products(self) -> Callable[[], None]:
-        """As many as a loss and its unrolled gradient take: two for each half step."""
-        factor, out = torch.rand_like(self.teacher), torch.empty_like(self.teacher)
 
-        def multiply():
-            for _ in range(2 * ITERATIONS):
-                torch.mm(factor, self.cost, out=out)
-                torch.mm(factor, self.cost.t(), out=out)
+def products(problem: Problem) -> Callable[[], None]:
+    """The matrix products of a loss with its unrolled gradient: two in each half step."""
+    teacher, cost, _ = problem.others
+    factor, out = torch.rand_like(teacher), torch.empty_like(teacher)
 
-        return multiply
+    def multiply():
+        for _ in range(2 * ITERATIONS):
+            torch.mm(factor, cost, out=out)
+            torch.mm(factor, cost.t(), out=out)
+
+    return multiply
 
 
 def ours(student, teacher, cost, labels, gradient: str = "unrolled") -> torch.Tensor:
@@ -58,8 +64,8 @@ def ours(student, teacher, cost, labels, gradient: str = "unrolled") -> torch.Te
     )  # fmt: skip
 
 
-def eager(student, teacher, cost, labels, guard: float = 1e-8) -> torch.Tensor:
-    """What the method's users run: each row has its own costs, without the row and column of its label."""
+def eager_loss(student, teacher, cost, labels, guard: float = 1e-8) -> torch.Tensor:
+    """The method's usual code: each row has its own costs, without the row and column of its label."""
     rows, classes = student.shape
     others = torch.arange(classes, device=cost.device).expand(rows, classes)
     others = others[others != labels[:, None]].view(rows, classes - 1)
@@ -77,56 +83,23 @@ LOSSES = {
     OURS: ours,
     "kdkernels, implicit": partial(ours, gradient="implicit"),
     "kdkernels, envelope": partial(ours, gradient="envelope"),
-    EAGER: eager,
+    EAGER: eager_loss,
 }
+# The truth is eager PyTorch's loop in fp64 without the guard in its denominators.
+FAMILY = Family(
+    "class_ot", LOSSES, partial(eager_loss, guard=0), errors_by(largest_error, "loss_error", "gradient_error"),
+    limit_by_dtype(float32=ALLOWED), "class_ot", checked=(OURS, EAGER), problem=problem,
+)  # fmt: skip
 
 
-def measure(benchmark, batch: Batch, rounds: int) -> None:
-    """Answers, then times."""
-    check(benchmark, batch)
-    steps = {name: batch.step(loss) for name, loss in LOSSES.items()} | {PRODUCTS: batch.products()}
-    advance = benchmark.screen.task(f"{CASE}: {len(batch.labels)} rows", total=rounds)
-    seconds = interleaved(steps, rounds, benchmark.device, before=batch.drop_gradient, after_round=advance)
-    for name in steps:
-        add(
-            benchmark, CASE, name, *batch.teacher.shape,
-            median_ms=1e3 * statistics.median(seconds[name]),
-            ratio_to_kdkernels=ratio(seconds[name], seconds[OURS]),
-            over_products=ratio(seconds[name], seconds[PRODUCTS]),
-        )  # fmt: skip
-    faster = ratio(seconds[EAGER], seconds[OURS])
-    benchmark.cpu_target(f"{CASE}: faster than eager", faster, OVER_EAGER, at_least=True)
-
-
-def check(benchmark, batch: Batch) -> None:
-    """Errors of loss and gradient against the eager loop in fp64 without its guard."""
-    some = [x[:CHECKED_ROWS].detach() for x in (batch.student, batch.teacher)]
-    cost, labels = batch.cost, batch.labels[:CHECKED_ROWS]
-    want = loss_and_gradient(partial(eager, guard=0), *(x.double() for x in (*some, cost)), labels)
-    for name in (OURS, EAGER):
-        found = loss_and_gradient(LOSSES[name], *some, cost, labels)
-        errors = [((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, want, strict=True)]
-        add(
-            benchmark, ERRORS, name, CHECKED_ROWS, cost.shape[0], loss_error=errors[0], gradient_error=errors[1]
-        )  # fmt: skip
-        if name == OURS and not max(errors) < ALLOWED:
-            benchmark.results.failures.append(f"{name}, {CASE}: errors {errors}, allowed {ALLOWED}")
-
-
-def loss_and_gradient(loss: Callable, student, *others) -> list[torch.Tensor]:
-    leaf = student.requires_grad_()
-    value = loss(leaf, *others)
-    return [value.detach().double(), torch.autograd.grad(value, leaf)[0].double()]
-
-
-def add(benchmark, case: str, name: str, rows: int, classes: int, **columns) -> None:
-    benchmark.results.add(case, name, divergence="class_ot", dtype="float32", N=rows, V=classes, **columns)
-
-
-def measure_memory(benchmark, rows: int, classes: int, peak_bytes: Callable[[str], int]) -> None:
-    peaks = {name: peak_bytes(name) for name in (OURS, EAGER)}
-    for name, peak in peaks.items():
-        against = peak / peaks[OURS] if peaks[OURS] else None
-        add(
-            benchmark, f"{CASE}: memory", name, rows, classes, ratio_to_kdkernels=against, peak_extra_MiB=peak / 2**20
-        )  # fmt: skip
+def measure(benchmark, plan: Plan) -> None:
+    shape = Shape(plan.images, plan.classes)
+    images = problem(shape, benchmark.device)
+    teacher, cost, labels = images.others
+    few = Problem(images.student[:CHECKED_ROWS], teacher[:CHECKED_ROWS], cost, labels[:CHECKED_ROWS])
+    check(benchmark, FAMILY, few, ERRORS)
+    steps = {PRODUCTS: products(images)}
+    rounds = benchmark.capped(plan.rounds)
+    seconds = time_losses(benchmark, FAMILY, CASE, images, rounds, {"over_products": PRODUCTS}, **steps)
+    benchmark.faster_target(f"{CASE}: faster than eager", seconds, EAGER, OURS, OVER_EAGER)
+    weigh(benchmark, FAMILY, f"{CASE}: memory", [(name, shape) for name in FAMILY.checked])

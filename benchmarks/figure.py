@@ -1,4 +1,4 @@
-"""The figure of a run: `draw_cpu` and `draw_gpu`, from the rows of its CSV. Needs matplotlib."""
+"""The figure of a run, from the rows of its CSV: `draw_cpu` and `draw_gpu`. It needs matplotlib."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from head_contenders import EAGER, OURS, PRODUCTS
-from heads import CASE, MEMORY
+from family import OURS
+from linear import CASE, EAGER, MEMORY, PRODUCTS
 from matplotlib.ticker import StrMethodFormatter
 from report import Results, distinct
 
@@ -19,7 +19,7 @@ def milliseconds(x: float) -> str:
 
 
 def bars(axis, rows: Rows, title: str, floor_ms: float | None = None, floor="copying the same bytes") -> None:
-    """The time of each contender, the shortest on top."""
+    """Each contender's time, the shortest on top."""
     rows = sorted(rows, key=lambda row: -row["median_ms"])
     colors = ["tab:blue" if row["contender"].startswith("kdkernels") else "tab:gray" for row in rows]
     bar = axis.barh([row["contender"] for row in rows], [row["median_ms"] for row in rows], color=colors)
@@ -32,13 +32,13 @@ def bars(axis, rows: Rows, title: str, floor_ms: float | None = None, floor="cop
 
 
 def grouped_bars(axis, rows: Rows, label: str, series: str, value: str, form: str, **texts) -> None:
-    """Bars of `value`: a group for each `label`, the first on top, and in it one for each `series`."""
+    """Bars of `value`: a group for each `label`, the first on top, with a bar for each `series`."""
     labels, names = distinct(row[label] for row in rows), distinct(row[series] for row in rows)
     height = 0.8 / max(len(names), 1)
     for i, name in enumerate(names):
-        of_series = [row for row in rows if row[series] == name]
-        places = [labels.index(row[label]) + (i - (len(names) - 1) / 2) * height for row in of_series]
-        bar = axis.barh(places, [row[value] for row in of_series], height, label=name)
+        drawn = [row for row in rows if row[series] == name]
+        places = [labels.index(row[label]) + (i - (len(names) - 1) / 2) * height for row in drawn]
+        bar = axis.barh(places, [row[value] for row in drawn], height, label=name)
         axis.bar_label(bar, fmt=form, padding=3, fontsize="small")
     axis.set_yticks(range(len(labels)), labels)
     axis.invert_yaxis()
@@ -50,11 +50,9 @@ def grouped_bars(axis, rows: Rows, label: str, series: str, value: str, form: st
 
 def lines(axis, rows: Rows, against: str, value: str, series: tuple[str, ...], **texts) -> None:
     for name in distinct(tuple(row[column] for column in series) for row in rows):
-        of_series = [row for row in rows if tuple(row[column] for column in series) == name]
-        of_series.sort(key=lambda row: row[against])
-        axis.plot(
-            [row[against] for row in of_series], [row[value] for row in of_series], marker="o", label=", ".join(name)
-        )
+        drawn = [row for row in rows if tuple(row[column] for column in series) == name]
+        drawn.sort(key=lambda row: row[against])
+        axis.plot([row[against] for row in drawn], [row[value] for row in drawn], marker="o", label=", ".join(name))
     axis.set(xscale="log", xlabel=against, **texts)
     axis.set_xticks(sorted({row[against] for row in rows}), minor=False)
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -76,24 +74,24 @@ def save(figure, path: Path) -> None:
 
 
 def draw_memory(axis, rows: Rows) -> None:
-    xlabel = "peak memory beyond the inputs, MiB (the gradient is in it)"
+    xlabel = "peak memory beyond the inputs, MiB (with the gradient)"
     grouped_bars(axis, rows, "contender", "dtype", "peak_extra_MiB", "%.0f", xlabel=xlabel, title="memory")
 
 
 def draw_heads(axes, results: Results) -> None:
-    """Time beside the matrix products alone, and memory beside everyone's and over the rows."""
+    """Times with the matrix products' time, memory of every contender, and memory over the rows."""
     rows = results.select(CASE)
-    if not rows:  # they failed
+    if not rows:  # the heads were not timed
         return
-    most = max(row["N"] for row in rows)
-    rows = [row for row in rows if row["N"] == most]
+    largest = max(row["N"] for row in rows)
+    rows = [row for row in rows if row["N"] == largest]
     products = next(row for row in rows if row["contender"] == PRODUCTS)
-    title = f"kl from hidden states, bfloat16, N = {most:,}, H = {products['H']:,}, V = {products['V']:,}"
+    title = f"kl from hidden states, bfloat16, N = {largest:,}, H = {products['H']:,}, V = {products['V']:,}"
     bars(axes[0], [row for row in rows if row is not products], title, products["median_ms"], PRODUCTS)
     memory = results.select(MEMORY)
-    texts = {"xlabel": "peak memory beyond the inputs, MiB (the gradients are in it)", "title": f"heads, N = {most:,}"}
-    of_most = [row for row in memory if row["N"] == most]
-    grouped_bars(axes[1], of_most, "contender", "dtype", "peak_extra_MiB", "%.0f", **texts)
+    texts = {"xlabel": "peak memory beyond the inputs, MiB (with the gradients)", "title": f"heads, N = {largest:,}"}
+    largest_rows = [row for row in memory if row["N"] == largest]
+    grouped_bars(axes[1], largest_rows, "contender", "dtype", "peak_extra_MiB", "%.0f", **texts)
     ours = [row for row in memory if row["contender"] == OURS]
     allowed = [row | {"contender": "gradients and budget", "peak_extra_MiB": row["allowed_MiB"]} for row in ours]
     grown = ours + allowed + [row for row in memory if row["contender"] == EAGER]
@@ -120,22 +118,24 @@ def draw_cpu(results: Results, path: Path, main_case: str) -> None:
 
 
 def draw_gpu(results: Results, path: Path, contender: str, rows: int, vocabulary: int) -> None:
-    """`contender` is the backend that "auto" takes; `rows` and `vocabulary` are the shape most is measured at."""
+    """`contender` is the backend that "auto" selects; `rows` and `vocabulary` are the shape of most measurements."""
     figure, axes = new_figure(results, str(results.machine["device"]))
     percent = "% of the copy bandwidth"
     shape = {"dtype": "bfloat16", "N": rows, "V": vocabulary}
-    of_divergences = results.select("divergences", contender=contender, **shape)
+    divergence_rows = results.select("divergences", contender=contender, **shape)
     texts = {"xlabel": f"{percent}, bfloat16", "title": f"{contender}, N = {rows:,}, V = {vocabulary:,}"}
-    grouped_bars(axes[0, 0], of_divergences, "divergence", "work", "percent_of_floor", "%.0f", **texts)
+    grouped_bars(axes[0, 0], divergence_rows, "divergence", "work", "percent_of_floor", "%.0f", **texts)
     for axis, against, fixed in ((axes[0, 1], "V", {"N": rows}), (axes[0, 2], "N", {"V": vocabulary})):
         ((name, value),) = fixed.items()
         texts = {"ylabel": percent, "title": f"kl, bfloat16, {name} = {value:,}"}
-        of_grid = [row for row in results.select("grid", dtype="bfloat16", **fixed) if row["work"] != "operator alone"]
-        lines(axis, of_grid, against, "percent_of_floor", ("contender", "work"), ylim=(0, None), **texts)
+        grid_rows = [
+            row for row in results.select("grid", dtype="bfloat16", **fixed) if row["work"] != "operator alone"
+        ]
+        lines(axis, grid_rows, against, "percent_of_floor", ("contender", "work"), ylim=(0, None), **texts)
     divergences = distinct(row["divergence"] for row in results.select("contenders"))
     for axis, divergence in zip(axes[1, :2], divergences, strict=False):
-        of_contenders = results.select("contenders", divergence=divergence, work="loss and gradient", **shape)
-        bars(axis, of_contenders, f"{divergence}, bfloat16, N = {rows:,}, V = {vocabulary:,}")
+        contender_rows = results.select("contenders", divergence=divergence, work="loss and gradient", **shape)
+        bars(axis, contender_rows, f"{divergence}, bfloat16, N = {rows:,}, V = {vocabulary:,}")
     draw_memory(axes[1, 2], results.select("memory"))
     draw_heads(axes[2], results)
     save(figure, path)

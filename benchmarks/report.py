@@ -1,4 +1,4 @@
-"""What was measured, on screen and as CSV. Every number in it was measured in this run."""
+"""The results of one run, on screen and as CSV. Every number was measured in this run."""
 
 import csv
 import re
@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from answers import Answer
-
 MiB = 2**20
 
-# The columns of a table of timings, with the form of their numbers. What a case has no value of is not shown.
+# The columns of a table of timings, and the format of their numbers. A table omits columns without values.
 COLUMNS = {
     "divergence": "{}",
     "dtype": "{}",
@@ -43,9 +41,9 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A number with a target, or without a limit one that belongs beside them.
+    """A number and its limit. Without a limit, the number is only shown.
 
-    Missing it is reported; only a wrong answer fails the run. A limit for another machine is shown without a verdict.
+    A missed limit is reported; only a wrong answer fails the run. A limit for another machine gets no verdict.
     """
 
     what: str
@@ -69,18 +67,22 @@ class Target:
 
 @dataclass
 class Results:
-    """Rows of the CSV, the checked answers, and the targets, in the order of their measurement."""
+    """Rows of the CSV, targets, remarks and failures, in the order of their measurement."""
 
     machine: dict[str, object]
     rows: list[dict[str, object]] = field(default_factory=list)
-    answers: list[Answer] = field(default_factory=list)
+    wrong: list[dict[str, object]] = field(default_factory=list)  # rows whose answer is wrong
     targets: list[Target] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    failures: list[str] = field(default_factory=list)  # of kdkernels: they fail the run
+    failures: list[str] = field(default_factory=list)  # kdkernels' failures, which fail the run
 
     def add(self, case: str, contender: str, **values) -> None:
         timestamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.rows.append({"timestamp": timestamp, **self.machine, "case": case, "contender": contender, **values})
+
+    def mark_wrong(self, case: str, contender: str, shape) -> None:
+        """Mark the last row of this case, contender and shape as a wrong answer."""
+        self.wrong.append(self.select(case, contender=contender, **shape.columns())[-1])
 
     def remark(self, text: str) -> None:
         if text not in self.remarks:
@@ -101,7 +103,7 @@ class Results:
 
 
 def distinct(values: Iterable) -> list:
-    """In the order of their first appearance."""
+    """The distinct values, in the order of their first appearance."""
     return list(dict.fromkeys(values))
 
 
@@ -109,29 +111,34 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def print_answers(screen, answers: list[Answer]) -> None:
-    names = distinct(answer.contender for answer in answers)
-    rows = []
-    for case in distinct((answer.divergence, answer.dtype, answer.vocabulary) for answer in answers):
-        of_row = {a.contender: a for a in answers if (a.divergence, a.dtype, a.vocabulary) == case}
-        cells = [of_row[name].cell() if name in of_row else "" for name in names]
-        rows.append([case[0], case[1], f"{case[2]:,}", *cells])
+def print_answers(screen, rows: list[dict[str, object]], wrong: list[dict[str, object]]) -> None:
+    """One line for each divergence, dtype and V, one column for each contender."""
+    names = distinct(row["contender"] for row in rows)
+    lines = []
+    for case in distinct((row["divergence"], row["dtype"], row["V"]) for row in rows):
+        found = {row["contender"]: row for row in rows if (row["divergence"], row["dtype"], row["V"]) == case}
+        cells = [answer_cell(found[name], found[name] in wrong) if name in found else "" for name in names]
+        lines.append([case[0], case[1], f"{case[2]:,}", *cells])
     title = "Errors against fp64: loss / gradient, largest over rows / elements, relative to the largest"
-    screen.table(title, ["divergence", "dtype", "V", *names], rows, right=("V",))
+    screen.table(title, ["divergence", "dtype", "V", *names], lines, right=("V",))
+
+
+def answer_cell(row: dict[str, object], is_wrong: bool) -> str:
+    return f"{row['loss_error']:.1e} / {row['gradient_error']:.1e}" + " WRONG" * is_wrong
 
 
 def print_timings(screen, rows: list[dict[str, object]]) -> None:
-    """A table for each case; the answers have one of their own."""
+    """A table for each case. `print_answers` shows the answers."""
     for case in distinct(row["case"] for row in rows if row["case"] != "answers"):
-        of_case = [row for row in rows if row["case"] == case]
-        shown = [column for column in COLUMNS if any(row.get(column) is not None for row in of_case)]
-        cells = [["" if row.get(c) is None else COLUMNS[c].format(row[c]) for c in shown] for row in of_case]
+        case_rows = [row for row in rows if row["case"] == case]
+        shown = [column for column in COLUMNS if any(row.get(column) is not None for row in case_rows)]
+        cells = [["" if row.get(c) is None else COLUMNS[c].format(row[c]) for c in shown] for row in case_rows]
         screen.table(
             case,
             [column.replace("_", " ") for column in shown],
             cells,
             right=[column.replace("_", " ") for column in shown if COLUMNS[column] != "{}"],
-            bold=[i for i, row in enumerate(of_case) if row["contender"].startswith("kdkernels")],
+            bold=[i for i, row in enumerate(case_rows) if row["contender"].startswith("kdkernels")],
         )
 
 

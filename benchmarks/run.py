@@ -1,9 +1,9 @@
 """Measure kdkernels on this machine: `python benchmarks/run.py [--quick] [--device cuda] [--output DIR]`.
 
-In this order: are the answers right (against fp64, on real logits), how long do a loss and its gradient
-take beside what people would otherwise run, how does the cost grow, what do a small call, an import and the
-memory cost. Ends with tables, a CSV and a figure; on a GPU, torch alone is enough for all but the figure. Exit code 1
-means a wrong answer, or on a GPU a kernel that raised; a missed target is printed and no more.
+It checks the answers against fp64 on real logits. It times a loss with its gradient, compared with the code that people
+use otherwise, and how the time grows with rows and vocabulary. It measures memory, a small call and the import. It
+writes tables, a CSV and a figure; all but the figure needs only torch. Exit code 1 means that an answer of
+kdkernels is wrong or that one of its kernels raised. A missed target is printed and does not change the exit code.
 """
 
 import argparse
@@ -14,20 +14,22 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers, which would break the progress shown here
+os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' bars would break this progress display
 
 import report
 import torch
 from benchmark import Benchmark
-from contenders import installed
+from rows import installed
 from screen import screen
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="in a minute: fewer cases and rounds, no torch.compile")
-    parser.add_argument("--rounds", type=int, help="rounds of the CPU's main case and of small calls (15, quick 3)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds, smaller shapes, no torch.compile")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of the main case on a CPU and of small calls (default 15; with --quick 3)"
+    )
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -36,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def conclude(benchmark: Benchmark) -> int:
-    """Targets, machine, remarks and failures, also of a run that was cut short; returns the exit code."""
+    """Print targets, machine, remarks and failures, also after an interrupted run; return the exit code."""
     show, results = benchmark.screen.print, benchmark.results
     report.print_targets(benchmark.screen, results.targets, benchmark.note_on_targets)
     show(", ".join(f"{key}: {value}" for key, value in results.machine.items()))
@@ -48,7 +50,7 @@ def conclude(benchmark: Benchmark) -> int:
 
 
 def draw(benchmark: Benchmark) -> str:
-    """The ending of the file that was drawn, or why none was."""
+    """Draw the figure; return the ending of its file, or the reason that none was drawn."""
     if not installed("matplotlib"):
         return "no figure: matplotlib is not installed"
     benchmark.draw(benchmark.path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Tables and progress bars by rich where it is installed; plain lines where it is not."""
+"""Tables and progress bars by rich if it is installed, else plain lines."""
 
 import sys
 from functools import partial
@@ -11,15 +11,15 @@ try:
 except ImportError:
     Console = None
 
-LOG_WIDTH = 170  # of a table in a log, which has no width of its own
-COLOURS = {"PASS": "green", "MISS": "bold red", "WRONG": "bold red"}  # of a cell that ends so
+LOG_WIDTH = 170  # the width of a table in a log file
+COLOURS = {"PASS": "green", "MISS": "bold red", "WRONG": "bold red"}  # of a cell by its last word
 
 
 class RichScreen:
     def __init__(self):
         self.console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        # A log would get the bars when all is over: there only what is printed counts.
+        # A log would receive the bars only at the end, so a log gets none.
         self.progress = Progress(
             *columns, TimeElapsedColumn(), console=self.console, transient=True, disable=not sys.stdout.isatty()
         )
@@ -35,17 +35,17 @@ class RichScreen:
         self.console.print(text, markup=False, highlight=False)
 
     def task(self, description: str, total: int):
-        """A progress bar; call what is returned for every step done."""
+        """Starts a progress bar and returns a function that advances it by one step."""
         for task in self.progress.tasks:
             if task.finished:
                 self.progress.remove_task(task.id)
         return partial(self.progress.advance, self.progress.add_task(description, total=total))
 
     def table(self, title: str, headings: list[str], rows: list[list[str]], right=(), bold=()) -> None:
-        """`right` names the headings of numbers, `bold` the indices of rows that stand out."""
+        """`right` lists the headings of numeric columns, `bold` the indices of emphasised rows."""
         table = Table(title=title)
         for heading in headings:
-            # Numbers are narrower than what they are called.
+            # A number is narrower than its heading.
             number = heading in right
             table.add_column(heading.replace(" ", "\n") if number else heading, justify="right" if number else "left")
         for i, row in enumerate(rows):

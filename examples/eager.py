@@ -1,7 +1,7 @@
-"""The losses as they are usually written in PyTorch: what kdkernels is compared with.
+"""The losses as PyTorch users write them: kdkernels is compared with these.
 
-p is the teacher, q the student, lp and lq their log-probabilities [..., V]; each function returns one value
-per row. Logits are widened to fp32 first, because a log-softmax rounded to bf16 spoils the gradient.
+p is the teacher, q the student, lp and lq are their log-probabilities [..., V]. Each function returns one value a row.
+Logits are converted to fp32 first, because a log-softmax rounded to bf16 spoils the gradient.
 """
 
 import math
@@ -58,7 +58,7 @@ DIVERGENCES = {
 
 
 def sinkhorn_loss(student, teacher, temperature=2.0, epsilon=0.1, iterations=20):
-    """SinKD between clouds of rows [..., B, V]: the plan's rows and columns divided by their sums in turn."""
+    """SinKD between clouds of rows [..., B, V]: divides the plan's rows, then its columns, by their sums."""
     p, q = (torch.softmax(x.float() / temperature, -1) for x in (student, teacher))
     cost = torch.cdist(p, q, p=1)
     plan = torch.exp(-cost / epsilon)
@@ -69,7 +69,7 @@ def sinkhorn_loss(student, teacher, temperature=2.0, epsilon=0.1, iterations=20)
 
 
 def uld_loss(student, teacher, temperature=1.0):
-    """ULD between vocabularies of any size: sorted probabilities, the shorter row padded with zeros."""
+    """ULD between vocabularies of any size: compares sorted probabilities; zeros pad the shorter row."""
     p, q = (torch.softmax(x.float() / temperature, -1).sort(dim=-1, descending=True).values for x in (student, teacher))
     width = max(p.shape[-1], q.shape[-1])
     p, q = (F.pad(x, (0, width - x.shape[-1])) for x in (p, q))
@@ -77,7 +77,7 @@ def uld_loss(student, teacher, temperature=1.0):
 
 
 def row_divergences(student, teacher, name="kl", temperature=1.0, **parameters):
-    """The named divergence of every row between logits [..., V]; fp32 [...]."""
+    """The named divergence of each row of logits [..., V]; fp32 [...]."""
     student, teacher = student.float(), teacher.float()
     if temperature != 1:
         student, teacher = student / temperature, teacher / temperature
@@ -85,5 +85,5 @@ def row_divergences(student, teacher, name="kl", temperature=1.0, **parameters):
 
 
 def divergence_loss(student, teacher, name="kl", temperature=1.0, **parameters):
-    """Its mean over the rows."""
+    """The mean over the rows of `row_divergences`."""
     return row_divergences(student, teacher, name, temperature, **parameters).mean()

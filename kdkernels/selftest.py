@@ -53,15 +53,34 @@ def one_call(student, teacher, divergence, options, backend, gradient):
     return out.loss.detach(), student.grad, out.statistics
 
 
-def undecided(divergence: str, student, teacher, temperature) -> torch.Tensor:
-    """What rounding may do to the gradient of tv, whose sign is that of p - q: q of a class whose sign it decides, and
-    of any class its part of their sum."""
-    if divergence != "tv":
-        return torch.zeros((), device=student.device)
-    lq, lp = ((x.double() / temperature[:, None]).log_softmax(-1) for x in (student, teacher))
-    q = lq.exp()
-    of_class = torch.where((lp - lq).abs() < 1e-5, q, 0)
-    return (of_class + q * of_class.sum(-1, keepdim=True)).nan_to_num(0)  # NaN: a row that is dropped
+def undecided_signs(student, teacher, temperature, closeness) -> torch.Tensor:
+    """Bound on the error of tv's gradient where rounding decides the sign of p - q, in fp64 of the logits' shape.
+
+    A class is undecided where abs(log p - log q) <= closeness. Its error is at most q, and every class's error at most
+    q times the mass of the undecided classes. The bound excludes the slope's factors (1 / temperature, row weights).
+    `temperature` and `closeness` broadcast to the logits. NaN rows, which are dropped, get 0.
+    """
+    log_q, log_p = ((x.double() / temperature).log_softmax(-1) for x in (student, teacher))
+    q = log_q.exp().nan_to_num(0)
+    undecided = torch.where((log_p - log_q).abs() <= closeness, q, 0)
+    return undecided + q * undecided.sum(-1, keepdim=True)
+
+
+def undecided_ranks(student, teacher, temperature, closeness, topk: int | None = None) -> torch.Tensor:
+    """The same bound for ULD, whose gradient has the sign of p - q of each rank: [..., V], at the student's classes.
+
+    A wrong sign of a rank is an error of 2, which ULD's gradient spreads over the run of equal logits. Only the first
+    `topk` ranks count.
+    """
+    (s, order), (t, _) = (x.double().sort(dim=-1, descending=True, stable=True) for x in (student, teacher))
+    log_p, log_q = ((x / temperature).log_softmax(-1) for x in (s, t))
+    ranks = min(topk or s.shape[-1], s.shape[-1], t.shape[-1])
+    close = torch.zeros_like(log_p)
+    close[..., :ranks] = 2 * ((log_p[..., :ranks] - log_q[..., :ranks]).abs() <= closeness)
+    p = log_p.exp()
+    run_means = mean_of_runs(*(x.reshape(-1, x.shape[-1]) for x in (close, s))).view_as(close)
+    bound = p * run_means + p * (p * close).sum(-1, keepdim=True)
+    return torch.zeros_like(p).scatter(-1, order, bound).nan_to_num(0)
 
 
 def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
@@ -95,8 +114,9 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
     want = one_call(student.double(), teacher.double(), divergence, double, "reference", "auto")
     # A slope is made of log-ratios of order 10, whose rounding stays where they cancel.
     allowed = tolerance(dtype) * want[1].abs().amax(-1, keepdim=True) + 4e-6
-    signs = undecided(divergence, student[:, :width], teacher[:, :width], options["temperature"])
-    if signs.dim():  # times the largest row weight and the factor of one_call
+    if divergence == "tv":
+        signs = undecided_signs(student[:, :width], teacher[:, :width], options["temperature"][:, None], 1e-5)
+        # Twice 2: the largest row weight, and the factor in one_call.
         allowed = allowed + torch.nn.functional.pad(2 * 2 * signs, (0, PADDING))
     worst = [0.0, 0.0, 0.0]
     for gradient in ("forward", "backward"):
@@ -219,18 +239,6 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
     return tuple(float(x) for x in errors)
 
 
-def undecided_ranks(student, teacher, temperature) -> torch.Tensor:
-    """What rounding may do to the gradient of ULD: as `undecided`, of ranks, in the place of their classes."""
-    (s, order), (t, _) = (x.double().sort(dim=-1, descending=True, stable=True) for x in (student, teacher))
-    lp, lq = ((x / temperature[:, None]).log_softmax(-1) for x in (s, t))
-    ranks = min(lp.shape[1], lq.shape[1])
-    near = torch.zeros_like(lp)
-    near[:, :ranks] = ((lp[:, :ranks] - lq[:, :ranks]).abs() < 1e-5) * 2
-    p = lp.exp()
-    of_class = p * mean_of_runs(near, s) + p * (p * near).sum(-1, keepdim=True)
-    return torch.zeros_like(p).scatter(-1, order, of_class).nan_to_num(0)
-
-
 def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
     """Of loss and gradient between two vocabularies, as parts of the tolerance."""
     rows, width = shape
@@ -255,7 +263,8 @@ def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend:
 
     right = one_call(student.double(), teacher.double(), temperature.double(), "reference", "auto")
     allowed = tolerance(dtype) * right[1].abs().amax(-1, keepdim=True) + 4e-6
-    signs = undecided_ranks(student[:, : widths[0]], teacher[:, : widths[1]], temperature) / temperature[:, None]
+    column = temperature[:, None]
+    signs = undecided_ranks(student[:, : widths[0]], teacher[:, : widths[1]], column, 1e-5) / column
     allowed = allowed + torch.nn.functional.pad(2 * signs, (0, PADDING))
     worst = [0.0, 0.0]
     for gradient in ("forward", "backward"):

@@ -7,22 +7,24 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import class_ot
-import contenders
 import data
+import family
 import gpu
-import head_contenders
-import heads
+import linear
+import pairwise
+import rows
 import run
 import screen
+import sinkhorn
 import timing
 import topk
-import transport
 import uld
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,16 +42,13 @@ TINY = gpu.Plan(
     main_vocabularies=(256, 257),
     dtypes=("bfloat16", "float32"),
     contended=("kl", "js"),
-    clouds=((6, 300), (5, 200)),
-    swept_classes=(100,),
-    swept_rows=(3, 5),
-    problems=3,
-    images=(6, 40),
     checked_rows=5,
     copied=2**12,
     seconds=1e-4,
     rounds=(2, 3),
-    of_heads=heads.Plan(
+)
+TINY_PLANS = {
+    "linear": linear.Plan(
         rows=48,
         width=32,
         vocabulary=600,
@@ -63,7 +62,12 @@ TINY = gpu.Plan(
         over_products=1.25,
         percent_of_products=85,
     ),
-)
+    "topk": topk.Plan(4, 257, ("bfloat16", "float32"), 2),
+    "pairwise": pairwise.Plan(6, (300, 200), (100,), (3, 5), 300, 2),
+    "sinkhorn": sinkhorn.Plan(3, 2),
+    "class_ot": class_ot.Plan(6, 40, 2),
+    "uld": uld.Plan(4, 257, (225,), ("bfloat16", "float32"), 2),
+}
 
 
 @pytest.fixture
@@ -72,13 +76,13 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu, "real_or_synthetic", lambda rows: (*data.synthetic_logits(rows, 300, torch.bfloat16), "drawn")
     )
-    monkeypatch.setattr(contenders, "compiled_loss", contenders.eager_loss)
-    monkeypatch.setattr(head_contenders, "liger_loss", partial(head_contenders.liger_loss, compiled=False))
+    monkeypatch.setattr(rows, "compiled_loss", rows.eager_loss)
+    monkeypatch.setattr(linear, "liger_loss", partial(linear.liger_loss, compiled=False))
     monkeypatch.setattr(gpu, "peak_extra_bytes", lambda *_: 1000)  # on a CPU the process is too coarse a measure
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other over tensors this small
     try:
-        yield gpu.GpuBenchmark(True, 2, screen.PlainScreen(), tmp_path, TINY, device="cpu")
+        yield gpu.GpuBenchmark(True, 2, screen.PlainScreen(), tmp_path, TINY, "cpu", TINY_PLANS)
     finally:
         torch.set_num_threads(threads)
 
@@ -92,19 +96,28 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     tiny.quick = False  # with every contender there is
     tiny.run()
     assert run.conclude(tiny) == 0, tiny.results.failures
-    rows = rows_of(tiny)
+    table = rows_of(tiny)
 
-    grid = [row for row in rows if row["case"] == "grid"]
+    grid = [row for row in table if row["case"] == "grid"]
     cells = {(row["V"], row["N"], row["dtype"], row["work"]) for row in grid}
     assert len(cells) == len(grid) == 2 * 2 * 2 * 3
-    divergences = {(row["divergence"], row["V"], row["dtype"]) for row in rows if row["case"] == "divergences"}
-    assert len(divergences) == len(contenders.CATALOGUE) * 2 * 2
-    measured = {row["contender"] for row in rows if row["case"] == "contenders"}
+    divergences = {(row["divergence"], row["V"], row["dtype"]) for row in table if row["case"] == "divergences"}
+    assert len(divergences) == len(rows.CATALOGUE) * 2 * 2
+    measured = {row["contender"] for row in table if row["case"] == "contenders"}
     assert {tiny.baseline, "eager", "torch.compile"} <= measured
-    assert {row["contender"] for row in rows if row["case"] == "memory"} >= {tiny.baseline, "eager"}
-    assert {"answers", "small call, forward", "import beyond torch"} <= {row["case"] for row in rows}
-    of_transport = transport.SINKD, transport.OVER_V, transport.OVER_B, transport.PROBLEMS, class_ot.CASE, uld.CASE
-    assert {*of_transport, topk.CASE, "heads"} <= {row["case"] for row in rows}
+    assert {row["contender"] for row in table if row["case"] == "memory"} >= {tiny.baseline, "eager"}
+    assert {"answers", "small call, forward", "import beyond torch"} <= {row["case"] for row in table}
+    cases = {
+        pairwise.CASE,
+        pairwise.OVER_V,
+        pairwise.OVER_B,
+        sinkhorn.CASE,
+        class_ot.CASE,
+        uld.CASE,
+        topk.CASE,
+        "heads",
+    }
+    assert cases <= {row["case"] for row in table}
 
     # A step at the copy's rate is at 100 %: the columns must agree on that.
     for row in grid:
@@ -117,38 +130,38 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     assert "kl over V and N, bfloat16:" in shown and "cut-cross-entropy is left out" in shown
     # Every divergence is judged at its two vocabularies, kl without a gradient too; not a verdict on this card.
     of_copy = [target for target in tiny.results.targets if target.limit and "copy" in target.unit]
-    assert len(of_copy) == 2 * (len(contenders.CATALOGUE) + 1)
+    assert len(of_copy) == 2 * (len(rows.CATALOGUE) + 1)
     assert "PASS" not in shown and "MISS" not in shown
 
 
 def test_heads_are_measured_beside_their_products(tiny, capsys):
     tiny.quick = False
-    tiny.heads()
+    tiny.measure_family(linear)
     assert run.conclude(tiny) == 0, tiny.results.failures
-    losses, _ = heads.head_losses("cpu")
-    rows = tiny.results.rows
-    timed = {(row["contender"], row["N"]): row for row in rows if row["case"] == "heads"}
-    slow = {heads.TRL_HEAD} & set(losses)
-    assert set(timed) == {(name, 48) for name in {*losses, heads.PRODUCTS} - slow} | (
-        {(name, 20) for name in {heads.OURS, heads.PRODUCTS, *slow}} if slow else set()
+    losses = linear.family("cpu").losses
+    table = tiny.results.rows
+    timed = {(row["contender"], row["N"]): row for row in table if row["case"] == "heads"}
+    slow = {linear.TRL_HEAD} & set(losses)
+    assert set(timed) == {(name, 48) for name in {*losses, linear.PRODUCTS} - slow} | (
+        {(name, 20) for name in {linear.OURS, linear.PRODUCTS, *slow}} if slow else set()
     )
     for row in timed.values():
         assert (row["H"], row["V"]) == (32, 600) and row["median_ms"] > 0
-    assert timed[heads.PRODUCTS, 48]["over_products"] == 1 and timed[heads.OURS, 48]["ratio_to_kdkernels"] == 1
-    errors = {row["contender"]: row for row in rows if row["case"] == heads.ERRORS}
-    assert set(errors) == {*losses, "kdkernels, fp32 logits"} - {heads.LIGER}  # which has another loss
-    for column in heads.ERROR_COLUMNS[1:]:
-        of_ours = errors[heads.OURS][column]
-        assert errors["kdkernels, fp32 logits"][column] < of_ours <= 1.02 * errors[heads.EAGER][column] < 0.1
+    assert timed[linear.PRODUCTS, 48]["over_products"] == 1 and timed[linear.OURS, 48]["ratio_to_kdkernels"] == 1
+    errors = {row["contender"]: row for row in table if row["case"] == linear.ERRORS}
+    assert set(errors) == {*losses, "kdkernels, fp32 logits"} - {linear.LIGER}  # which has another loss
+    for column in linear.ERROR_COLUMNS[1:]:
+        of_ours = errors[linear.OURS][column]
+        assert errors["kdkernels, fp32 logits"][column] < of_ours <= 1.02 * errors[linear.EAGER][column] < 0.1
         assert all(row[column] < 0.1 for row in errors.values())  # all of them have found the gradient of kl
-    memory = [(row["contender"], row["N"]) for row in rows if row["case"] == "heads: memory"]
-    assert {(heads.OURS, 96), (heads.EAGER, 24)} <= set(memory) and len(memory) == len(set(memory))
-    assert set(timed) - set(memory) == {(heads.PRODUCTS, n) for name, n in timed if name == heads.PRODUCTS}
+    memory = [(row["contender"], row["N"]) for row in table if row["case"] == "heads: memory"]
+    assert {(linear.OURS, 96), (linear.EAGER, 24)} <= set(memory) and len(memory) == len(set(memory))
+    assert set(timed) - set(memory) == {(linear.PRODUCTS, n) for name, n in timed if name == linear.PRODUCTS}
     assert "fla (heads) is left out:" in capsys.readouterr().out
 
 
 def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
-    tiny.topk()
+    tiny.measure_family(topk)
     assert run.conclude(tiny) == 0, tiny.results.failures
     errors = {(row["case"], row["contender"]): row for row in tiny.results.rows if "tail_gradient_error" in row}
     assert len(errors) == 4
@@ -157,13 +170,13 @@ def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
     assert errors[topk.OVER_CONFIDENT, topk.EAGER]["tail_gradient_error"] > 0.5
     timed = [row["contender"] for row in tiny.results.rows if row["case"] == topk.CASE]
     assert len(timed) == 2 * 7 and timed.count("copy") == 2
-    monkeypatch.setitem(topk.LOSSES, topk.OURS, lambda *args: 1.01 * topk.ours(*args))
-    tiny.topk()
+    monkeypatch.setitem(topk.FAMILY.losses, topk.OURS, lambda *args: 1.01 * topk.ours(*args))
+    tiny.measure_family(topk)
     assert run.conclude(tiny) == 1 and "top-k teacher" in tiny.results.failures[0]
 
 
 def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
-    tiny.class_ot()
+    tiny.measure_family(class_ot)
     assert run.conclude(tiny) == 0, tiny.results.failures
     assert [target.limit for target in tiny.results.targets] == [None]  # that of a CPU is not a GPU's
     errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == class_ot.ERRORS}
@@ -175,39 +188,57 @@ def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
     assert timed == {*class_ot.LOSSES, class_ot.PRODUCTS}
     memory = [row["contender"] for row in tiny.results.rows if row["case"].endswith("memory")]
     assert memory == [class_ot.OURS, class_ot.EAGER]
-    monkeypatch.setitem(class_ot.LOSSES, class_ot.OURS, lambda *args: 1.01 * class_ot.ours(*args))
-    tiny.class_ot()
+    monkeypatch.setitem(class_ot.FAMILY.losses, class_ot.OURS, lambda *args: 1.01 * class_ot.ours(*args))
+    tiny.measure_family(class_ot)
     assert run.conclude(tiny) == 1 and "transport" in tiny.results.failures[0]
 
 
-def test_transport_of_clouds_and_problems_is_checked_and_timed(tiny, monkeypatch):
-    tiny.transport()
+def test_clouds_are_checked_and_timed(tiny, monkeypatch):
+    tiny.measure_family(pairwise)
     assert run.conclude(tiny) == 0, tiny.results.failures
-    assert [target.limit for target in tiny.results.targets] == 4 * [None]  # those of a CPU are not a GPU's
-    errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == transport.PROBLEM_ERRORS}
-    assert {name: row["loss_error"] for name, row in errors.items() if row["loss_error"] > 1e-3} == {}
-    timed = {row["contender"] for row in tiny.results.rows if row["case"] == transport.PROBLEMS}
-    of_ours = {f"{transport.OURS}, {how}" for how in ("implicit", "unrolled", "from points")}
-    assert timed == {transport.OURS, *of_ours, *transport.LIBRARIES}
-    of_sinkd = {
-        transport.SINKD: [(6, 300), (5, 200)],
-        transport.OVER_V: [(6, 100)],
-        transport.OVER_B: [(3, 300), (5, 300)],
-        f"{transport.SINKD}: memory": [(6, 300)],
+    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # a CPU's limits do not apply to a GPU
+    expected = {
+        pairwise.CASE: [(6, 300), (6, 200)],
+        pairwise.OVER_V: [(6, 100)],
+        pairwise.OVER_B: [(3, 300), (5, 300)],
+        f"{pairwise.CASE}: memory": [(6, 300)],
     }
-    for case, shapes in of_sinkd.items():
+    for case, shapes in expected.items():
         measured = [(row["contender"], row["N"], row["V"]) for row in tiny.results.rows if row["case"] == case]
-        assert measured == [(name, *shape) for shape in shapes for name in transport.LOSSES]
-    monkeypatch.setitem(transport.LOSSES, transport.OURS, lambda *args: 1.01 * transport.ours(*args))
-    tiny.transport()
+        assert measured == [(name, *shape) for shape in shapes for name in pairwise.LOSSES]
+    monkeypatch.setitem(pairwise.FAMILY.losses, pairwise.OURS, lambda *args: 1.01 * pairwise.ours(*args))
+    tiny.measure_family(pairwise)
     assert run.conclude(tiny) == 1 and "SinKD" in tiny.results.failures[0]
 
 
+def test_batches_of_problems_are_checked_and_timed(tiny, monkeypatch):
+    tiny.measure_family(sinkhorn)
+    assert run.conclude(tiny) == 0, tiny.results.failures
+    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # a CPU's limits do not apply to a GPU
+    errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == sinkhorn.ERRORS}
+    assert set(errors) == {sinkhorn.OURS, sinkhorn.FROM_POINTS, *sinkhorn.LIBRARIES}
+    assert all(row["loss_error"] < 1e-3 and row["N"] == 3 for row in errors.values())
+    timed = {row["contender"] for row in tiny.results.rows if row["case"] == sinkhorn.CASE}
+    assert timed == {*sinkhorn.LOSSES, *sinkhorn.LOSSES_FROM_POINTS}
+    monkeypatch.setitem(sinkhorn.LOSSES, sinkhorn.OURS, lambda *args: 1.01 * sinkhorn.ours(*args))
+    tiny.measure_family(sinkhorn)
+    assert run.conclude(tiny) == 1 and "Sinkhorn" in tiny.results.failures[0]
+
+
+def visible_class_ot(*values):
+    """The operator of class transport without torch.library, which hides its products from a counter."""
+    *values, wanted, _ = values
+    return kdkernels.families.class_ot.class_ot(kdkernels.families.class_ot.ClassOT(*values), wanted)
+
+
 def test_the_products_are_those_of_the_transport(monkeypatch):
-    monkeypatch.setattr(kdkernels.ops, "classes_ot", kdkernels.families.class_ot.class_ot)  # whose products are seen
-    batch = class_ot.Batch(6, 40)
+    transport = kdkernels.autograd.CLASS_OT
+    visible = kdkernels.ops.Operator(visible_class_ot, transport.operator.fields)
+    monkeypatch.setattr(transport, "operator", visible)
+    monkeypatch.setattr(transport, "function", kdkernels.autograd._function(transport))
+    images = class_ot.problem(family.Shape(6, 40))
     counted = {}
-    for name, step in {"ours": batch.step(class_ot.ours), "products": batch.products()}.items():
+    for name, step in {"ours": images.step(class_ot.ours), "products": class_ot.products(images)}.items():
         with FlopCounterMode(display=False) as counter:
             step()
         counted[name] = counter.get_total_flops()
@@ -215,31 +246,33 @@ def test_the_products_are_those_of_the_transport(monkeypatch):
 
 
 def test_universal_logit_distillation_is_checked_and_timed(tiny, monkeypatch):
-    tiny.uld()
+    tiny.measure_family(uld)
     assert run.conclude(tiny) == 0, tiny.results.failures
     errors = [row for row in tiny.results.rows if row["case"] == uld.ERRORS]
     assert len(errors) == 4 and all(row["gradient_error"] < 1e-2 for row in errors)
     timed = [row["contender"] for row in tiny.results.rows if row["case"] == uld.CASE]
     assert timed == 2 * list(uld.LOSSES)
-    monkeypatch.setitem(uld.LOSSES, uld.OURS, lambda *args: 1.01 * kdkernels.fused_uld(*args))
-    tiny.uld()
+    monkeypatch.setitem(uld.FAMILY.losses, uld.OURS, lambda *args: 1.01 * uld.ours(*args))
+    tiny.measure_family(uld)
     assert run.conclude(tiny) == 1 and "uld" in tiny.results.failures[0]
 
 
 def test_the_products_are_those_of_the_loss():
     """All of the logits of both sides and of the gradients of hidden states, in chunks of which the last is short."""
-    leaves = head_contenders.Leaves(*data.synthetic_heads(40, 8, 20, torch.float32))
+    problem = family.Problem(*data.synthetic_heads(40, 8, 20, torch.float32))
     counted = FlopCounterMode(display=False)
     with counted:
-        leaves.products(16)()
+        linear.products(problem, 16)()
     assert counted.get_total_flops() == 4 * 2 * 40 * 8 * 20
 
 
-@pytest.mark.parametrize("plan", [heads.CPU, heads.CPU_QUICK, heads.GPU], ids=["cpu", "cpu quick", "gpu"])
+@pytest.mark.parametrize("plan", [linear.CPU, linear.CPU_QUICK, linear.GPU], ids=["cpu", "cpu quick", "gpu"])
 def test_the_products_have_the_chunks_of_the_loss(plan):
     row_bytes = 2 * 2 * (plan.vocabulary + plan.width)  # student's and teacher's logits and hidden states in bf16
-    slab = 0 if plan is heads.GPU else chunks._SLAB
-    assert plan.chunk_rows == chunks._chunk_size(plan.rows, 0, chunks.current_budget(), slab, row_bytes)
+    slab = 0 if plan is linear.GPU else chunks._SLAB
+    chunking = chunks.Chunking(None, None, 0, chunks.current_budget(), False)
+    buffers = SimpleNamespace(fixed_bytes=slab, row_bytes=row_bytes)
+    assert plan.chunk_rows == chunks._chunk_size(plan.rows, chunking, [buffers])
 
 
 @pytest.mark.parametrize("fault", ["of the loss", "of the weight", "raises"])
@@ -252,14 +285,15 @@ def test_a_wrong_answer_of_a_head_stops_the_run(tiny, monkeypatch, capsys, fault
         detached = kdkernels.LinearLogits(student.hidden, student.weight.detach())
         return real(detached, teacher, **options) + 0 * student.weight.sum()
 
-    real = head_contenders.fused_kl
-    monkeypatch.setattr(head_contenders, "fused_kl", broken)
-    tiny.heads()
+    real = linear.fused_kl
+    monkeypatch.setattr(linear, "fused_kl", broken)
+    tiny.measure_family(linear)
     assert run.conclude(tiny) == 1
     assert not tiny.results.select("heads")  # no time of what is wrong
     shown = capsys.readouterr().out
-    assert ("WRONG kdkernels, heads: errors" in shown) == (fault != "raises")
-    assert ("WRONG kdkernels, heads: RuntimeError: cublas: no" in shown) == (fault == "raises")
+    assert "WRONG kdkernels, heads: errors against fp64" in shown
+    assert ("(kl bfloat16 [40, 600]): errors " in shown and ", allowed " in shown) == (fault != "raises")
+    assert ("(kl bfloat16 [40, 600]): RuntimeError: cublas: no" in shown) == (fault == "raises")
 
 
 def test_a_head_without_room_is_left_out(tiny, monkeypatch, capsys):
@@ -267,9 +301,9 @@ def test_a_head_without_room_is_left_out(tiny, monkeypatch, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu, "peak_extra_bytes", peak)
-    tiny.heads()
+    tiny.measure_family(linear)
     assert run.conclude(tiny) == 0
-    assert "eager, 48 rows (heads: memory) is left out: OutOfMemoryError" in capsys.readouterr().out
+    assert "eager, bfloat16 [48, 600] (heads: memory) is left out: OutOfMemoryError" in capsys.readouterr().out
 
 
 def test_the_figure_draws_what_the_plan_measured(tiny, tmp_path):
@@ -283,16 +317,16 @@ def test_a_wrong_answer_and_a_kernel_that_raises_fail_the_run(tiny, monkeypatch,
     def raises(*_, **__):
         raise RuntimeError("cudaLaunchKernelExC: unspecified launch failure\nmore")
 
-    real = contenders.kdkernels_loss
+    real = rows.kdkernels_loss
     broken = lambda divergence, backend="auto", **options: (  # noqa: E731
         raises if divergence == "js" and backend != "reference" else real(divergence, backend, **options)
     )
-    monkeypatch.setattr("answers.kdkernels_loss", broken)
+    monkeypatch.setattr(rows, "kdkernels_loss", broken)
     monkeypatch.setattr(gpu, "kdkernels_loss", broken)
     tiny.run()
     assert run.conclude(tiny) == 1
     shown = capsys.readouterr().out
-    assert f"WRONG {tiny.baseline} js float32 V = 257: RuntimeError: cudaLaunchKernelExC" in shown
+    assert f"WRONG {tiny.baseline}, answers (js(beta=0.5) float32 [5, 257]): RuntimeError: cudaLaunchKernelExC" in shown
     assert f"WRONG {tiny.baseline}, forward, js(beta=0.5) bfloat16 [4, 257]: RuntimeError" in shown
     # The others were measured all the same.
     assert any(row["case"] == "divergences" and row["divergence"] == "tv" for row in rows_of(tiny))
@@ -309,7 +343,7 @@ def test_shapes_without_room_are_left_out_with_a_remark(tiny, monkeypatch):
     monkeypatch.setattr(gpu, "free_bytes", lambda device: 3 * 1.1 * 4 * 256 * 2)  # bfloat16 [4, 256] just fits
     tiny.grid("bfloat16")
     assert {(row["N"], row["V"]) for row in tiny.results.rows} == {(3, 256), (4, 256), (3, 257)}
-    assert any(remark.startswith("bfloat16 [4, 257] is left out: it takes") for remark in tiny.results.remarks)
+    assert any(remark.startswith("bfloat16 [4, 257] is left out: it needs") for remark in tiny.results.remarks)
 
 
 def test_targets_are_judged_on_the_card_they_are_for(tiny):
@@ -388,11 +422,18 @@ sys.path.insert(0, {str(BENCHMARKS)!r})
 import gpu, run, screen
 from pathlib import Path
 gpu.real_or_synthetic = lambda rows: (*gpu.synthetic_logits(rows, 300, gpu.torch.bfloat16), "drawn")
-of_heads = gpu.heads.Plan(rows=48, width=32, vocabulary=600, chunk_rows=16, checked_rows=40, rounds=2)
-of_transport = ((3, 40),), (20,), (2,), 2, (4, 20)
-plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), *of_transport, 3, 4096, 1e-4, (2, 2), of_heads)
+import class_ot, linear, pairwise, sinkhorn, topk, uld
+plans = {{
+    "linear": linear.Plan(rows=48, width=32, vocabulary=600, chunk_rows=16, checked_rows=40, rounds=2),
+    "topk": topk.Plan(2, 256, ("bfloat16",), 2),
+    "pairwise": pairwise.Plan(3, (40,), (20,), (2,), 40, 2),
+    "sinkhorn": sinkhorn.Plan(2, 2),
+    "class_ot": class_ot.Plan(4, 20, 2),
+    "uld": uld.Plan(2, 256, (224,), ("bfloat16",), 2),
+}}
+plan = gpu.Plan((256,), (2,), 2, (256,), ("bfloat16",), ("kl",), 3, 4096, 1e-4, (2, 2))
 gpu.peak_extra_bytes = lambda *arguments: 1000
-benchmark = gpu.GpuBenchmark(True, 2, screen.screen(), Path({str(tmp_path)!r}), plan, "cpu")
+benchmark = gpu.GpuBenchmark(True, 2, screen.screen(), Path({str(tmp_path)!r}), plan, "cpu", plans)
 with benchmark.screen:
     benchmark.run()
     assert run.conclude(benchmark) == 0
@@ -402,6 +443,6 @@ with benchmark.screen:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no figure: matplotlib is not installed" in done.stdout
-    for name, module in transport.LIBRARIES.items():
+    for name, module in sinkhorn.LIBRARIES.items():
         assert f"{name} is left out: {module} is not installed." in done.stdout
     assert "\ngrid\n" in done.stdout and list(tmp_path.glob("*.csv"))

@@ -14,6 +14,7 @@ import kdkernels
 from kdkernels import fused_uld, ops
 from kdkernels.backends import native
 from kdkernels.families import uld as family
+from kdkernels.selftest import undecided_ranks
 
 INF, NAN = float("inf"), float("nan")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -48,23 +49,9 @@ def sizes(student, teacher, options) -> tuple[int, int]:
 
 
 def undecided(student, teacher, temperature, allowed, options):
-    """How far a gradient may be off where rounding decides whether p or q is larger: of each class, and the loss's
-    share. A sign that is decided otherwise is off by 2, in the mean over its run of equal logits by its part of 2."""
-    student_size, teacher_size = sizes(student, teacher, options)
-    s, order = student[..., :student_size].double().sort(dim=-1, descending=True, stable=True)
-    t = teacher[..., :teacher_size].double().sort(dim=-1, descending=True).values
-    log_p, log_q = ((x / temperature[..., None]).log_softmax(-1) for x in (s, t))
-    ranks = min(student_size, teacher_size)
-    close = torch.zeros_like(log_p)
-    near = (log_p[..., :ranks] - log_q[..., :ranks]).abs() <= allowed[..., None]
-    if options.get("topk"):
-        near &= torch.arange(ranks, device=near.device) < options["topk"]
-    close[..., :ranks] = 2 * near
-    flat = close.reshape(-1, student_size)
-    of_run = family.mean_of_runs(flat, s.reshape(-1, student_size)).view_as(close)
-    p = log_p.exp()
-    of_class = p * of_run + p * (p * close).sum(-1, keepdim=True)
-    return torch.zeros_like(of_class).scatter(-1, order, of_class).nan_to_num(0)
+    """`kdkernels.selftest.undecided_ranks` at these options, with a closeness `allowed` of each row."""
+    logits = (x[..., :size] for x, size in zip((student, teacher), sizes(student, teacher, options), strict=True))
+    return undecided_ranks(*logits, temperature[..., None], allowed[..., None], options.get("topk"))
 
 
 def assert_right(student, teacher, got, **options):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 import kdkernels
-from kdkernels import CATALOGUE, Divergence
+from kdkernels import CATALOGUE, Divergence, selftest
 from kdkernels.backends import refuse
 from kdkernels.ops import Operator
 
@@ -99,13 +99,8 @@ GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16:
 
 
 def undecided_signs(student, teacher, temperature, ulps: torch.Tensor) -> torch.Tensor:
-    """How far the gradient of tv may be off where rounding decides the sign of p - q: q of such a class, and q of any
-    class times their mass. [..., V], for a factor 1 before the slopes."""
-    lq = (student.double() / temperature).log_softmax(-1)
-    lp = (teacher.double() / temperature).log_softmax(-1)
-    q = lq.exp().nan_to_num(0)
-    undecided = torch.where((lp - lq).abs() <= ulps[..., None], q, 0)
-    return undecided + q * undecided.sum(-1, keepdim=True)
+    """`kdkernels.selftest.undecided_signs`, with a closeness `ulps` of each row."""
+    return selftest.undecided_signs(student, teacher, temperature, ulps[..., None])
 
 
 def slopes_of_kl(student, teacher, temperature, divergence) -> torch.Tensor:

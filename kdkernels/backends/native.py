@@ -584,26 +584,82 @@ class Cuda(Kernels):
 def _adapt(cls):
     class A(cls):
         def rows(self, p, gradient, out=None):
-            return cls.rows(self, *p[:2], *p.options[:4], p.parameters, p.divergence, p.vocab_size, p.options.temperature_squared, gradient, p.statistics, out)
+            return cls.rows(
+                self,
+                *p[:2],
+                *p.options[:4],
+                p.parameters,
+                p.divergence,
+                p.vocab_size,
+                p.options.temperature_squared,
+                gradient,
+                p.statistics,
+                out,
+            )
+
         def row_floats(self, p):
             return cls.row_floats(self, *p[:2], p.row_scale, p.options.temperature, p.vocab_size)
+
         def row_sums(self, p, floats):
-            return cls.row_sums(self, *p[:2], p.row_scale, p.options.labels, p.options.temperature, p.parameters, floats, p.divergence, p.vocab_size, p.statistics)
+            return cls.row_sums(
+                self,
+                *p[:2],
+                p.row_scale,
+                p.options.labels,
+                p.options.temperature,
+                p.parameters,
+                floats,
+                p.divergence,
+                p.vocab_size,
+                p.statistics,
+            )
+
         def row_gradient(self, p, floats, sums):
-            return cls.row_gradient(self, *p[:2], *p.options[:4], p.parameters, floats, sums, p.divergence, p.vocab_size, p.options.temperature_squared)
+            return cls.row_gradient(
+                self,
+                *p[:2],
+                *p.options[:4],
+                p.parameters,
+                floats,
+                sums,
+                p.divergence,
+                p.vocab_size,
+                p.options.temperature_squared,
+            )
+
         def topk_rows(self, p, gradient, out=None):
-            return cls.topk_rows(self, p.student, *p.entries, *p.options[:4], p.parameters, p.divergence, p.vocab_size, p.options.temperature_squared, p.support_only, gradient, p.statistics, out)
+            return cls.topk_rows(
+                self,
+                p.student,
+                *p.entries,
+                *p.options[:4],
+                p.parameters,
+                p.divergence,
+                p.vocab_size,
+                p.options.temperature_squared,
+                p.support_only,
+                gradient,
+                p.statistics,
+                out,
+            )
+
         def pairwise_costs(self, c, floats, moments):
             return cls.pairwise_costs(self, *c[:4], floats, c.cost, c.vocab_size, moments)
+
         def pairwise_gradient(self, c, floats, weights, dot):
             return cls.pairwise_gradient(self, *c[:4], weights, dot, floats, c.cost, c.vocab_size)
+
         def sinkhorn(self, p, unrolled):
             return cls.sinkhorn(self, *p[:7], unrolled)
+
         if hasattr(cls, "plan_gradient"):
+
             def plan_gradient(self, p, f, g, implicit):
                 return cls.plan_gradient(self, *p[:3], f, g, p.epsilon, implicit)
+
         def uld(self, p, gradient):
             return cls.uld(self, *p[:4], *p[5:8], gradient)
+
     return A()
 
 

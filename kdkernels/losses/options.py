@@ -172,7 +172,7 @@ def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:
 
 
 def gradient_mode(gradient: str, reduction: str, dtype: torch.dtype) -> str:
-    """"auto" is "backward" for losses row by row, whose kept gradient one more product would round, and for fp16, in
+    """ "auto" is "backward" for losses row by row, whose kept gradient one more product would round, and for fp16, in
     which a small gradient would be lost before a loss scaler sees it; else "forward"."""
     if gradient != "auto":
         return gradient
