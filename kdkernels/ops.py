@@ -215,7 +215,7 @@ def _sinkhorn_fake(cost, a, b, epsilon, tolerance, iterations, entropic, gradien
 
 # Sinkhorn's iterations of problems [problems, n, m] with masses a [problems, n] and b [problems, m], all contiguous in
 # one compute dtype: values, potentials f and g, errors, rounds done, and the derivatives of the values with respect to
-# cost, a and b as `gradient` defines them (of shape [0] where none is named). csrc/transport_call.h has the formulas.
+# cost, a and b as `gradient` defines them (of shape [0] where none is named). csrc/calls/sinkhorn.h has the formulas.
 sinkhorn = _define(
     "sinkhorn(Tensor cost, Tensor a, Tensor b, Tensor epsilon, Tensor tolerance, SymInt iterations, bool entropic, "
     "str? gradient, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -304,7 +304,7 @@ def _uld_topk_fake(student, teacher, row_scale, temperature, k, *others):
     return *found, _new(student, row_scale.shape[0], dtype=row_scale.dtype)
 
 
-# Universal Logit Distillation (csrc/uld_call.h) of two vocabularies: loss [rows] (row_scale folded in), gradient (the
+# Universal Logit Distillation (csrc/calls/uld.h) of two vocabularies: loss [rows] (row_scale folded in), gradient (the
 # student's shape, or empty), divergence [rows]. uld_topk compares the k largest probabilities of each side alone, in
 # chunks of rows whose buffers take so many bytes, and says by how much the divergence may be off.
 uld = _define(

@@ -185,7 +185,7 @@ def topk_rows(
     conditional: bool,
     statistics: bool,
 ):
-    """The same against the entries of a sparse teacher (backends/topk.py, csrc/topk_call.h)."""
+    """The same against the entries of a sparse teacher (backends/topk.py, csrc/calls/topk.h)."""
     kept = row_scale != 0
     bad = _bad_rows(row_scale, labels, temperature, hard_weight, vocab_size)
     s = _kept_logits(student, kept, vocab_size, row_scale.dtype)
@@ -341,7 +341,7 @@ def uld(
     teacher_vocab_size: int,
     topk: int | None,
 ):
-    """Universal Logit Distillation (csrc/uld_call.h): losses, divergences and error bounds [rows].
+    """Universal Logit Distillation (csrc/calls/uld.h): losses, divergences and error bounds [rows].
 
     The loss is linear in the sorted probabilities where no two of them change places; its slopes are the signs of their
     differences, of equal logits the mean.

@@ -31,7 +31,7 @@ class Sparse(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What the kernels take: csrc/topk_call.h."""
+    """What the kernels take: csrc/calls/topk.h."""
 
     indices: Tensor  # [rows, K] int32, ascending; those from vocab_size on are no entries
     log_probs: Tensor  # [rows, K] in the compute dtype, -inf where there is no entry
