@@ -29,7 +29,7 @@ CSRC = ROOT / "csrc"
 # Of each Python one folder, whatever the command: an editable installation builds in a temporary folder otherwise, and
 # compiles everything again.
 FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
-# Of kernels: a file of that name in csrc/cpu and in csrc/cuda.
+# A family of kernels is a file of that name in csrc/calls, in csrc/cpu and in csrc/cuda.
 FAMILIES = ("rows", "linear", "topk", "pairwise", "sinkhorn", "uld")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -149,7 +149,8 @@ def in_command(word: str | Path) -> str:
 
 def cuda_objects(cuda: Cuda) -> dict[str, Path]:
     """Objects and what they are made of."""
-    return {f"{family}_cuda_{'_'.join(cuda.archs)}.o": CSRC / "cuda" / f"{family}.cu" for family in FAMILIES}
+    names = (*FAMILIES, "refusal")
+    return {f"{name}_cuda_{'_'.join(cuda.archs)}.o": CSRC / "cuda" / f"{name}.cu" for name in names}
 
 
 def cuda_lines(cuda: Cuda) -> list[str]:

@@ -1,4 +1,12 @@
-// The Python module kdkernels._native: pointers, strides and sizes in; nothing of torch.
+// The Python module kdkernels._native: the CPU kernels, and the CUDA kernels where they were built.
+//
+//     cpu_NAME(fields, allocate, threads) -> bool
+//     cuda_NAME(fields, allocate, device, stream)
+//
+// `fields` is a dict that fields.h reads into the kernel's call; allocate(bytes) returns a tensor of bytes, and is asked
+// only by a kernel that needs a workspace. The result of cpu_NAME: whether a kept row has a temperature, label or hard
+// weight that no loss has; nothing is written then.
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -7,23 +15,13 @@
 #include <sys/mman.h>
 #endif
 
-#include "arguments.h"
-#include "cpu/linear.h"
-#include "cpu/pairwise.h"
-#include "cpu/rows.h"
-#include "cpu/sinkhorn.h"
-#include "cpu/topk.h"
-#include "cpu/uld.h"
-#include "topk_arguments.h"
-#include "transport_arguments.h"
-#include "uld_arguments.h"
+#include "calls/fields.h"
+#include "calls/kernels.h"
 #if defined(KDK_CUDA)
 #include "cuda/bindings.h"
 #endif
 
 namespace py = pybind11;
-using kdk::Dtype;
-using kdk::RowsCall;
 
 namespace {
 
@@ -31,41 +29,26 @@ namespace {
 
 struct Cpu {
   const char* isa;
-  bool (*rows)(const RowsCall&) noexcept;
-  void (*scale_rows)(void*, Dtype, int64_t, int64_t, kdk::PerRow, int) noexcept;
-  int64_t (*workspace_bytes)(int64_t, bool, int) noexcept;
-  void (*softcap)(void*, Dtype, int64_t, double, int) noexcept;
-  void (*softcap_gradient)(void*, const void*, Dtype, int64_t, double, int) noexcept;
-  void (*accumulate)(float*, const void*, Dtype, int64_t, int) noexcept;
-  void (*topk_rows)(const kdk::TopkRowsCall&) noexcept;
-  int64_t (*topk_rows_workspace_bytes)(int64_t, int64_t, bool, int) noexcept;
-  void (*sort_entries)(const kdk::SortEntriesCall&) noexcept;
-  int64_t (*sort_entries_workspace_bytes)(int64_t, int) noexcept;
-  void (*topk)(const kdk::TopkCall&) noexcept;
-  int64_t (*topk_workspace_bytes)(int64_t, int64_t, bool, int) noexcept;
-  void (*pair_costs)(const kdk::PairCostsCall&) noexcept;
-  int64_t (*pair_costs_workspace_bytes)(int64_t, int64_t, int64_t, bool, int) noexcept;
-  void (*pair_gradient)(const kdk::PairGradientCall&) noexcept;
-  int64_t (*pair_gradient_workspace_bytes)(int64_t, int64_t, int64_t, bool, int) noexcept;
-  void (*sinkhorn)(const kdk::SinkhornCall&) noexcept;
-  int64_t (*sinkhorn_workspace_bytes)(int64_t, int64_t, int64_t, int64_t, bool, bool, int) noexcept;
-  void (*plan_gradient)(const kdk::PlanGradientCall&) noexcept;
-  int64_t (*plan_gradient_workspace_bytes)(int64_t, int64_t, int) noexcept;
-  void (*uld)(const kdk::UldCall&) noexcept;
-  int64_t (*uld_workspace_bytes)(int64_t, bool, int) noexcept;
+#define KDK_POINTERS(name, Call)                  \
+  void (*name)(const kdk::Call&) noexcept;       \
+  int64_t (*name##_bytes)(const kdk::Call&) noexcept;
+  KDK_CPU_KERNELS(KDK_POINTERS)
+#undef KDK_POINTERS
 };
 
-#define KDK_CPU(isa)                                                                         \
-  Cpu{#isa, kdk::isa::rows, kdk::isa::scale_rows, kdk::isa::workspace_bytes,                 \
-      kdk::isa::softcap, kdk::isa::softcap_gradient, kdk::isa::accumulate,                   \
-      kdk::isa::topk_rows, kdk::isa::topk_rows_workspace_bytes,                              \
-      kdk::isa::sort_entries, kdk::isa::sort_entries_workspace_bytes,                        \
-      kdk::isa::topk, kdk::isa::topk_workspace_bytes,                                        \
-      kdk::isa::pair_costs, kdk::isa::pair_costs_workspace_bytes,                            \
-      kdk::isa::pair_gradient, kdk::isa::pair_gradient_workspace_bytes,                      \
-      kdk::isa::sinkhorn, kdk::isa::sinkhorn_workspace_bytes,                                \
-      kdk::isa::plan_gradient, kdk::isa::plan_gradient_workspace_bytes,                      \
-      kdk::isa::uld, kdk::isa::uld_workspace_bytes}
+#define KDK_ENTRY(name, Call) name, name##_bytes,
+#define KDK_TABLE(isa)                                                       \
+  Cpu table_of_##isa() {                                                     \
+    using namespace kdk::isa;                                                \
+    return {#isa, KDK_CPU_KERNELS(KDK_ENTRY)};                               \
+  }
+KDK_TABLE(baseline)
+#if defined(KDK_X86)
+KDK_TABLE(avx2)
+KDK_TABLE(avx512)
+#endif
+#undef KDK_TABLE
+#undef KDK_ENTRY
 
 bool runs(const std::string& isa) {
 #if defined(KDK_X86)
@@ -81,9 +64,9 @@ bool runs(const std::string& isa) {
 
 Cpu choose_cpu() {
 #if defined(KDK_X86)
-  const Cpu built[] = {KDK_CPU(avx512), KDK_CPU(avx2), KDK_CPU(baseline)};
+  const Cpu built[] = {table_of_avx512(), table_of_avx2(), table_of_baseline()};
 #else
-  const Cpu built[] = {KDK_CPU(baseline)};
+  const Cpu built[] = {table_of_baseline()};
 #endif
   const char* forced = std::getenv("KDKERNELS_CPU_ISA");
   for (const Cpu& cpu : built) {
@@ -98,10 +81,8 @@ Cpu choose_cpu() {
 
 Cpu cpu;
 
-// ---- the calls
-
-// For a large tensor that nothing has been written to yet: its page faults cost as much as the kernel that writes it,
-// and huge pages take most of that away.
+// For a large tensor that nothing has been written to yet. Its page faults cost as much as the kernel that writes it, and
+// huge pages avoid most of them.
 void advise_huge_pages(uintptr_t data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
@@ -112,90 +93,57 @@ void advise_huge_pages(uintptr_t data, int64_t bytes) {
 #endif
 }
 
-bool rows(const RowsCall& arguments, uintptr_t workspace, int threads) {
-  RowsCall call = arguments;
-  call.workspace = (void*)workspace;
-  call.threads = threads;
-  return cpu.rows(call);
+// ---- the calls
+
+template <class T> T per_row(const kdk::PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
+
+// Whether a kept row has a temperature, hard weight or label that no loss has.
+template <class T, class Call> bool has_bad_row(const Call& call) {
+  const kdk::RowOptions& options = call.options;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (per_row<T>(options.row_scale, row) == 0) continue;
+    const T temperature = per_row<T>(options.temperature, row);
+    if (!(temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY)) return true;
+    const T hard_weight = options.hard_weight.data ? per_row<T>(options.hard_weight, row) : T(0);
+    if (!(hard_weight >= 0 && hard_weight <= 1)) return true;
+    if (options.labels && !(options.labels[row] >= 0 && options.labels[row] < call.columns)) return true;
+  }
+  return false;
 }
 
-void scale_rows(uintptr_t x, int dtype, int64_t rows, int64_t columns, const kdk::PerRowArgument& factor,
-                int threads) {
-  py::gil_scoped_release release;
-  cpu.scale_rows((void*)x, (Dtype)dtype, rows, columns, kdk::per_row(factor), threads);
+// For the calls that have row options; chosen over the second by its first argument.
+template <class Call> auto has_bad_value(int, const Call& call) -> decltype(call.options, true) {
+  return call.run.fp64 ? has_bad_row<double>(call) : has_bad_row<float>(call);
 }
+template <class Call> bool has_bad_value(long, const Call&) { return false; }
 
-void softcap(uintptr_t x, int dtype, int64_t count, double cap, int threads) {
-  py::gil_scoped_release release;
-  cpu.softcap((void*)x, (Dtype)dtype, count, cap, threads);
-}
-
-void softcap_gradient(uintptr_t gradient, uintptr_t logits, int dtype, int64_t count, double cap, int threads) {
-  py::gil_scoped_release release;
-  cpu.softcap_gradient((void*)gradient, (const void*)logits, (Dtype)dtype, count, cap, threads);
-}
-
-void accumulate(uintptr_t total, uintptr_t part, int dtype, int64_t count, int threads) {
-  py::gil_scoped_release release;
-  cpu.accumulate((float*)total, (const void*)part, (Dtype)dtype, count, threads);
-}
-
-template <class Call, void (*Cpu::*kernel)(const Call&) noexcept>
-void run(const Call& arguments, uintptr_t workspace, int threads) {
-  Call call = arguments;
-  call.workspace = (void*)workspace;
-  call.threads = threads;
-  (cpu.*kernel)(call);
+// The Python function cpu_NAME.
+template <class Call>
+void define(py::module_& m, const char* name, void (*kernel)(const Call&) noexcept,
+            int64_t (*bytes)(const Call&) noexcept) {
+  m.def(name, [=](const py::dict& fields, const py::object& allocate, int threads) {
+    Call call{};
+    kdk::FieldReader(name).read_call(fields.ptr(), call);
+    call.run.threads = threads;
+    if (has_bad_value(0, call)) return true;
+    const kdk::Workspace workspace(bytes(call), allocate);
+    call.run.workspace = workspace.data;
+    py::gil_scoped_release release;
+    kernel(call);
+    return false;
+  });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   cpu = choose_cpu();
+  kdk::bind_fields(m);
   m.attr("cpu_isa") = cpu.isa;
-  m.attr("divergences") = kdk::divergence_names();
-  m.def("rows", kdk::taking_rows_call(&rows));
-  m.def("scale_rows", &scale_rows);
-  m.def("softcap", &softcap);
-  m.def("softcap_gradient", &softcap_gradient);
-  m.def("accumulate", &accumulate);
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("workspace_bytes", [](int64_t columns, bool fp64, int threads) {
-    return cpu.workspace_bytes(columns, fp64, threads);
-  });
-  m.def("topk_rows", kdk::taking_topk_rows_call(&run<kdk::TopkRowsCall, &Cpu::topk_rows>));
-  m.def("topk", kdk::taking_topk_call(&run<kdk::TopkCall, &Cpu::topk>));
-  m.def("sort_entries", kdk::taking_sort_entries_call(&run<kdk::SortEntriesCall, &Cpu::sort_entries>));
-  m.def("sort_entries_workspace_bytes", [](int64_t entries, int threads) {
-    return cpu.sort_entries_workspace_bytes(entries, threads);
-  });
-  m.def("topk_rows_workspace_bytes", [](int64_t columns, int64_t entries, bool fp64, int threads) {
-    return cpu.topk_rows_workspace_bytes(columns, entries, fp64, threads);
-  });
-  m.def("topk_workspace_bytes", [](int64_t columns, int64_t k, bool fp64, int threads) {
-    return cpu.topk_workspace_bytes(columns, k, fp64, threads);
-  });
-  m.def("pair_costs", kdk::taking_pair_costs_call(&run<kdk::PairCostsCall, &Cpu::pair_costs>));
-  m.def("pair_costs_workspace_bytes", [](int64_t clouds, int64_t rows, int64_t columns, bool fp64, int threads) {
-    return cpu.pair_costs_workspace_bytes(clouds, rows, columns, fp64, threads);
-  });
-  m.def("pair_gradient", kdk::taking_pair_gradient_call(&run<kdk::PairGradientCall, &Cpu::pair_gradient>));
-  m.def("pair_gradient_workspace_bytes", [](int64_t clouds, int64_t rows, int64_t columns, bool fp64, int threads) {
-    return cpu.pair_gradient_workspace_bytes(clouds, rows, columns, fp64, threads);
-  });
-  m.def("sinkhorn", kdk::taking_sinkhorn_call(&run<kdk::SinkhornCall, &Cpu::sinkhorn>));
-  m.def("sinkhorn_workspace_bytes", [](int64_t problems, int64_t n, int64_t m, int64_t iterations, bool fp64,
-                                       bool unrolled, int threads) {
-    return cpu.sinkhorn_workspace_bytes(problems, n, m, iterations, fp64, unrolled, threads);
-  });
-  m.def("plan_gradient", kdk::taking_plan_gradient_call(&run<kdk::PlanGradientCall, &Cpu::plan_gradient>));
-  m.def("plan_gradient_workspace_bytes", [](int64_t n, int64_t m, int threads) {
-    return cpu.plan_gradient_workspace_bytes(n, m, threads);
-  });
-  m.def("uld", kdk::taking_uld_call(&run<kdk::UldCall, &Cpu::uld>));
-  m.def("uld_workspace_bytes", [](int64_t columns, bool fp64, int threads) {
-    return cpu.uld_workspace_bytes(columns, fp64, threads);
-  });
+#define KDK_DEFINE(name, Call) define(m, "cpu_" #name, cpu.name, cpu.name##_bytes);
+  KDK_CPU_KERNELS(KDK_DEFINE)
+#undef KDK_DEFINE
 #if defined(KDK_CUDA)
   kdk::bind_cuda(m);
 #endif

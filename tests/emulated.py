@@ -8,10 +8,10 @@ What is compiled is kept under build/cuda_model, by a hash of everything that go
 """
 
 import contextlib
-import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -23,9 +23,10 @@ from pathlib import Path
 from types import ModuleType
 
 from filelock import FileLock
+from torch import Tensor
 
 from kdkernels.backends import native
-from kdkernels.families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
+from kdkernels.backends.native.rows import FLOATS, SUMS
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -145,13 +146,11 @@ def _hash(*texts: str) -> str:
 
 # ---- in place of the compiled module
 
-_ELEMENT_BYTES = {code: dtype.itemsize for dtype, code in native._DTYPE_CODE.items()}
-
 
 class Emulated:
     """The CUDA functions of the compiled module, on a device of the model, and whatever else the module has.
 
-    Around each call exactly the memory that the call may touch is allowed: of a row that is skipped, no logits.
+    Around each call exactly the memory that the call may touch is allowed: no logits of a skipped row.
     """
 
     def __init__(self, module: ModuleType | None = None, device: int = 0):
@@ -159,85 +158,23 @@ class Emulated:
         self.device = device
 
     def __getattr__(self, name):
-        return getattr(self.module, name)
-
-    def cuda_rows(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_rows(*call)):
-            self.module.cuda_rows(*call, self.device, stream)
-
-    def cuda_scale_rows(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_scale_rows(*call)):
-            self.module.cuda_scale_rows(*call, self.device, stream)
-
-    def cuda_softcap(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_softcap(*call)):
-            self.module.cuda_softcap(*call, self.device, stream)
-
-    def cuda_softcap_gradient(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_softcap_gradient(*call)):
-            self.module.cuda_softcap_gradient(*call, self.device, stream)
-
-    def cuda_topk_rows(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_topk_rows(*call)):
-            self.module.cuda_topk_rows(*call, self.device, stream)
-
-    def cuda_topk(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_topk(*call)):
-            self.module.cuda_topk(*call, self.device, stream)
-
-    def cuda_uld(self, *arguments) -> None:
-        *call, _, stream = arguments
-        with self._allowing(memory_of_uld(*call)):
-            self.module.cuda_uld(*call, self.device, stream)
-
-    def cuda_pair_costs(self, *arguments) -> None:
-        *call, workspace, _, stream = arguments
-        with self._allowing(memory_of_pair_costs(*call)):
-            self._allow_workspace(workspace, self.cuda_pair_costs_workspace_bytes(*_pair_sizes(*call)))
-            self.module.cuda_pair_costs(*call, workspace, self.device, stream)
-
-    def cuda_pair_gradient(self, *arguments) -> None:
-        *call, workspace, _, stream = arguments
-        with self._allowing(memory_of_pair_gradient(*call)):
-            self._allow_workspace(workspace, self.cuda_pair_gradient_workspace_bytes(*_pair_sizes(*call)))
-            self.module.cuda_pair_gradient(*call, workspace, self.device, stream)
-
-    def cuda_sinkhorn(self, *arguments) -> None:
-        *call, workspace, _, stream = arguments
-        fp64, _, unrolled, sizes = call[:4]
-        with self._allowing(memory_of_sinkhorn(*call)):
-            self._allow_workspace(workspace, self.cuda_sinkhorn_workspace_bytes(*sizes, fp64, unrolled))
-            self.module.cuda_sinkhorn(*call, workspace, self.device, stream)
-
-    def cuda_pair_costs_workspace_bytes(self, clouds, rows, columns, fp64, _device=None) -> int:
-        return self.module.cuda_pair_costs_workspace_bytes(clouds, rows, columns, fp64, self.device)
-
-    def cuda_pair_gradient_workspace_bytes(self, clouds, rows, columns, fp64, _device=None) -> int:
-        return self.module.cuda_pair_gradient_workspace_bytes(clouds, rows, columns, fp64, self.device)
-
-    def cuda_sinkhorn_workspace_bytes(self, problems, n, m, iterations, fp64, unrolled, _device=None) -> int:
-        sizes = (problems, n, m, iterations, fp64, unrolled)
-        return self.module.cuda_sinkhorn_workspace_bytes(*sizes, self.device)
+        found = getattr(self.module, name)
+        return functools.partial(self._run, name, found) if name.startswith("cuda_") else found
 
     def cuda_refusal(self, _device: int) -> str:
         return self.module.cuda_refusal(self.device)
 
-    def _allow_workspace(self, address: int, size: int) -> None:
-        self.module.allow(address, size, True)
+    def _run(self, name: str, function, fields: dict, allocate, _device: int, stream: int) -> None:
+        def allowed_bytes(size: int) -> Tensor:
+            workspace = allocate(size)
+            self.module.allow(workspace.data_ptr(), size, True)
+            return workspace
 
-    @contextlib.contextmanager
-    def _allowing(self, memory: Iterator[tuple[int, int, bool]]):
         self.module.clear_memory()
-        for address, size, writable in memory:
+        for address, size, writable in memory_of(name.removeprefix("cuda_"), fields):
             self.module.allow(address, size, writable)
         try:
-            yield
+            function(fields, allowed_bytes, self.device, stream)
         finally:
             self.module.clear_memory()
 
@@ -255,172 +192,82 @@ def serving(module: ModuleType | None = None, device: int = 0, seed: int = 0):
         native.cuda.module, native.cuda.device_type = before
 
 
-def memory_of_rows(sweeps, divergence, sizes, student, teacher, row_scale, temperature, hard_weight, labels, parameters,
-                   temperature_squared, unit_log_sum, floats, sums, loss, statistics, top1, gradient):  # fmt: skip
-    """(address, bytes, writable) of all that a call of cuda_rows may touch."""
-    rows, inner, columns, gradient_columns = sizes
-    element = _ELEMENT_BYTES[student[1]]
-    number = 8 if 8 in (element, _ELEMENT_BYTES[teacher[1]]) else 4
-    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
-    for logits in (student, teacher):
-        for address in _row_addresses(logits, kept, inner):
-            yield address, columns * _ELEMENT_BYTES[logits[1]], False
-    yield from _per_row_memory(rows, number, row_scale, temperature, hard_weight)
-    yield labels, rows * 8, False
-    yield parameters, number, False
-    yield floats, len(ROW_FLOATS) * rows * number, bool(sweeps & native._FLOATS)
-    yield sums, len(ROW_SUMS) * rows * number, bool(sweeps & native._SUMS)
-    yield loss, rows * number, True
-    yield statistics, len(ROW_STATISTICS) * rows * number, True
-    yield top1, len(ROW_TOP1) * rows * 8, True
-    yield gradient, rows * gradient_columns * element, True
+# ---- the memory that a call may touch
+
+# Fields that a kernel writes; those that only some calls write are in `memory_of`.
+WRITTEN = {
+    "rows": ("loss", "statistics", "top1", "gradient"),
+    "scale_rows": ("x",),
+    "softcap": ("logits",),
+    "softcap_gradient": ("gradient",),
+    "topk_rows": ("loss", "statistics", "top1", "gradient"),
+    "topk": ("indices", "log_probs", "tail_log_prob"),
+    "ranked_uld": ("sums_of_signs", "loss", "divergence", "gradient"),
+    "pair_costs": ("costs", "moments"),
+    "pair_gradient": ("gradient",),
+    "sinkhorn": ("value", "f", "g", "error", "done", "of_cost", "of_a", "of_b"),
+}
+# Fields with a row of columns for each row of the call, of which a kernel may touch the kept rows alone; and the field
+# that says how many of the columns count. None: all columns.
+OF_KEPT_ROWS = {
+    "rows": {"student": "columns", "teacher": "columns"},
+    "scale_rows": {"x": "columns"},
+    "topk_rows": {"student": "columns", "indices": None, "log_probs": None},
+    "topk": {"logits": "columns"},
+    "ranked_uld": {"student": None, "teacher": None, "indices": None, "sums_of_signs": None},
+    "pair_costs": {"student": "columns", "teacher": "columns"},
+    "pair_gradient": {"student": "columns", "teacher": "columns"},
+}
 
 
-def memory_of_topk_rows(divergence, conditional, fp64, sizes, student, indices, log_probs, tail_log_prob, row_scale,
-                        temperature, hard_weight, labels, parameters, temperature_squared, loss, statistics, top1,
-                        gradient):  # fmt: skip
-    """As above, of cuda_topk_rows. Of a conditional row, where nothing asks for more, the logits of entries alone."""
-    rows, inner, columns, gradient_columns, entries = sizes
-    element, number = _ELEMENT_BYTES[student[1]], 8 if fp64 else 4
-    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
-    named = (ctypes.c_int32 * (rows * entries)).from_address(indices)
-    whole = not conditional or hard_weight[0] or statistics
-    for row, address in zip(kept, _row_addresses(student, kept, inner), strict=True):
-        if whole:
-            yield address, columns * element, False
+def memory_of(kernel: str, fields: dict) -> Iterator[tuple[int, int, bool]]:
+    """(address, bytes, writable) of all that a call of cuda_`kernel` may touch."""
+    fields = fields | (fields["options"]._asdict() if "options" in fields else {})
+    written = set(WRITTEN[kernel])
+    if kernel == "rows":
+        written |= {name for name, sweep in (("floats", FLOATS), ("sums", SUMS)) if fields["sweeps"] & sweep}
+    by_row = OF_KEPT_ROWS.get(kernel, {})
+    for name, x in fields.items():
+        if not isinstance(x, Tensor) or not x.numel():
             continue
-        for column in named[row * entries : (row + 1) * entries]:
-            if 0 <= column < columns:
-                yield address + column * element, element, False
-    for data, size in ((indices, 4), (log_probs, number)):
-        for row in kept:
-            yield data + row * entries * size, entries * size, False
-    yield tail_log_prob, rows * number, False
-    yield from _per_row_memory(rows, number, row_scale, temperature, hard_weight)
-    yield labels, rows * 8, False
-    yield parameters, number, False
-    yield loss, rows * number, True
-    yield statistics, len(ROW_STATISTICS) * rows * number, True
-    yield top1, len(ROW_TOP1) * rows * 8, True
-    yield gradient, rows * gradient_columns * element, True
+        if name not in by_row:
+            parts = [x]
+        elif name == "student" and kernel == "topk_rows" and not _reads_all_logits(fields):
+            parts = _logits_of_entries(fields)
+        else:
+            parts = [row[: fields[by_row[name]] if by_row[name] else None] for row in _kept_rows(kernel, fields, x)]
+        for part in parts:
+            for address, size in _ranges(part):
+                yield address, size, name in written
 
 
-def memory_of_topk(sizes, logits, row_scale, temperature, indices, log_probs, tail_log_prob):
-    """As above, of cuda_topk."""
-    rows, inner, columns, k = sizes
-    element = _ELEMENT_BYTES[logits[1]]
-    number = 8 if element == 8 else 4
-    kept = [row for row, scale in enumerate(_numbers(row_scale, rows, number)) if scale != 0]
-    for address in _row_addresses(logits, kept, inner):
-        yield address, columns * element, False
-    yield from _per_row_memory(rows, number, row_scale, temperature)
-    yield indices, rows * k * 4, True
-    yield log_probs, rows * k * number, True
-    yield tail_log_prob, rows * number, True
+def _kept_rows(kernel: str, fields: dict, x: Tensor) -> list[Tensor]:
+    """The rows of x [..., columns] that are kept; of scale_rows, those whose factor is not 1."""
+    name = {"scale_rows": "factor", "pair_costs": "kept", "pair_gradient": "kept"}.get(kernel, "row_scale")
+    kept = fields[name].flatten() != (1 if kernel == "scale_rows" else 0)
+    rows = [x[index] for index in itertools.product(*map(range, x.shape[:-1]))]
+    return [row for row, keep in zip(rows, kept.expand(len(rows)).tolist(), strict=True) if keep]
 
 
-def memory_of_uld(sizes, student, teacher, indices, sums_of_signs, row_scale, temperature, loss, divergence, gradient):
-    """As above, of cuda_uld."""
-    rows, student_columns, teacher_columns, gradient_columns = sizes
-    for row, scale in enumerate(_numbers(row_scale, rows, 4)):
-        if scale == 0:
-            continue
-        for (data, dtype), columns in ((student, student_columns), (teacher, teacher_columns)):
-            size = columns * _ELEMENT_BYTES[dtype]
-            yield data + row * size, size, False
-        if gradient:
-            yield indices + row * student_columns * 8, student_columns * 8, False
-            yield sums_of_signs + row * (student_columns + 1) * 4, (student_columns + 1) * 4, True
-    yield from _per_row_memory(rows, 4, row_scale, temperature)
-    yield loss, rows * 4, True
-    yield divergence, rows * 4, True
-    yield gradient, rows * gradient_columns * _ELEMENT_BYTES[student[1]], True
+def _reads_all_logits(fields: dict) -> bool:
+    return not fields["conditional"] or fields["hard_weight"] is not None or fields["statistics"].numel() > 0
 
 
-def memory_of_pair_costs(kind, fp64, sizes, student, teacher, kept, temperature, floats, costs, moments):
-    """As above, of cuda_pair_costs, without the workspace."""
-    clouds, rows, columns = sizes
-    yield from _clouds_memory(fp64, (clouds, rows, columns), student, teacher, kept, temperature, floats)
-    number = 8 if fp64 else 4
-    for found in (costs, moments):
-        yield found, clouds * rows * rows * number, True
+def _logits_of_entries(fields: dict) -> Iterator[Tensor]:
+    students = _kept_rows("topk_rows", fields, fields["student"])
+    for student, classes in zip(students, _kept_rows("topk_rows", fields, fields["indices"]), strict=True):
+        for column in classes.tolist():
+            if 0 <= column < fields["columns"]:
+                yield student[column]
 
 
-def memory_of_pair_gradient(kind, fp64, sizes, student, teacher, kept, temperature, floats, weights, dot, gradient):
-    """As above, of cuda_pair_gradient, without the workspace."""
-    clouds, rows, columns, gradient_columns = sizes
-    yield from _clouds_memory(fp64, (clouds, rows, columns), student, teacher, kept, temperature, floats)
-    number = 8 if fp64 else 4
-    yield weights, clouds * rows * rows * number, False
-    yield dot, clouds * rows * number, False
-    yield gradient, clouds * rows * gradient_columns * _ELEMENT_BYTES[student[1]], True
-
-
-def memory_of_sinkhorn(fp64, entropic, unrolled, sizes, cost, a, b, epsilon, tolerance, value, f, g, error, done,
-                       of_cost, of_a, of_b):  # fmt: skip
-    """As above, of cuda_sinkhorn, without the workspace."""
-    problems, n, m, _ = sizes
-    number = 8 if fp64 else 4
-    for data, count in ((cost, problems * n * m), (a, problems * n), (b, problems * m), (epsilon, 1), (tolerance, 1)):
-        yield data, count * number, False
-    found = [(value, problems), (f, problems * n), (g, problems * m), (error, problems)]
-    if unrolled:
-        found += [(of_cost, problems * n * m), (of_a, problems * n), (of_b, problems * m)]
-    for data, count in found:
-        yield data, count * number, True
-    yield done, problems * 4, True
-
-
-def memory_of_scale_rows(x, dtype, rows, columns, factor):
-    """As above, of cuda_scale_rows, which leaves rows of factor 1 alone."""
-    element = _ELEMENT_BYTES[dtype]
-    number = 8 if element == 8 else 4
-    for row, by in enumerate(_numbers(factor, rows, number)):
-        if by != 1:
-            yield x + row * columns * element, columns * element, True
-    data, stride = factor
-    yield data, ((rows - 1) * stride + 1) * number, False
-
-
-def memory_of_softcap(x, dtype, count, cap):
-    yield x, count * _ELEMENT_BYTES[dtype], True
-
-
-def memory_of_softcap_gradient(gradient, logits, dtype, count, cap):
-    yield gradient, count * _ELEMENT_BYTES[dtype], True
-    yield logits, count * _ELEMENT_BYTES[dtype], False
-
-
-def _pair_sizes(kind, fp64, sizes, *others) -> tuple[int, int, int, bool]:
-    return *sizes[:3], fp64
-
-
-def _clouds_memory(fp64, sizes, student, teacher, kept, temperature, floats):
-    """What both kernels of pairs read: the logits of rows that are kept, and numbers of all."""
-    clouds, rows, columns = sizes
-    number = 8 if fp64 else 4
-    there = [row for row, keep in enumerate(_numbers((kept, 1), clouds * rows, number)) if keep != 0]
-    for logits in (student, teacher):
-        for address in _row_addresses(logits, there, rows):
-            yield address, columns * _ELEMENT_BYTES[logits[1]], False
-    yield kept, clouds * rows * number, False
-    yield temperature[0], number, False
-    yield floats, 4 * clouds * rows * number, False
-
-
-def _row_addresses(logits: tuple[int, int, int, int], rows: list[int], inner: int) -> list[int]:
-    data, dtype, outer_stride, inner_stride = logits
-    offsets = [row // inner * outer_stride + row % inner * inner_stride for row in rows]
-    return [data + offset * _ELEMENT_BYTES[dtype] for offset in offsets]
-
-
-def _per_row_memory(rows: int, number: int, *given: tuple[int, int]) -> Iterator[tuple[int, int, bool]]:
-    for data, stride in given:
-        for row in range(rows if stride else 1):
-            yield data + row * stride * number, number, False
-
-
-def _numbers(per_row: tuple[int, int], rows: int, size: int) -> list[float]:
-    data, stride = per_row
-    kind = ctypes.c_double if size == 8 else ctypes.c_float
-    return [kind.from_address(data + row * stride * size).value for row in range(rows)]
+def _ranges(x: Tensor) -> Iterator[tuple[int, int]]:
+    """The memory of x: one range where it is contiguous, else one for each element."""
+    if x.is_contiguous():
+        yield x.data_ptr(), x.nbytes
+    elif x.dim() > 1:
+        for part in x:
+            yield from _ranges(part)
+    else:
+        for i in range(len(x)):
+            yield x.data_ptr() + i * x.stride(0) * x.element_size(), x.element_size()

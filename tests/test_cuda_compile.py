@@ -237,9 +237,9 @@ def test_device_without_a_driver_is_refused_in_words(module):
         return
     assert "cudaGetDevice" in _native.cuda_refusal(0)
     with pytest.raises(RuntimeError, match="cudaGetDevice"):
-        _native.cuda_scale_rows(0, 0, 1, 1, (0, 0), 0, 0)
+        _native.cuda_scale_rows({"rows": 1, "columns": 1, "x": torch.ones(1), "factor": torch.ones(1)}, None, 0, 0)
     with pytest.raises(RuntimeError, match="cudaGetDevice"):
-        _native.cuda_softcap(0, 0, 1, 1.0, 0, 0)
+        _native.cuda_softcap({"count": 1, "logits": torch.ones(1), "cap": 1.0}, None, 0, 0)
 
 
 def test_cpu_tensors_are_refused(module):

@@ -442,12 +442,13 @@ def test_counts_past_two_to_the_31():
             assert libc.mmap(where, size, read_and_write, mmap.MAP_SHARED | fixed, file, 0) == where
         first = torch.frombuffer((ctypes.c_char * size).from_address(start), dtype=torch.float32)
         first.fill_(3)
-        native._native.softcap(start, native._DTYPE_CODE[torch.float32], times * elements, 4.0, 1)
+        mapped = torch.frombuffer((ctypes.c_char * (times * size)).from_address(start), dtype=torch.float32)
+        native._native.cpu_softcap({"count": times * elements, "logits": mapped, "cap": 4.0}, None, 1)
         want = torch.full((1,), 3.0)
         for _ in range(times):
             backends.kernels("cpu").softcap_(want, 4.0)
         assert (first == want).all()
-        del first
+        del first, mapped
     finally:
         libc.munmap(start, times * size)
         os.close(file)

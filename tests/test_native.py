@@ -136,7 +136,7 @@ def test_exp_and_log_are_near_the_last_digit(scale):
         assert ((got[name].double() - want).abs() <= ulps).all(), name
 
 
-# ---- the CUDA side of native.py, without CUDA: how it calls, and when it does not
+# ---- the CUDA side of backends/native, without CUDA: how it calls, and when it does not
 
 
 class StandIn:
@@ -147,29 +147,18 @@ class StandIn:
     def __init__(self):
         self.placed, self.asked, self.answer = [], [], ""
 
-    def cuda_rows(self, *arguments):
-        *arguments, device, stream = arguments
-        self.placed.append((device, stream))
-        workspace = torch.empty(native._native.workspace_bytes(arguments[2][2], False, 1), dtype=torch.uint8)
-        native._native.rows(*arguments, workspace.data_ptr(), 1)
+    def __getattr__(self, name):
+        assert name.startswith("cuda_"), name
+        kernel = getattr(native._native, name.replace("cuda_", "cpu_"))
 
-    def cuda_scale_rows(self, *arguments):
-        *arguments, device, stream = arguments
-        self.placed.append((device, stream))
-        native._native.scale_rows(*arguments, 1)
+        def run(fields, allocate, device, stream):
+            self.placed.append((device, stream))
+            kernel(fields, allocate, 1)
 
-    def cuda_softcap(self, *arguments):
-        *arguments, device, stream = arguments
-        self.placed.append((device, stream))
-        native._native.softcap(*arguments, 1)
-
-    def cuda_softcap_gradient(self, *arguments):
-        *arguments, device, stream = arguments
-        self.placed.append((device, stream))
-        native._native.softcap_gradient(*arguments, 1)
+        return run
 
     def cuda_refusal(self, device):
-        native._native.workspace_bytes(1, False, 1)  # compiled code, as the real one is: no compiler can trace it
+        native._native.advise_huge_pages(0, 0)  # compiled code, as the real one is: no compiler can trace it
         self.asked.append(device)
         return self.answer
 
@@ -271,8 +260,10 @@ def test_cuda_launches_on_the_current_stream_of_the_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", On)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda d: SimpleNamespace(cuda_stream=100 + d.index))
     device = torch.device("cuda", 3)
-    native.cuda._launch(lambda *a: placed.append((a, list(current))), (1, 2), device)
-    assert placed == [((1, 2, 3, 103), [device])] and not current
+    module = SimpleNamespace(cuda_rows=lambda fields, allocate, *where: placed.append((fields, where, list(current))))
+    monkeypatch.setattr(native.cuda, "module", module)
+    native.cuda.launch("rows", device, {"rows": 2})
+    assert placed == [({"rows": 2}, (3, 103), [device])] and not current
 
 
 def test_cuda_is_asked_once_a_device_and_while_compiling(stand_in):

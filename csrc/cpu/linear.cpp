@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "linear.h"
+#include "../calls/kernels.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -53,48 +53,56 @@ __attribute__((noinline)) void cap_gradient_block(const T* gradient, const T* lo
 
 // ---- all elements
 
-template <class T> void cap_all(void* x, Dtype dtype, int64_t count, T cap, int threads) {
-  each_block(count, threads, [=](int64_t first, int n) {
+template <class T> void cap_all(const SoftcapCall& call) {
+  const Dtype dtype = call.logits.dtype;
+  const T cap = (T)call.cap;
+  each_block(call.count, call.run.threads, [=](int64_t first, int n) {
     alignas(64) T buffer[kBlock];
-    void* at = (char*)x + first * bytes_of(dtype);
+    void* at = (char*)call.logits + first * bytes_of(dtype);
     cap_block(widen(at, dtype, n, buffer), buffer, n, cap);
     narrow(buffer, at, dtype, n);
   });
 }
 
-template <class T>
-void cap_gradient_all(void* gradient, const void* logits, Dtype dtype, int64_t count, T cap, int threads) {
-  each_block(count, threads, [=](int64_t first, int n) {
+template <class T> void cap_gradient_all(const SoftcapGradientCall& call) {
+  const Dtype dtype = call.logits.dtype;
+  const T cap = (T)call.cap;
+  each_block(call.count, call.run.threads, [=](int64_t first, int n) {
     alignas(64) T buffer[kBlock], logits_buffer[kBlock];
-    void* at = (char*)gradient + first * bytes_of(dtype);
-    const T* x = widen((const char*)logits + first * bytes_of(dtype), dtype, n, logits_buffer);
+    void* at = (char*)call.gradient + first * bytes_of(dtype);
+    const T* x = widen((const char*)call.logits + first * bytes_of(dtype), dtype, n, logits_buffer);
     cap_gradient_block(widen(at, dtype, n, buffer), x, buffer, n, cap);
     narrow(buffer, at, dtype, n);
   });
 }
 
-void softcap(void* x, Dtype dtype, int64_t count, double cap, int threads) noexcept {
-  if (dtype == Dtype::f64)
-    cap_all<double>(x, dtype, count, cap, threads);
+void softcap(const SoftcapCall& call) noexcept {
+  if (call.logits.dtype == Dtype::f64)
+    cap_all<double>(call);
   else
-    cap_all<float>(x, dtype, count, (float)cap, threads);
+    cap_all<float>(call);
 }
 
-void softcap_gradient(void* gradient, const void* logits, Dtype dtype, int64_t count, double cap,
-                      int threads) noexcept {
-  if (dtype == Dtype::f64)
-    cap_gradient_all<double>(gradient, logits, dtype, count, cap, threads);
+void softcap_gradient(const SoftcapGradientCall& call) noexcept {
+  if (call.logits.dtype == Dtype::f64)
+    cap_gradient_all<double>(call);
   else
-    cap_gradient_all<float>(gradient, logits, dtype, count, (float)cap, threads);
+    cap_gradient_all<float>(call);
 }
 
-void accumulate(float* total, const void* part, Dtype dtype, int64_t count, int threads) noexcept {
-  each_block(count, threads, [=](int64_t first, int n) {
+void accumulate(const AccumulateCall& call) noexcept {
+  const Stored part = call.part;
+  float* total = (float*)call.total;
+  each_block(call.count, call.run.threads, [=](int64_t first, int n) {
     alignas(64) float buffer[kBlock];
-    const float* x = widen((const char*)part + first * bytes_of(dtype), dtype, n, buffer);
+    const float* x = widen((const char*)part + first * bytes_of(part.dtype), part.dtype, n, buffer);
     for (int i = 0; i < n; ++i) total[first + i] += x[i];
   });
 }
+
+int64_t softcap_bytes(const SoftcapCall&) noexcept { return 0; }
+int64_t softcap_gradient_bytes(const SoftcapGradientCall&) noexcept { return 0; }
+int64_t accumulate_bytes(const AccumulateCall&) noexcept { return 0; }
 
 }  // namespace KDK_ISA
 }  // namespace kdk

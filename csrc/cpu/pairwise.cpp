@@ -1,4 +1,4 @@
-// Costs between the rows of two clouds of logits on a CPU, and their gradient. transport_call.h has the formulas.
+// Costs between the rows of two clouds of logits on a CPU, and their gradient. calls/pairwise.h has the formulas.
 //
 // The vocabulary is gone through in tiles of columns: the probabilities of all rows of both clouds in a tile are made
 // once, and lie in a cache while every pair of rows meets. No difference is stored. Costs of a tile are sums of a few
@@ -15,7 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "pairwise.h"
+#include "../calls/kernels.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -103,7 +103,7 @@ template <class T, class Call> struct Cloud {
         temperature(per_row<T>(call.temperature, 0)) {
     if (!(temperature > 0)) temperature = NAN;
   }
-  T of_row(const void* numbers, int64_t row) const { return ((const T*)numbers)[cloud * rows + row]; }
+  template <class X> T of_row(const X& numbers, int64_t row) const { return ((const T*)numbers)[cloud * rows + row]; }
   bool is_kept(int64_t row) const { return of_row(call.kept, row) != 0; }
   int64_t columns_of(int64_t tile) const {
     int64_t left = call.columns - tile * width;
@@ -189,7 +189,7 @@ template <class T> struct Costs : Cloud<T, PairCostsCall> {
     return sum;
   }
   void meet(int64_t i, int64_t j) const {
-    const bool with_moments = call.moments;
+    const bool with_moments(call.moments);
     if (call.kind == PairCost::l1)
       with_moments ? meet<PairCost::l1, true>(i, j) : meet<PairCost::l1, false>(i, j);
     else
@@ -228,19 +228,19 @@ template <class T> struct Costs : Cloud<T, PairCostsCall> {
   }
 };
 
-template <class T> int64_t costs_numbers(int64_t clouds, int64_t rows, int64_t columns, int threads) {
-  const int64_t tiles = (columns + tile_columns<T>(rows) - 1) / tile_columns<T>(rows);
-  return threads * Cloud<T, PairCostsCall>::numbers(rows) +
-         clouds * slices_of(clouds, rows, tiles) * Costs<T>::sums_of(rows);
+template <class T> int64_t costs_numbers(const PairCostsCall& call) {
+  const int64_t tiles = (call.columns + tile_columns<T>(call.rows) - 1) / tile_columns<T>(call.rows);
+  return call.run.threads * Cloud<T, PairCostsCall>::numbers(call.rows) +
+         call.clouds * slices_of(call.clouds, call.rows, tiles) * Costs<T>::sums_of(call.rows);
 }
 
 template <class T> void all_costs(const PairCostsCall& call) {
   const int64_t tiles = (call.columns + tile_columns<T>(call.rows) - 1) / tile_columns<T>(call.rows);
   const int64_t slices = slices_of(call.clouds, call.rows, tiles);
   const int64_t of_scratch = Cloud<T, PairCostsCall>::numbers(call.rows);
-  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.threads;
-  T* scratch = aligned<T>(call.workspace);
-  T* sums = scratch + call.threads * of_scratch;
+  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  T* scratch = aligned<T>(call.run.workspace);
+  T* sums = scratch + call.run.threads * of_scratch;
   auto costs = [&](int64_t part, int thread) {
     return Costs<T>(call, part / slices, scratch + thread * of_scratch, sums + part * Costs<T>::sums_of(call.rows));
   };
@@ -337,8 +337,8 @@ template <class T> struct Gradient : Cloud<T, PairGradientCall> {
 template <class T> void all_gradients(const PairGradientCall& call) {
   const int64_t blocks = rounded_rows(call.rows) / kRows;
   const int64_t tiles = (call.columns + tile_columns<T>(call.rows) - 1) / tile_columns<T>(call.rows);
-  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.threads;
-  T* scratch = aligned<T>(call.workspace);
+  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  T* scratch = aligned<T>(call.run.workspace);
   auto gradient = [&](int64_t cloud) {
     return Gradient<T>(call, cloud, scratch + omp_get_thread_num() * Gradient<T>::numbers(call.rows));
   };
@@ -359,24 +359,24 @@ template <class T> void all_gradients(const PairGradientCall& call) {
 // ---- calls
 
 void pair_costs(const PairCostsCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     all_costs<double>(call);
   else
     all_costs<float>(call);
 }
-int64_t pair_costs_workspace_bytes(int64_t clouds, int64_t rows, int64_t columns, bool fp64, int threads) noexcept {
-  return 64 + (fp64 ? 8 * costs_numbers<double>(clouds, rows, columns, threads)
-                    : 4 * costs_numbers<float>(clouds, rows, columns, threads));
+int64_t pair_costs_bytes(const PairCostsCall& call) noexcept {
+  return 64 + (call.run.fp64 ? 8 * costs_numbers<double>(call) : 4 * costs_numbers<float>(call));
 }
 
 void pair_gradient(const PairGradientCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     all_gradients<double>(call);
   else
     all_gradients<float>(call);
 }
-int64_t pair_gradient_workspace_bytes(int64_t, int64_t rows, int64_t, bool fp64, int threads) noexcept {
-  return 64 + threads * (fp64 ? 8 * Gradient<double>::numbers(rows) : 4 * Gradient<float>::numbers(rows));
+int64_t pair_gradient_bytes(const PairGradientCall& call) noexcept {
+  const int64_t bytes = call.run.fp64 ? 8 * Gradient<double>::numbers(call.rows) : 4 * Gradient<float>::numbers(call.rows);
+  return 64 + call.run.threads * bytes;
 }
 
 }  // namespace KDK_ISA

@@ -52,7 +52,7 @@ template <class T> struct GradientRow {
   Dtype dtype;
   int64_t columns;
 
-  GradientRow(void* gradient, Dtype dtype, int64_t row, int64_t columns)
+  GradientRow(Stored gradient, Dtype dtype, int64_t row, int64_t columns)
       : data(gradient ? (char*)gradient + row * columns * bytes_of(dtype) : nullptr), dtype(dtype), columns(columns) {}
 
   bool is_computed_in_place() const { return bytes_of(dtype) == (int64_t)sizeof(T); }
@@ -84,7 +84,7 @@ template <class T> struct GradientRow {
 // block. Row(call, r) has a scale, write_zeros() for where that is 0, and sweep<Team>(scratch); Scratch(call, region)
 // is a region of the workspace.
 template <class Row, class Scratch, class Call> void each_row(const Call& call) {
-  const int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+  const int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
   if (threads == 1 || call.rows >= 4 * threads) {
     const int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
     const int64_t turn = rows_of_a_turn(call.rows, written, threads);

@@ -26,7 +26,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "rows.h"
+#include "../calls/kernels.h"
 
 #define KDK_HD inline
 
@@ -123,7 +123,7 @@ template <class T> struct Scratch {
   }
   Scratch(const RowsCall& call, int region) {
     const int64_t blocks = blocks_of(call.columns);
-    student_e = (T*)((char*)rounded_up((int64_t)call.workspace) + region * bytes(call.columns));
+    student_e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(call.columns));
     teacher_e = student_e + blocks * kBlock;
     floats = (BlockFloats<T>*)(teacher_e + blocks * kBlock);
     sums = (BlockSums<T>*)(floats + blocks);
@@ -145,17 +145,11 @@ template <class T> struct Row {
         student(call.student, row, call.inner, call.columns),
         teacher(call.teacher, row, call.inner, call.columns),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
-        scale(per_row<T>(call.row_scale, row)),
-        temperature(per_row<T>(call.temperature, row)),
+        scale(per_row<T>(call.options.row_scale, row)),
+        temperature(per_row<T>(call.options.temperature, row)),
         inverse_temperature(1 / temperature) {}
 
-  bool has_bad_value() const {
-    if (!(temperature > 0 && temperature < INFINITY && inverse_temperature < INFINITY)) return true;
-    if (!(hard_weight() >= 0 && hard_weight() <= 1)) return true;
-    return call.labels && !(call.labels[row] >= 0 && call.labels[row] < call.columns);
-  }
-
-  T hard_weight() const { return call.hard_weight.data ? per_row<T>(call.hard_weight, row) : T(0); }
+  T hard_weight() const { return call.options.hard_weight.data ? per_row<T>(call.options.hard_weight, row) : T(0); }
 
   // Sweep 1.
   void block_floats(int64_t b, Scratch<T>& scratch) const {
@@ -228,7 +222,7 @@ template <class T> struct Row {
     Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
     Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
     if (call.statistics) block_statistics(s, t, n, student_norm, teacher_norm, student_e, teacher_e, out);
-    divergence_sums<T, with_slope>(call.divergence, (const T*)call.parameters, s, t, n, student_norm, teacher_norm,
+    divergence_sums<T, with_slope>((int)call.divergence, (const T*)call.parameters, s, t, n, student_norm, teacher_norm,
                                    student_e, teacher_e, out);
   }
   T total(T BlockSums<T>::*field, const Scratch<T>& scratch) const {
@@ -253,10 +247,10 @@ template <class T> struct Row {
 
   // Cross-entropy with the label, at temperature 1.
   T cross_entropy() const {
-    return unit_log_sum + (student_max - student.logit(call.labels[row]));
+    return unit_log_sum + (student_max - student.logit(call.options.labels[row]));
   }
   T loss() const {
-    T factor = call.temperature_squared ? temperature * temperature : T(1);
+    T factor = call.options.temperature_squared ? temperature * temperature : T(1);
     T loss = weighted(1 - hard_weight(), factor * phi);
     if (hard_weight() != 0) loss += hard_weight() * cross_entropy();
     return scale * loss;
@@ -265,8 +259,8 @@ template <class T> struct Row {
     T student_lse = student_max * inverse_temperature + student_log_sum;
     T teacher_lse = teacher_max * inverse_temperature + teacher_log_sum;
     T label_entropy = 0, student_label = 0, teacher_label = 0;
-    if (call.labels) {
-      int64_t label = call.labels[row];
+    if (call.options.labels) {
+      int64_t label = call.options.labels[row];
       label_entropy = cross_entropy();
       Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_max);
       Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_max);
@@ -286,7 +280,7 @@ template <class T> struct Row {
     const int n = student.width(b);
     T* out = gradient.block(b, gradient_buffer);
 
-    T factor = call.temperature_squared ? temperature : inverse_temperature;
+    T factor = call.options.temperature_squared ? temperature : inverse_temperature;
     // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
     T soft = scale * (1 - hard_weight()) * factor, hard = hard_weight() == 0 ? T(0) : scale * hard_weight();
     T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
@@ -300,7 +294,7 @@ template <class T> struct Row {
       T unit_factor = hard * (T)::exp(-(double)unit_log_sum);
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = soft_term(i) + unit_factor * exp_of_nonpositive(s[i] - student_max);
-      int64_t label = call.labels[row] - b * kBlock;
+      int64_t label = call.options.labels[row] - b * kBlock;
       if (label >= 0 && label < n) out[label] -= hard;
     }
     gradient.store(b, out, n);
@@ -354,33 +348,33 @@ template <class T> struct Row {
 
 // ---- all rows
 
-template <class T> bool all_rows(const RowsCall& call) {
-  for (int64_t r = 0; r < call.rows; ++r) {
-    Row<T> row(call, r);
-    if (row.scale != 0 && row.has_bad_value()) return true;
-  }
-  each_row<Row<T>, Scratch<T>>(call);
-  return false;
+void rows(const RowsCall& call) noexcept {
+  if (call.run.fp64)
+    each_row<Row<double>, Scratch<double>>(call);
+  else
+    each_row<Row<float>, Scratch<float>>(call);
 }
 
-bool rows(const RowsCall& call) noexcept {
-  bool fp64 = call.student.dtype == Dtype::f64 || call.teacher.dtype == Dtype::f64;
-  return fp64 ? all_rows<double>(call) : all_rows<float>(call);
+int64_t rows_bytes(const RowsCall& call) noexcept {
+  const int64_t columns = call.columns;
+  return 64 + call.run.threads * (call.run.fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
 }
 
-// x[r, :] *= factor[r], where that is not 1.
-template <class T> void scale_all(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) {
-  int64_t first = 0;  // that is scaled: in most backward passes none is
-  while (first < rows && per_row<T>(factor, first) == 1) first += factor.stride ? 1 : rows;
+template <class T> void scale_all(const ScaleRowsCall& call) {
+  const int64_t rows = call.rows, columns = call.columns;
+  const Dtype dtype = call.x.dtype;
+  int64_t first = 0;  // the first row that is scaled: in most backward passes there is none
+  while (first < rows && per_row<T>(call.factor, first) == 1) first += call.factor.stride ? 1 : rows;
   if (first == rows) return;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (rows * columns >= kSerialWork && threads > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(call.run.threads) \
+    if (rows * columns >= kSerialWork && call.run.threads > 1)
   for (int64_t r = first; r < rows; ++r) {
-    T f = per_row<T>(factor, r);
+    T f = per_row<T>(call.factor, r);
     if (f == 1) continue;
     for (int64_t c = 0; c < columns; c += kBlock) {
       alignas(64) T buffer[kBlock];
       int n = columns - c < kBlock ? (int)(columns - c) : kBlock;
-      void* block = (char*)x + (r * columns + c) * bytes_of(dtype);
+      void* block = (char*)call.x + (r * columns + c) * bytes_of(dtype);
       const T* in = widen(block, dtype, n, buffer);
       for (int i = 0; i < n; ++i) buffer[i] = in[i] * f;
       narrow(buffer, block, dtype, n);
@@ -388,16 +382,14 @@ template <class T> void scale_all(void* x, Dtype dtype, int64_t rows, int64_t co
   }
 }
 
-void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int threads) noexcept {
-  if (dtype == Dtype::f64)
-    scale_all<double>(x, dtype, rows, columns, factor, threads);
+void scale_rows(const ScaleRowsCall& call) noexcept {
+  if (call.run.fp64)
+    scale_all<double>(call);
   else
-    scale_all<float>(x, dtype, rows, columns, factor, threads);
+    scale_all<float>(call);
 }
 
-int64_t workspace_bytes(int64_t columns, bool fp64, int threads) noexcept {
-  return 64 + threads * (fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
-}
+int64_t scale_rows_bytes(const ScaleRowsCall&) noexcept { return 0; }
 
 }  // namespace KDK_ISA
 }  // namespace kdk

@@ -1,4 +1,4 @@
-// Sinkhorn's iterations on a CPU: a thread works on a problem at a time. transport_call.h has the formulas.
+// Sinkhorn's iterations on a CPU: a thread works on a problem at a time. calls/sinkhorn.h has the formulas.
 //
 // Where costs differ little beside epsilon, exp(-C / epsilon) is made once, and a half step is a product of that matrix
 // and a vector of scalings exp(f / epsilon), exp(g / epsilon). Elsewhere these would overflow: there the potentials are
@@ -14,7 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "sinkhorn.h"
+#include "../calls/kernels.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -88,7 +88,7 @@ template <class T> struct Scratch {
   }
   Scratch(const SinkhornCall& call, int region) : kept(rounds(call.iterations, call.unrolled)) {
     const int64_t n = padded(call.n), m = padded(call.m);
-    uintptr_t aligned = ((uintptr_t)call.workspace + 63) / 64 * 64;
+    uintptr_t aligned = ((uintptr_t)call.run.workspace + 63) / 64 * 64;
     T* next = (T*)aligned + region * numbers(call.n, call.m, call.iterations, call.unrolled);
     auto take = [&next](int64_t count) {
       T* taken = next;
@@ -451,7 +451,7 @@ template <class T> struct PlanGradient {
   }
   static double finite(T cost) { return cost == T(INFINITY) ? 0 : (double)cost; }
 
-  T* out(void* numbers, int64_t width) const { return (T*)numbers + problem * width; }
+  T* out(const Numbers& numbers, int64_t width) const { return (T*)numbers + problem * width; }
 
   void weights(int64_t i, T* w) const {
     const T *in = cost + i * m, of_row = f[i], factor = 1 / epsilon, most = Range<T>::most;
@@ -570,9 +570,9 @@ template <class T> struct PlanGradient {
 };
 
 template <class T> void all_plan_gradients(const PlanGradientCall& call) {
-  double* scratch = (double*)(((uintptr_t)call.workspace + 63) / 64 * 64);
+  double* scratch = (double*)(((uintptr_t)call.run.workspace + 63) / 64 * 64);
   const int64_t numbers = PlanGradient<T>::numbers(call.n, call.m);
-  const int threads = call.problems * call.n * call.m < kSerialWork ? 1 : call.threads;
+  const int threads = call.problems * call.n * call.m < kSerialWork ? 1 : call.run.threads;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t p = 0; p < call.problems; ++p) {
     PlanGradient<T> gradient(call, p, scratch + omp_get_thread_num() * numbers);
@@ -584,20 +584,20 @@ template <class T> void all_plan_gradients(const PlanGradientCall& call) {
 }
 
 void plan_gradient(const PlanGradientCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     all_plan_gradients<double>(call);
   else
     all_plan_gradients<float>(call);
 }
-int64_t plan_gradient_workspace_bytes(int64_t n, int64_t m, int threads) noexcept {
-  return 64 + threads * 8 * PlanGradient<double>::numbers(n, m);
+int64_t plan_gradient_bytes(const PlanGradientCall& call) noexcept {
+  return 64 + call.run.threads * PlanGradient<double>::numbers(call.n, call.m) * 8;
 }
 
 // ---- calls
 
 template <class T> void all_problems(const SinkhornCall& call) {
   const int64_t work = call.problems * call.n * call.m * call.iterations;
-  const int threads = work < kSerialWork ? 1 : call.threads;
+  const int threads = work < kSerialWork ? 1 : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Scratch<T> scratch(call, omp_get_thread_num());
@@ -607,15 +607,15 @@ template <class T> void all_problems(const SinkhornCall& call) {
 }
 
 void sinkhorn(const SinkhornCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     all_problems<double>(call);
   else
     all_problems<float>(call);
 }
 
-int64_t sinkhorn_workspace_bytes(int64_t, int64_t n, int64_t m, int64_t iterations, bool fp64, bool unrolled,
-                                 int threads) noexcept {
-  return 64 + threads * Scratch<float>::numbers(n, m, iterations, unrolled) * (fp64 ? 8 : 4);
+int64_t sinkhorn_bytes(const SinkhornCall& call) noexcept {
+  const int64_t numbers = Scratch<float>::numbers(call.n, call.m, call.iterations, call.unrolled);
+  return 64 + call.run.threads * numbers * (call.run.fp64 ? 8 : 4);
 }
 
 }  // namespace KDK_ISA

@@ -20,7 +20,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "topk.h"
+#include "../calls/kernels.h"
 
 #define KDK_HD inline
 
@@ -62,7 +62,7 @@ template <class T> struct RowScratch {
   }
   RowScratch(const TopkRowsCall& call, int region) {
     const int64_t columns = call.columns, entries = call.entries + 1;
-    e = (T*)((char*)rounded_up((int64_t)call.workspace) + region * bytes(columns, call.entries));
+    e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(columns, call.entries));
     blocks = (BlockSums<T>*)(e + blocks_of(columns) * kBlock);
     logits = (T*)(blocks + blocks_of(columns));
     lp = logits + entries, lq = lp + entries, q = lq + entries, psi = q + entries;
@@ -120,8 +120,8 @@ template <class T> struct TopkRow {
         row(row),
         student(call.student, row, call.inner, call.columns),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
-        scale(per_row<T>(call.row_scale, row)),
-        temperature(per_row<T>(call.temperature, row)),
+        scale(per_row<T>(call.options.row_scale, row)),
+        temperature(per_row<T>(call.options.temperature, row)),
         beta(1 / temperature),
         indices(call.indices + row * call.entries),
         entries(0) {
@@ -138,9 +138,9 @@ template <class T> struct TopkRow {
     }
     return low;
   }
-  T hard_weight() const { return call.hard_weight.data ? per_row<T>(call.hard_weight, row) : T(0); }
+  T hard_weight() const { return call.options.hard_weight.data ? per_row<T>(call.options.hard_weight, row) : T(0); }
   bool has_label_term() const { return hard_weight() != 0; }
-  bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.labels); }
+  bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.options.labels); }
   bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
 
   void find_entries(RowScratch<T>& scratch) const {
@@ -239,12 +239,12 @@ template <class T> struct TopkRow {
   }
   void find_sums(RowScratch<T>& scratch, int64_t classes) {
     const T* parameters = (const T*)call.parameters;
-    entry_sums(call.divergence, parameters, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+    entry_sums((int)call.divergence, parameters, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
   }
 
-  T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.labels[row]))); }
+  T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.options.labels[row]))); }
   T loss() const {
-    T factor = call.temperature_squared ? temperature * temperature : T(1);
+    T factor = call.options.temperature_squared ? temperature * temperature : T(1);
     T loss = weighted(1 - hard_weight(), factor * sums.phi);
     if (has_label_term()) loss += hard_weight() * cross_entropy();
     return scale * loss;
@@ -273,8 +273,8 @@ template <class T> struct TopkRow {
         largest = scratch.lp[k], teacher_top1 = indices[k];
     double mass = call.conditional ? 0 : ::exp((double)tail);
     for (int64_t k = 0; k < entries; ++k) mass += ::exp((double)scratch.lp[k]);
-    if (call.labels) {
-      int64_t label = call.labels[row], at = entries_below(label);
+    if (call.options.labels) {
+      int64_t label = call.options.labels[row], at = entries_below(label);
       label_entropy = cross_entropy();
       student_label = (T)((student.logit(label) - max) * beta - log_sum);
       teacher_label = at < entries && indices[at] == label ? scratch.lp[at] : tail;
@@ -291,7 +291,7 @@ template <class T> struct TopkRow {
     T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
   };
   Slopes slopes(const RowScratch<T>& scratch) const {
-    T factor = call.temperature_squared ? temperature : beta;
+    T factor = call.options.temperature_squared ? temperature : beta;
     T hard = has_label_term() ? scale * hard_weight() : T(0);
     T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
     T soft = scale * (1 - hard_weight()) * factor;
@@ -316,7 +316,7 @@ template <class T> struct TopkRow {
       T base = max;
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = of_others(i) + slopes.unit_factor * exp_of_nonpositive(s[i] - base);
-      int64_t label = call.labels[row] - b * kBlock;
+      int64_t label = call.options.labels[row] - b * kBlock;
       if (label >= 0 && label < n) out[label] -= slopes.hard;
     }
     for (int k = scratch.first_entry[b]; k < scratch.first_entry[b + 1]; ++k)
@@ -327,7 +327,7 @@ template <class T> struct TopkRow {
     T value = slopes.soft == 0 ? T(0) : slopes.soft * (scratch.psi[k] - scratch.q[k] * slopes.sum);
     if (slopes.hard == 0) return value;
     value += slopes.unit_factor * exp_of_nonpositive(scratch.logits[k] - max);
-    return indices[k] == call.labels[row] ? value - slopes.hard : value;
+    return indices[k] == call.options.labels[row] ? value - slopes.hard : value;
   }
   // Without a sweep: a gradient of the entries alone.
   void gradient_of_entries(const RowScratch<T>& scratch, const Slopes& slopes) const {
@@ -365,15 +365,16 @@ template <class T> struct TopkRow {
 };
 
 void topk_rows(const TopkRowsCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     each_row<TopkRow<double>, RowScratch<double>>(call);
   else
     each_row<TopkRow<float>, RowScratch<float>>(call);
 }
 
-int64_t topk_rows_workspace_bytes(int64_t columns, int64_t entries, bool fp64, int threads) noexcept {
-  int64_t bytes = fp64 ? RowScratch<double>::bytes(columns, entries) : RowScratch<float>::bytes(columns, entries);
-  return 64 + threads * bytes;
+int64_t topk_rows_bytes(const TopkRowsCall& call) noexcept {
+  const int64_t bytes = call.run.fp64 ? RowScratch<double>::bytes(call.columns, call.entries)
+                                      : RowScratch<float>::bytes(call.columns, call.entries);
+  return 64 + call.run.threads * bytes;
 }
 
 // ---- entries, from what a teacher gave
@@ -420,18 +421,19 @@ inline Key* sorted_keys(Key* keys, Key* other, int64_t n, int64_t columns) {
 }
 
 template <class T> void sort_row(const SortEntriesCall& call, int64_t row, Key* keys, Key* other) {
-  const int64_t first = row * call.entries, bytes = bytes_of(call.dtype);
+  const Dtype dtype = call.given_log_probs.dtype;
+  const int64_t first = row * call.entries, bytes = bytes_of(dtype);
   const char* given = (const char*)call.given_log_probs + first * bytes;
   T* log_probs = (T*)call.log_probs + first;
   auto log_prob = [&](int64_t k) {
     T buffer[1];
-    return *widen(given + k * bytes, call.dtype, 1, buffer);
+    return *widen(given + k * bytes, dtype, 1, buffer);
   };
   int64_t count = 0;
   bool outside = false, ascending = true, repeated = false;
   for (int64_t k = 0; k < call.entries && per_row<T>(call.row_scale, row) != 0; ++k) {
-    int64_t index = call.wide ? ((const int64_t*)call.given_indices)[first + k]
-                              : ((const int32_t*)call.given_indices)[first + k];
+    int64_t index = call.given_indices.wide ? ((const int64_t*)call.given_indices)[first + k]
+                                            : ((const int32_t*)call.given_indices)[first + k];
     if (index < 0 || log_prob(k) == T(-INFINITY)) continue;
     if (index >= call.columns) {
       outside = true;
@@ -455,18 +457,18 @@ template <class T> void sort_row(const SortEntriesCall& call, int64_t row, Key* 
   call.repeated[row] = repeated;
 }
 
-int64_t sort_entries_workspace_bytes(int64_t entries, int threads) noexcept {
-  return threads * 2 * entries * sizeof(Key);
+int64_t sort_entries_bytes(const SortEntriesCall& call) noexcept {
+  return call.run.threads * 2 * call.entries * sizeof(Key);
 }
 
 void sort_entries(const SortEntriesCall& call) noexcept {
-  int threads = call.rows * call.entries < 4096 ? 1 : call.threads;
+  int threads = call.rows * call.entries < 4096 ? 1 : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Key* keys = (Key*)((char*)call.workspace + omp_get_thread_num() * sort_entries_workspace_bytes(call.entries, 1));
+    Key* keys = (Key*)call.run.workspace + omp_get_thread_num() * 2 * call.entries;
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < call.rows; ++r) {
-      if (call.fp64)
+      if (call.run.fp64)
         sort_row<double>(call, r, keys, keys + call.entries);
       else
         sort_row<float>(call, r, keys, keys + call.entries);
@@ -755,10 +757,10 @@ template <class T> struct Extraction {
 };
 
 template <class T> void all_extractions(const TopkCall& call) {
-  int threads = call.rows * call.columns < kSerialWork ? 1 : call.threads;
+  int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    TopkScratch<T> scratch(call.workspace, call.columns, call.k, omp_get_thread_num());
+    TopkScratch<T> scratch(call.run.workspace, call.columns, call.k, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < call.rows; ++r) {
       Extraction<T> row(call, r);
@@ -771,14 +773,16 @@ template <class T> void all_extractions(const TopkCall& call) {
 }
 
 void topk(const TopkCall& call) noexcept {
-  if (call.logits.dtype == Dtype::f64)
+  if (call.run.fp64)
     all_extractions<double>(call);
   else
     all_extractions<float>(call);
 }
 
-int64_t topk_workspace_bytes(int64_t columns, int64_t k, bool fp64, int threads) noexcept {
-  return 64 + threads * (fp64 ? TopkScratch<double>::bytes(columns, k) : TopkScratch<float>::bytes(columns, k));
+int64_t topk_bytes(const TopkCall& call) noexcept {
+  const int64_t bytes = call.run.fp64 ? TopkScratch<double>::bytes(call.columns, call.k)
+                                      : TopkScratch<float>::bytes(call.columns, call.k);
+  return 64 + call.run.threads * bytes;
 }
 
 }  // namespace KDK_ISA

@@ -18,7 +18,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "uld.h"
+#include "../calls/kernels.h"
 
 namespace kdk {
 namespace KDK_ISA {
@@ -435,13 +435,17 @@ template <class T> struct UldRow {
   }
 };
 
+inline int64_t wider(const UldCall& call) {
+  return call.student_columns > call.teacher_columns ? call.student_columns : call.teacher_columns;
+}
+
 template <class T> void all_rows(const UldCall& call) {
-  const int64_t columns = call.student_columns > call.teacher_columns ? call.student_columns : call.teacher_columns;
+  const int64_t columns = wider(call);
   const int64_t most = (call.rows * columns + kSerialWork - 1) / kSerialWork;
-  const int threads = most < call.threads ? (int)most : call.threads;
+  const int threads = most < call.run.threads ? (int)most : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch<T> scratch(call.workspace, columns, omp_get_thread_num());
+    Scratch<T> scratch(call.run.workspace, columns, omp_get_thread_num());
     const int64_t turn = rows_of_a_turn(call.rows, call.gradient ? call.gradient_columns * sizeof(T) : 0, threads);
 #pragma omp for schedule(dynamic, turn)
     for (int64_t r = 0; r < call.rows; ++r) {
@@ -455,14 +459,15 @@ template <class T> void all_rows(const UldCall& call) {
 }
 
 void uld(const UldCall& call) noexcept {
-  if (call.fp64)
+  if (call.run.fp64)
     all_rows<double>(call);
   else
     all_rows<float>(call);
 }
 
-int64_t uld_workspace_bytes(int64_t columns, bool fp64, int threads) noexcept {
-  return 64 + threads * (fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
+int64_t uld_bytes(const UldCall& call) noexcept {
+  const int64_t columns = wider(call);
+  return 64 + call.run.threads * (call.run.fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
 }
 
 }  // namespace KDK_ISA

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "../rows_call.h"
+#include "../calls/rows.h"
 #include "device.h"
 
 namespace kdk {

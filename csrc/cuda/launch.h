@@ -9,6 +9,8 @@
 #include <string>
 #include <tuple>
 
+#include "../calls/kernels.h"
+
 namespace kdk {
 namespace cuda {
 
@@ -25,6 +27,14 @@ inline void check(cudaError_t error, const char* call) {
                            "); " + advice);
 }
 #define KDK_CHECK(call, ...) check(call(__VA_ARGS__), #call)
+
+// Each family has one: it loads the family's kernels, and raises where the current device cannot run them.
+void load_rows();
+void load_linear();
+void load_topk();
+void load_pairwise();
+void load_sinkhorn();
+void load_uld();
 
 // Makes a device current, and then again the one that was.
 struct OnDevice {

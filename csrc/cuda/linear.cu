@@ -8,7 +8,6 @@
 #include "device.h"
 #include "groups.h"
 #include "launch.h"
-#include "linear.h"
 
 namespace kdk {
 namespace cuda {
@@ -72,15 +71,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 
 namespace {
 
-// A thread for each group, as far as the chip holds so many at once.
+// A thread for each group, up to the number that the chip holds at once.
 template <class Kernel, class... Arguments>
-void launch(int64_t count, int device, void* stream, Kernel kernel, Arguments... arguments) {
+void launch(int64_t count, const Execution& run, Kernel kernel, Arguments... arguments) {
   if (count == 0) return;
-  OnDevice guard(device);
-  const int64_t blocks = (int64_t)kBlocksOfMultiprocessor * Chip(device, kernel).multiprocessors;
+  OnDevice guard(run.device);
+  const int64_t blocks = (int64_t)kBlocksOfMultiprocessor * Chip(run.device, kernel).multiprocessors;
   const int64_t wanted = (count + kGroup - 1) / kGroup / kThreads + 1;  // one more group where the tensor is shifted
   const Launch launch = {1, kThreads, 0, (int)(wanted < blocks ? wanted : blocks)};
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
 }
 
@@ -88,15 +87,17 @@ Cap cap_of(double cap) { return {(float)cap, (float)(1 / cap)}; }
 
 }  // namespace
 
-void softcap(void* x, Dtype dtype, int64_t count, double cap, int device, void* stream) {
-  launch(count, device, stream, softcap_kernel, (char*)x, dtype, count, cap_of(cap));
+void softcap(const SoftcapCall& call) {
+  launch(call.count, call.run, softcap_kernel, (char*)call.logits, call.logits.dtype, call.count, cap_of(call.cap));
 }
 
-void softcap_gradient(void* gradient, const void* logits, Dtype dtype, int64_t count, double cap, int device,
-                      void* stream) {
-  launch(count, device, stream, softcap_gradient_kernel, (char*)gradient, (const char*)logits, dtype, count,
-         cap_of(cap));
+void softcap_gradient(const SoftcapGradientCall& call) {
+  launch(call.count, call.run, softcap_gradient_kernel, (char*)call.gradient, (const char*)call.logits,
+         call.logits.dtype, call.count, cap_of(call.cap));
 }
+
+int64_t softcap_bytes(const SoftcapCall&) { return 0; }
+int64_t softcap_gradient_bytes(const SoftcapGradientCall&) { return 0; }
 
 void load_linear() {
   cudaFuncAttributes attributes;

@@ -1,5 +1,5 @@
 // Costs between the rows of a student's and a teacher's cloud of logits, and their gradient, on an NVIDIA GPU: the twin
-// of csrc/cpu/pairwise.cpp. transport_call.h has the formulas. No matrix unit computes |p - q|: these are the loops of
+// of csrc/cpu/pairwise.cpp. calls/pairwise.h has the formulas. No matrix unit computes |p - q|: these are the loops of
 // a matrix product with another operation inside, in fp32.
 //
 // ---- Costs. A block takes a square of pairs of a cloud and a range of columns, of at most 4,096, which is the length
@@ -28,7 +28,6 @@
 #include "device.h"
 #include "groups.h"
 #include "launch.h"
-#include "pairwise.h"
 #include "table.h"
 
 namespace kdk {
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(threads_of_square(side), 512 / threads_of_squa
   const int row = threadIdx.x / 2 % side, group = threadIdx.x / (2 * side) * 2 + threadIdx.x % 2;  // to stage
   const int first_p = threadIdx.x / (side / kQuad) * kQuad, first_q = threadIdx.x % (side / kQuad) * kQuad;
   const int64_t all = call.clouds * call.rows * call.rows, squares = plan.tiles * plan.tiles;
-  float* const costs = (float*)call.workspace;
+  float* const costs = (float*)call.run.workspace;
 
   const int64_t square = blockIdx.x % squares, range = blockIdx.x / squares % plan.ranges;
   const int64_t cloud = blockIdx.x / squares / plan.ranges;
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(kFinishedPairs* kPartsOfRanges)
   float* const moments = costs + kFinishedPairs * kPartsOfRanges;
   const int64_t all = call.clouds * call.rows * call.rows;
   const int64_t pair = (int64_t)blockIdx.x * kFinishedPairs + lane;
-  const float* found = (const float*)call.workspace + pair;
+  const float* found = (const float*)call.run.workspace + pair;
   float cost = 0, moment = 0;
   if (pair < all) {
 #pragma unroll 4
@@ -414,16 +413,17 @@ void require_room(int shared, const Chip& chip) {
 bool takes_small_squares(int64_t rows) { return rows <= 32; }
 
 // As many ranges as give the chip what it holds at once, but none so short that its start outweighs its columns.
-PairCostsPlan plan_costs(int64_t clouds, int64_t rows, int64_t columns, int device) {
+PairCostsPlan plan_costs(const PairCostsCall& call) {
+  const int64_t clouds = call.clouds, rows = call.rows, columns = call.columns;
   const bool small = takes_small_squares(rows);
   const int side = small ? 32 : 64;
   const PairCostsKernel kernel = pair_costs_kernel_of(PairCost::l1, true, small);  // for each the same workspace
-  const Chip chip(device, kernel);
+  const Chip chip(call.run.device, kernel);
   PairCostsPlan plan = {};
   plan.blocks = 1, plan.threads = threads_of_square(side), plan.shared = shared_of_square(side);
   require_room(plan.shared, chip);
   plan.tiles = parts_of(rows, side);
-  const int64_t squares = clouds * plan.tiles * plan.tiles, fill = teams_at_once(kernel, plan, chip, device) / squares;
+  const int64_t squares = clouds * plan.tiles * plan.tiles, fill = teams_at_once(kernel, plan, chip, call.run.device) / squares;
   const int64_t least = parts_of(columns, kRunningSum), most = parts_of(columns, 4 * columns_of_square(side));
   plan.ranges = fill < least ? least : fill < most ? fill : most;
   plan.range = parts_of(parts_of(columns, plan.ranges), columns_of_square(side)) * columns_of_square(side);
@@ -432,52 +432,42 @@ PairCostsPlan plan_costs(int64_t clouds, int64_t rows, int64_t columns, int devi
   return plan;
 }
 
-PairGradientPlan plan_gradient(const PairGradientCall& call, int rows, int device) {
+PairGradientPlan plan_gradient(const PairGradientCall& call, int rows) {
   PairGradientPlan plan = {};
   plan.blocks = 1, plan.threads = kThreadsOfGradient, plan.shared = shared_of_tile(rows);
-  require_room(plan.shared, Chip(device, pair_gradient_kernel_of(call.kind, rows)));
+  require_room(plan.shared, Chip(call.run.device, pair_gradient_kernel_of(call.kind, rows)));
   plan.row_tiles = parts_of(call.rows, rows);
   plan.column_tiles = parts_of(call.gradient_columns, columns_of_tile(rows));
   plan.grid = grid_of(call.clouds * plan.row_tiles * plan.column_tiles);
   return plan;
 }
 
-void refuse_double(bool fp64) {
-  if (fp64) throw std::runtime_error("these kernels compute in fp32");
-}
-
 }  // namespace
 
-int64_t pair_costs_workspace_bytes(int64_t clouds, int64_t rows, int64_t columns, bool fp64, int device) {
-  refuse_double(fp64);
-  OnDevice guard(device);
-  return 2 * plan_costs(clouds, rows, columns, device).ranges * clouds * rows * rows * (int64_t)sizeof(float);
+int64_t pair_costs_bytes(const PairCostsCall& call) {
+  OnDevice guard(call.run.device);
+  return 2 * plan_costs(call).ranges * call.clouds * call.rows * call.rows * (int64_t)sizeof(float);
 }
 
-void pair_costs(const PairCostsCall& call, int device, void* stream) {
-  refuse_double(call.fp64);
-  OnDevice guard(device);
-  const PairCostsPlan plan = plan_costs(call.clouds, call.rows, call.columns, device);
-  cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)stream);
-  const PairCostsKernel kernel = pair_costs_kernel_of(call.kind, call.moments, takes_small_squares(call.rows));
+void pair_costs(const PairCostsCall& call) {
+  OnDevice guard(call.run.device);
+  const PairCostsPlan plan = plan_costs(call);
+  cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
+  const PairCostsKernel kernel = pair_costs_kernel_of(call.kind, !!call.moments, takes_small_squares(call.rows));
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel, call, plan);
   const int64_t blocks = parts_of(call.clouds * call.rows * call.rows, kFinishedPairs);
   const Launch finish = {1, kFinishedPairs * kPartsOfRanges, kSharedOfFinish, grid_of(blocks)};
-  config = launch_config(finish, nullptr, (cudaStream_t)stream);
+  config = launch_config(finish, nullptr, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, finish_pairs_kernel_of(call.kind), call, plan.ranges);
 }
 
-int64_t pair_gradient_workspace_bytes(int64_t, int64_t, int64_t, bool fp64, int) {
-  refuse_double(fp64);
-  return 0;
-}
+int64_t pair_gradient_bytes(const PairGradientCall&) { return 0; }
 
-void pair_gradient(const PairGradientCall& call, int device, void* stream) {
-  refuse_double(call.fp64);
-  OnDevice guard(device);
+void pair_gradient(const PairGradientCall& call) {
+  OnDevice guard(call.run.device);
   const int rows = call.rows <= 16 ? 16 : call.rows <= 32 ? 32 : 64;
-  const PairGradientPlan plan = plan_gradient(call, rows, device);
-  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)stream);
+  const PairGradientPlan plan = plan_gradient(call, rows);
+  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, pair_gradient_kernel_of(call.kind, rows), call, plan);
 }
 

@@ -5,7 +5,7 @@
 
 #include <stdexcept>
 
-#include "../rows_call.h"
+#include "../calls/rows.h"
 #include "groups.h"
 #include "launch.h"
 #include "team.h"

@@ -22,10 +22,10 @@ struct RowNumbers {
   template <class Call>
   __device__ RowNumbers(const Call& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
     if (row >= call.rows) return;
-    scale = per_row(call.row_scale, row);
-    temperature = per_row(call.temperature, row);
-    if (call.hard_weight.data) hard_weight = per_row(call.hard_weight, row);
-    if (call.labels) label = load(call.labels + row);
+    scale = per_row(call.options.row_scale, row);
+    temperature = per_row(call.options.temperature, row);
+    if (call.options.hard_weight.data) hard_weight = per_row(call.options.hard_weight, row);
+    if (call.options.labels) label = load(call.options.labels + row);
   }
   __device__ bool skipped() const { return scale == 0; }
   template <class Call> __device__ bool swept(const Call& call) const {
@@ -42,7 +42,7 @@ template <class Call> inline __device__ const char* row_start(const Logits& x, c
 }
 
 template <class Call>
-inline __device__ void write_column(void* matrix, const Call& call, int64_t row, const float* values, int count) {
+inline __device__ void write_column(Numbers matrix, const Call& call, int64_t row, const float* values, int count) {
   for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
 }
 

@@ -54,16 +54,10 @@
 #include "device.h"
 #include "groups.h"
 #include "launch.h"
-#include "linear.h"
-#include "pairwise.h"
 #include "plan.h"
 #include "row.h"
-#include "rows.h"
-#include "sinkhorn.h"
 #include "table.h"
 #include "team.h"
-#include "topk.h"
-#include "uld.h"
 
 namespace kdk {
 namespace cuda {
@@ -271,16 +265,16 @@ struct Outcome {
   float unit_log_sum, label_logit;  // label_logit: the student's
 
   // With the label, at temperature 1.
-  __device__ float cross_entropy() const { return call.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
   __device__ void write_loss(float phi) const {
-    float factor = call.temperature_squared ? numbers.temperature * numbers.temperature : 1;
+    float factor = call.options.temperature_squared ? numbers.temperature * numbers.temperature : 1;
     float loss = weighted(1 - numbers.hard_weight, factor * phi);
     if (numbers.hard_weight != 0) loss += numbers.hard_weight * cross_entropy();
     store((float*)call.loss + row, numbers.scale * loss);
   }
   __device__ void write_statistics(float phi, const Statistics& x) const {
     float student_label = 0, teacher_label = 0;
-    if (call.labels) {
+    if (call.options.labels) {
       const char* teacher_row = row_start(call.teacher, call, row);
       student_label = student.log_prob(label_logit);
       teacher_label = teacher.log_prob(load_logit(teacher_row, call.teacher.dtype, numbers.label));
@@ -311,7 +305,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
 
   // The gradient may take the place of the logits, and any block of the team that of the label: its logit is loaded
   // before the first merge, which no thread leaves before all have come to it.
-  const bool labelled = call.labels && (call.sweeps & kSums) && team.first_thread();
+  const bool labelled = call.options.labels && (call.sweeps & kSums) && team.first_thread();
   float label_logit = 0;
   if (labelled) label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
 
@@ -345,7 +339,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.label = (int)numbers.label - first_column;
   gradient.aligned = (uint64_t)gradient.data % 16 == 0;
   gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
-                  (call.temperature_squared ? numbers.temperature : at.inverse_temperature);
+                  (call.options.temperature_squared ? numbers.temperature : at.inverse_temperature);
   gradient.hard = numbers.scale * numbers.hard_weight;
   gradient.student_max = floats[0], gradient.unit_log_sum = floats[4];
   // An infinite slope leaves the whole row without a gradient.
@@ -463,9 +457,9 @@ namespace {
 
 using Kernel = void (*)(const RowsCall, const Plan);
 
-Kernel kernel_of(int divergence, Way way) {
+Kernel kernel_of(Divergence asked, Way way) {
   int index = 0;
-  if (divergence < 0) divergence = 0;  // row floats are the same for all
+  const int divergence = asked == Divergence::none ? 0 : (int)asked;  // row floats are the same for all
 #define KDK_CASE(key, Struct)                                                       \
   if (divergence == index++)                                                        \
     return way == Way::halves   ? rows_kernel<Struct<float>, Way::halves>           \
@@ -480,10 +474,10 @@ Kernel kernel_of(int divergence, Way way) {
 constexpr int kDivergences = 0 KDK_DIVERGENCES(KDK_ONE);
 #undef KDK_ONE
 
-bool knows_slope_sum(int divergence) {
+bool knows_slope_sum(Divergence divergence) {
   int index = 0;
 #define KDK_CASE(key, Struct) \
-  if (divergence == index++) return slope_sum_of<Struct<float>> != SlopeSum::swept;
+  if ((int)divergence == index++) return slope_sum_of<Struct<float>> != SlopeSum::swept;
   KDK_DIVERGENCES(KDK_CASE)
 #undef KDK_CASE
   return false;
@@ -509,47 +503,38 @@ Shape shape_of(const RowsCall& call) {
 
 }  // namespace
 
-void rows(const RowsCall& original, int device, void* stream) {
+void rows(const RowsCall& original) {
   if (original.rows == 0) return;
   RowsCall call = original;
   call.inner = collapse(call.rows, call.inner, call.student, call.teacher);
+  const int device = call.run.device;
   OnDevice guard(device);
   const Plan launch = plan(shape_of(call), Chip(device, scale_kernel), device,
                            [&](Way way) { return kernel_of(call.divergence, way); });
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
+  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, launch.way), call, launch);
 }
 
-void scale_rows(void* x, Dtype dtype, int64_t rows, int64_t columns, PerRow factor, int device, void* stream) {
+void scale_rows(const ScaleRowsCall& call) {
+  const int64_t rows = call.rows, columns = call.columns;
   if (rows == 0 || columns == 0) return;
-  OnDevice guard(device);
-  const int64_t blocks = 8 * Chip(device, scale_kernel).multiprocessors;
+  OnDevice guard(call.run.device);
+  const int64_t blocks = 8 * Chip(call.run.device, scale_kernel).multiprocessors;
   const Launch launch = {1, threads_for(columns, 2, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, scale_kernel, (char*)x, dtype, rows, columns, factor);
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, scale_kernel, (char*)call.x, call.x.dtype, rows, columns, call.factor);
 }
 
-std::string refusal(int device) {
-  try {
-    int devices = 0;
-    KDK_CHECK(cudaGetDeviceCount, &devices);
-    OnDevice guard(device);
-    // Of every kernel, so that all are loaded: a CUDA graph may capture the first call.
-    cudaFuncAttributes attributes;
-    KDK_CHECK(cudaFuncGetAttributes, &attributes, scale_kernel);
-    for (int divergence = 0; divergence < kDivergences; ++divergence)
-      for (Way way : {Way::streaming, Way::staged, Way::halves})
-        KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of(divergence, way));
-    load_linear();
-    load_pairwise();
-    load_sinkhorn();
-    load_topk();
-    load_uld();
-  } catch (const std::runtime_error& error) {
-    return error.what();
-  }
-  return "";
+int64_t rows_bytes(const RowsCall&) { return 0; }
+int64_t scale_rows_bytes(const ScaleRowsCall&) { return 0; }
+
+void load_rows() {
+  cudaFuncAttributes attributes;
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, scale_kernel);
+  for (int divergence = 0; divergence < kDivergences; ++divergence)
+    for (Way way : {Way::streaming, Way::staged, Way::halves})
+      KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of((Divergence)divergence, way));
 }
 
 }  // namespace cuda

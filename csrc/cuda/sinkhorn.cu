@@ -1,4 +1,4 @@
-// Sinkhorn's iterations on an NVIDIA GPU: the twin of csrc/cpu/sinkhorn.cpp. transport_call.h has the formulas.
+// Sinkhorn's iterations on an NVIDIA GPU: the twin of csrc/cpu/sinkhorn.cpp. calls/sinkhorn.h has the formulas.
 //
 // A block works on a problem from its costs to its derivatives, and then on another. Its threads read costs along rows,
 // where they lie side by side: of a row's sum each lane of a warp has a part, of a column's each warp. Two domains:
@@ -29,7 +29,6 @@
 
 #include "device.h"
 #include "launch.h"
-#include "sinkhorn.h"
 #include "table.h"
 #include "team.h"
 
@@ -616,7 +615,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   float* vectors = (float*)memory + 2 * (blockDim.x > m ? (int)blockDim.x : m);
   const Points rows(vectors, n), columns(vectors + Points::kVectors * n, m);
   vectors += Points::kVectors * (n + m);
-  float* const workspace = (float*)call.workspace + blockIdx.x * plan.workspace;
+  float* const workspace = (float*)call.run.workspace + blockIdx.x * plan.workspace;
   const Matrix<kept> matrix = {kept == Kept::nothing ? workspace : vectors};
   const History<kept> history = {
       kept == Kept::matrix_and_history ? vectors + n * m : kept == Kept::matrix ? workspace : workspace + n * m, n, m,
@@ -646,7 +645,9 @@ SinkhornKernel sinkhorn_kernel_of(Kept kept) {
 }
 
 // Some 16 pairs a thread: a problem that is small leaves its multiprocessor to others.
-SinkhornPlan plan_sinkhorn(int64_t problems, int64_t n, int64_t m, int64_t iterations, bool unrolled, int device) {
+SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
+  const int64_t n = call.n, m = call.m;
+  const int device = call.run.device;
   const Chip chip(device, sinkhorn_kernel_of(Kept::nothing));
   SinkhornPlan plan = {};
   plan.blocks = 1;
@@ -659,7 +660,7 @@ SinkhornPlan plan_sinkhorn(int64_t problems, int64_t n, int64_t m, int64_t itera
                              " points take " + std::to_string(vectors) + " bytes of shared memory beside their " +
                              "costs, and a block of this device may have " + std::to_string(chip.shared) +
                              "; the backend reference takes any number");
-  const int64_t matrix = n * m, history = unrolled ? History<Kept::nothing>::floats(n, m, iterations) : 0;
+  const int64_t matrix = n * m, history = call.unrolled ? History<Kept::nothing>::floats(n, m, call.iterations) : 0;
   auto fits = [&](int64_t more) { return vectors + more * (int64_t)sizeof(float) <= chip.shared; };
   plan.kept = fits(matrix + history) ? Kept::matrix_and_history : fits(matrix) ? Kept::matrix : Kept::nothing;
   const int64_t shared = plan.kept == Kept::nothing ? 0 : plan.kept == Kept::matrix ? matrix : matrix + history;
@@ -667,25 +668,24 @@ SinkhornPlan plan_sinkhorn(int64_t problems, int64_t n, int64_t m, int64_t itera
   plan.workspace = matrix + history - shared;
   const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.kept), plan, chip, device);
   if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
-  plan.grid = (int)(problems < at_once ? problems : at_once);
+  plan.grid = (int)(call.problems < at_once ? call.problems : at_once);
   return plan;
 }
 
 }  // namespace
 
-int64_t sinkhorn_workspace_bytes(int64_t problems, int64_t n, int64_t m, int64_t iterations, bool fp64, bool unrolled,
-                                 int device) {
-  if (fp64) throw std::runtime_error("these kernels compute in fp32");
-  OnDevice guard(device);
-  const SinkhornPlan plan = plan_sinkhorn(problems, n, m, iterations, unrolled, device);
+int64_t sinkhorn_bytes(const SinkhornCall& call) {
+  OnDevice guard(call.run.device);
+  const SinkhornPlan plan = plan_sinkhorn(call);
   return plan.grid * plan.workspace * (int64_t)sizeof(float);
 }
 
-void sinkhorn(const SinkhornCall& call, int device, void* stream) {
-  if (call.fp64) throw std::runtime_error("these kernels compute in fp32");
-  OnDevice guard(device);
-  const SinkhornPlan plan = plan_sinkhorn(call.problems, call.n, call.m, call.iterations, call.unrolled, device);
-  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)stream);
+// A std::runtime_error where the n + m points of a problem do not fit the shared memory of a block: on an H100, above
+// some 5,700. A problem that holds a NaN, or whose epsilon no problem has, becomes NaN.
+void sinkhorn(const SinkhornCall& call) {
+  OnDevice guard(call.run.device);
+  const SinkhornPlan plan = plan_sinkhorn(call);
+  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, sinkhorn_kernel_of(plan.kept), call, plan);
 }
 

@@ -1,6 +1,6 @@
 // Sparse teachers on an NVIDIA GPU: the twin of csrc/cpu/topk.cpp.
 //
-// ---- The loss of a row against K entries and the bucket of all other classes (topk_call.h). A team works on a row, as
+// ---- The loss of a row against K entries and the bucket of all other classes (calls/topk.h). A team works on a row, as
 // in rows.cu, and reads its logits once (staged) or once a sweep (streaming):
 //
 //     names       a bit for each class that an entry names, in shared memory
@@ -44,7 +44,6 @@
 #include "row.h"
 #include "table.h"
 #include "team.h"
-#include "topk.h"
 
 namespace kdk {
 namespace cuda {
@@ -289,7 +288,7 @@ struct TopkGradient {
 template <class Body> inline __device__ void with_divergence(const TopkRowsCall& call, Body body) {
   int number = 0;
 #define KDK_CASE(key, Struct) \
-  if (call.divergence == number++) return body(Struct<float>((const float*)call.parameters));
+  if ((int)call.divergence == number++) return body(Struct<float>((const float*)call.parameters));
   KDK_DIVERGENCES(KDK_CASE)
 #undef KDK_CASE
 }
@@ -310,10 +309,10 @@ inline __device__ void fill_row(const TopkRowsCall& call, const Team& team, int6
 
 // Whether a label's cross-entropy is wanted, and whether the classes that no entry names are.
 inline __host__ __device__ bool wants_label(const TopkRowsCall& call) {
-  return call.labels && (call.hard_weight.data || call.statistics);
+  return call.options.labels && (call.options.hard_weight.data || call.statistics);
 }
 inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
-  return !call.conditional || call.hard_weight.data || call.statistics;
+  return !call.conditional || call.options.hard_weight.data || call.statistics;
 }
 
 // The loss and the statistics of a row, by one thread.
@@ -325,9 +324,9 @@ struct TopkOutcome {
   float unit_log_sum, label_logit;  // label_logit: the student's
 
   // With the label, at temperature 1.
-  __device__ float cross_entropy() const { return call.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
   __device__ void write_loss(float phi) const {
-    const float factor = call.temperature_squared ? numbers.temperature * numbers.temperature : 1;
+    const float factor = call.options.temperature_squared ? numbers.temperature * numbers.temperature : 1;
     float loss = weighted(1 - numbers.hard_weight, factor * phi);
     if (numbers.hard_weight != 0) loss += numbers.hard_weight * cross_entropy();
     store((float*)call.loss + row, numbers.scale * loss);
@@ -343,10 +342,10 @@ struct TopkOutcome {
       teacher.add_teacher(lp);
     }
     float student_label = 0, teacher_label = 0;
-    if (call.labels) {
+    if (call.options.labels) {
       student_label = student.log_prob(label_logit);
       const bool named = x.label_entry != INT32_MAX;
-      const void* from = named ? call.log_probs : call.tail_log_prob;
+      const Numbers& from = named ? call.log_probs : call.tail_log_prob;
       teacher_label = load((const float*)from + (named ? row * call.entries + x.label_entry : row));
     }
     const float nan_or_0 = masses.teacher_sum == masses.teacher_sum ? 0 : NAN;
@@ -372,7 +371,7 @@ template <Way way>
 inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowNumbers& numbers,
                                       const char* logits, int first_column, const Slice& student, const Names& names) {
   const Dtype dtype = call.student.dtype;
-  const bool labelled = wants_label(call), unit = call.hard_weight.data || labelled;
+  const bool labelled = wants_label(call), unit = call.options.hard_weight.data || labelled;
   const Tempering at(numbers.temperature, unit);
   const float* log_probs = (const float*)call.log_probs + row * call.entries;
   // The gradient may take the place of the logits: the label's is loaded before the first merge, which no thread leaves
@@ -418,7 +417,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
       statistics.teacher_entropy -= weighted(p, lp);
       if (logit == max) statistics.student_first = min(statistics.student_first, column);
       if (lp == masses.teacher_max) statistics.teacher_first = min(statistics.teacher_first, column);
-      if (call.labels && column == numbers.label) statistics.label_entry = (int)k;
+      if (call.options.labels && column == numbers.label) statistics.label_entry = (int)k;
     });
     statistics = team.merged(statistics);
   }
@@ -450,7 +449,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
   gradient.dtype = dtype;
   gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
-                  (call.temperature_squared ? numbers.temperature : at.inverse_temperature);
+                  (call.options.temperature_squared ? numbers.temperature : at.inverse_temperature);
   gradient.hard = numbers.hard_weight == 0 ? 0 : numbers.scale * numbers.hard_weight;  // the scale may be NaN
   // An infinite slope leaves the whole row without a gradient.
   gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
@@ -829,7 +828,7 @@ TopkRowsKernel topk_rows_kernel_of(Way way) {
 Shape shape_of(const TopkRowsCall& call) {
   Shape shape = {};
   shape.rows = call.rows, shape.columns = call.columns;
-  const bool gradient = call.gradient && (!call.conditional || call.hard_weight.data);
+  const bool gradient = call.gradient.data && (!call.conditional || call.options.hard_weight.data);
   shape.sweeps = wants_others(call) ? 1 + !!call.statistics + gradient : 0;
   shape.column_bytes = bytes_of(call.student.dtype);
   shape.column_bits = 1;
@@ -839,7 +838,7 @@ Shape shape_of(const TopkRowsCall& call) {
 }
 
 // Twice as many maxima as words that are sought, so that few more reach what k of them do; room for twice as many.
-TopkPlan plan_topk(const TopkCall& call, const Chip& chip, int device) {
+TopkPlan plan_topk(const TopkCall& call, const Chip& chip) {
   Shape shape = {};
   shape.rows = call.rows, shape.columns = call.columns, shape.sweeps = 2;
   shape.column_bytes = bytes_of(call.logits.dtype);
@@ -855,7 +854,7 @@ TopkPlan plan_topk(const TopkCall& call, const Chip& chip, int device) {
   const int around = sizeof(Board) + sizeof(uint64_t);
   while (plan.room > 1 && around + plan.room * (int)sizeof(uint64_t) > chip.shared) plan.room /= 2;
   plan.shared = around + plan.room * (int)sizeof(uint64_t);
-  const int64_t at_once = teams_at_once(topk_kernel, plan, chip, device);
+  const int64_t at_once = teams_at_once(topk_kernel, plan, chip, call.run.device);
   if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
   const int64_t teams = limited_teams(at_once, shape, chip, 1, rows_in_cache(shape, chip));
   plan.grid = (int)(teams < call.rows ? teams : call.rows);
@@ -864,26 +863,31 @@ TopkPlan plan_topk(const TopkCall& call, const Chip& chip, int device) {
 
 }  // namespace
 
-void topk_rows(const TopkRowsCall& original, int device, void* stream) {
+void topk_rows(const TopkRowsCall& original) {
   if (original.rows == 0) return;
   TopkRowsCall call = original;
   call.inner = collapse(call.rows, call.inner, call.student);
+  const int device = call.run.device;
   OnDevice guard(device);
   const Plan launch = plan(shape_of(call), Chip(device, topk_kernel), device, topk_rows_kernel_of);
   cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)stream);
+  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, topk_rows_kernel_of(launch.way), call, launch);
 }
 
-void topk(const TopkCall& original, int device, void* stream) {
+// A row that holds a NaN, or whose temperature no row has, is NaN with the classes from 0 on.
+void topk(const TopkCall& original) {
   if (original.rows == 0) return;
   TopkCall call = original;
   call.inner = collapse(call.rows, call.inner, call.logits);
-  OnDevice guard(device);
-  const TopkPlan launch = plan_topk(call, Chip(device, topk_kernel), device);
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
+  OnDevice guard(call.run.device);
+  const TopkPlan launch = plan_topk(call, Chip(call.run.device, topk_kernel));
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, topk_kernel, call, launch);
 }
+
+int64_t topk_rows_bytes(const TopkRowsCall&) { return 0; }
+int64_t topk_bytes(const TopkCall&) { return 0; }
 
 void load_topk() {
   cudaFuncAttributes attributes;

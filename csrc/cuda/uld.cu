@@ -16,7 +16,6 @@
 #include "launch.h"
 #include "row.h"
 #include "table.h"
-#include "uld.h"
 
 namespace kdk {
 namespace cuda {
@@ -31,9 +30,9 @@ struct Ranks {
   float max, factor;  // 1 / sum of exponentials
   Tempering at;
 
-  __device__ Ranks(const void* data, Dtype dtype, int64_t row, int64_t columns, Tempering at)
-      : row((const char*)data + row * columns * bytes_of(dtype)),
-        dtype(dtype),
+  __device__ Ranks(const Stored& ranked, int64_t row, int64_t columns, Tempering at)
+      : row((const char*)ranked + row * columns * bytes_of(ranked.dtype)),
+        dtype(ranked.dtype),
         columns((int)columns),
         factor(1),
         at(at) {
@@ -97,15 +96,15 @@ inline __device__ void write_row(const RankedUldCall& call, int64_t row, float l
 // All of the block; of the columns from `first` to before `end`.
 inline __device__ void fill(const RankedUldCall& call, int64_t row, int64_t first, int64_t end, float value) {
   if (!call.gradient) return;
-  char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(call.student_dtype);
-  for (int64_t i = first + threadIdx.x; i < end; i += kUldThreads) store_logit(data, call.student_dtype, i, value);
+  char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(call.student.dtype);
+  for (int64_t i = first + threadIdx.x; i < end; i += kUldThreads) store_logit(data, call.student.dtype, i, value);
 }
 
 inline __device__ void sweep_row(const RankedUldCall& call, Team& team, int* of_warp, int64_t row, float scale,
                                  float temperature) {
   const Tempering at(temperature, false);
-  Ranks student(call.student, call.student_dtype, row, call.student_columns, at);
-  Ranks teacher(call.teacher, call.teacher_dtype, row, call.teacher_columns, at);
+  Ranks student(call.student, row, call.student_columns, at);
+  Ranks teacher(call.teacher, row, call.teacher_columns, at);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const Stretch stretch(student.columns > teacher.columns ? student.columns : teacher.columns);
 
@@ -180,16 +179,19 @@ __global__ void __launch_bounds__(kUldThreads, 2) uld_kernel(const __grid_consta
 
 // ---- the host
 
-void uld(const RankedUldCall& call, int device, void* stream) {
+void ranked_uld(const RankedUldCall& call) {
   if (call.rows == 0) return;
+  const int device = call.run.device;
   OnDevice guard(device);
   Launch launch = {1, kUldThreads, (int)(sizeof(Board) + kUldWarps * sizeof(int)), 0};
   const int64_t teams = teams_at_once(uld_kernel, launch, Chip(device, uld_kernel), device);
   if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
   launch.grid = (int)(teams < call.rows ? teams : call.rows);
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)stream);
+  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, uld_kernel, call);
 }
+
+int64_t ranked_uld_bytes(const RankedUldCall&) { return 0; }
 
 void load_uld() {
   cudaFuncAttributes attributes;

@@ -1,6 +1,6 @@
 """The pairwise family in Triton: costs between the rows of two clouds of logits, and back to the student's logits.
 
-csrc/transport_call.h says what is computed, of p_i and q_j, the softmaxes of a student's and a teacher's rows:
+csrc/calls/pairwise.h says what is computed, of p_i and q_j, the softmaxes of a student's and a teacher's rows:
 
     costs       a program works on a tile of pairs (i, j) and a share of the classes: sums over it    -> parts
                 a second kernel adds the parts in their order, and takes l2's root                    -> costs, moments

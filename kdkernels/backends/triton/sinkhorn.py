@@ -1,6 +1,6 @@
 """The Sinkhorn family in Triton, of problems [n, m]: rounds, their value, and its derivatives through all of them.
 
-csrc/transport_call.h says what is computed. Potentials are over epsilon here, u = f / epsilon and v = g / epsilon, and
+csrc/calls/sinkhorn.h says what is computed. Potentials are over epsilon here, u = f / epsilon and v = g / epsilon, and
 the exponents of a half-step relative to their maximum where there is mass, its base:
 
     u_i = -(log sum_j b_j exp(v_j - C_ij / epsilon - base_i) + base_i)

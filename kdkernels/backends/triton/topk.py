@@ -1,6 +1,6 @@
 """The top-k family in Triton, the twin of csrc/cpu/topk.cpp: a loss against a sparse teacher, and its extraction.
 
-csrc/topk_call.h says what is computed. One program works on one row, a tile of BLOCK columns at a time:
+csrc/calls/topk.h says what is computed. One program works on one row, a tile of BLOCK columns at a time:
 
     topk_rows   others      running maximum, and the sum of exponentials, of the classes that no entry names
                 entries     their logits, gathered: the row's normaliser, then phi and psi of each and of the bucket
@@ -554,7 +554,7 @@ def topk_result_kernel(keys, floats, indices, log_probs, rows, k, LANES: tl.cons
         tl.store(log_probs + row * k + lane, log_prob, mask=lane < k)
 
 
-# ---- the operators: what they take and return is said in ../native.py
+# ---- the operators: what they take and return is said in ../native/topk.py
 
 
 def topk_rows(

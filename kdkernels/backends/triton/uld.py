@@ -1,4 +1,4 @@
-"""Universal Logit Distillation in Triton, the twin of csrc/cuda/uld.cu; csrc/uld_call.h says what is computed.
+"""Universal Logit Distillation in Triton, the twin of csrc/cuda/uld.cu; csrc/calls/uld.h says what is computed.
 
 torch.sort ranks the logits, rows of some hundred MiB at a time. Then, a tile of BLOCK ranks at a time:
 

@@ -1,0 +1,139 @@
+"""The kernels of csrc/, CPU and CUDA: loads the compiled module and launches its kernels, a call's fields by name.
+
+`cpu` and `cuda` have one function per operator (see ops.py), a family of them a file. They differ in how a kernel is
+launched, and in which tensors they refuse.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...families.options import check_values
+from .linear import CpuLinearKernels, LinearKernels
+from .pairwise import PairwiseKernels
+from .rows import RowKernels
+from .sinkhorn import CpuSinkhornKernels, SinkhornKernels
+from .topk import CpuTopkKernels, TopkKernels
+from .uld import RankedUldKernel, UldKernel
+
+try:
+    from ... import _native
+
+    missing_because = None
+except Exception as error:  # a missing module, a missing OpenMP runtime, an instruction set that was forced
+    _native = None
+    missing_because = f"{type(error).__name__}: {error}"
+
+
+def build_record() -> dict:
+    """What setup.py wrote when the package was built."""
+    path = Path(__file__).parents[2] / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {"native_missing_because": "no build has run here"}
+
+
+# Why the module has no CUDA kernels, or None. Read here: a compiler that traces `refuse` cannot read files.
+cuda_missing_because = None
+if not hasattr(_native, "cuda_rows"):
+    cuda_missing_because = build_record().get("cuda_missing_because") or "the build gave no reason"
+
+_HUGE_PAGE = 2 << 20
+_MOST_POINTS = 2048  # a side of a transport problem, whose vectors lie in the shared memory of a block
+
+
+def refuse(name: str, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+    """Why "cpu" or "cuda" cannot serve these tensors, or None. `points`: the larger side of a transport problem."""
+    return KERNELS[name].refuse(student, teacher, points)
+
+
+class Cpu(RowKernels, CpuLinearKernels, CpuTopkKernels, PairwiseKernels, CpuSinkhornKernels, UldKernel):
+    def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+        if _native is None:
+            return _missing()
+        if student.device.type != "cpu" or teacher.device.type != "cpu":
+            return f"it takes CPU tensors; got student on {student.device} and teacher on {teacher.device}"
+        return None
+
+    def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
+        """Raises where a kept row has a label, temperature or hard weight that no loss has."""
+        if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, torch.get_num_threads()):
+            check_values(fields["options"], fields["columns"])
+            raise RuntimeError("the kernel found a value in a row option that the check of values does not")
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+        """An uninitialised tensor; the memory of a large one is advised to be huge pages."""
+        made = torch.empty(shape, dtype=dtype, device=device)
+        if made.nbytes >= _HUGE_PAGE:
+            _native.advise_huge_pages(made.data_ptr(), made.nbytes)
+        return made
+
+
+class Cuda(RowKernels, LinearKernels, TopkKernels, PairwiseKernels, SinkhornKernels, RankedUldKernel):
+    """On the current stream of the tensors' device; nothing waits for it.
+
+    The tests run the kernels on a CPU, through a module that a host compiler made of the same files: they set `module`
+    to it and `device_type` to "cpu". "auto" never chooses that.
+    """
+
+    module = None  # None: the compiled module
+    device_type = "cuda"
+
+    def compiled(self):
+        """The module whose functions are launched."""
+        return _native if self.module is None else self.module
+
+    def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+        if self.module is None:
+            if _native is None:
+                return _missing()
+            if cuda_missing_because is not None:
+                return f"the native module was built without CUDA kernels ({cuda_missing_because})"
+            if torch.version.hip is not None:
+                return "it takes tensors of an NVIDIA GPU, and this torch is a ROCm build; triton serves there"
+        if student.device != teacher.device or student.device.type != self.device_type:
+            return (
+                f"it takes tensors on one {self.device_type} device; "
+                f"got student on {student.device} and teacher on {teacher.device}"
+            )
+        if torch.float64 in (student.dtype, teacher.dtype):
+            return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
+        if points > _MOST_POINTS:
+            return f"it takes transport problems of at most {_MOST_POINTS} points a side; got {points}"
+        return _cuda_device_refusal(student.device.index or 0) or None
+
+    def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
+        function = getattr(self.compiled(), f"cuda_{kernel}")
+        allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+        if self.device_type == "cpu":
+            function(fields, allocate, 0, 0)
+            return
+        with torch.cuda.device(device):
+            function(fields, allocate, device.index, torch.cuda.current_stream(device).cuda_stream)
+
+
+cpu, cuda = Cpu(), Cuda()
+KERNELS = {"cpu": cpu, "cuda": cuda}
+
+
+@functools.cache
+def _asked_once(module, device: int) -> str:
+    return module.cuda_refusal(device)
+
+
+def _cuda_device_refusal(device: int) -> str:
+    return _asked_once(cuda.compiled(), device)
+
+
+# What torch.compiler.assume_constant_result does, which would import the compiler (1.2 s, and Triton) to do it: while a
+# call is traced this is called, and its answer taken for a constant.
+_cuda_device_refusal._dynamo_marked_constant = True
+
+
+def _missing() -> str:
+    return f"the native module is not there ({missing_because}); `python -m kdkernels.info` says more"
+
+
+def _cpu_bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)

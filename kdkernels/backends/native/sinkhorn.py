@@ -1,0 +1,64 @@
+"""The Sinkhorn family: csrc/calls/sinkhorn.h says what the kernels do."""
+
+import torch
+from torch import Tensor
+
+from ...families.sinkhorn import Sinkhorn
+from .launcher import Launcher
+
+
+class SinkhornKernels(Launcher):
+    def sinkhorn(self, problem: Sinkhorn, unrolled: bool):
+        """Values, potentials, errors and rounds done, and the gradients with respect to cost, a and b (or empty)."""
+        cost, a, b = problem[:3]
+        problems, n, m = cost.shape
+        found = {
+            "value": cost.new_empty(problems),
+            "f": torch.empty_like(a),
+            "g": torch.empty_like(b),
+            "error": cost.new_empty(problems),
+            "done": torch.empty(problems, dtype=torch.int32, device=cost.device),
+        }
+        for name, x in (("of_cost", cost), ("of_a", a), ("of_b", b)):
+            found[name] = torch.empty_like(x) if unrolled else cost.new_empty(0)
+        if problems:
+            fields = {
+                "problems": problems,
+                "n": n,
+                "m": m,
+                "iterations": problem.iterations,
+                "entropic": problem.entropic,
+                "unrolled": unrolled,
+                "cost": cost,
+                "a": a,
+                "b": b,
+                "epsilon": problem.epsilon,
+                "tolerance": problem.tolerance,
+                **found,
+            }
+            self.launch("sinkhorn", cost.device, fields)
+        return tuple(found.values())
+
+
+class CpuSinkhornKernels(SinkhornKernels):
+    def plan_gradient(self, problem: Sinkhorn, f: Tensor, g: Tensor, implicit: bool):
+        """The results of `families.sinkhorn.plan_gradient`, in a fraction of its time and memory."""
+        cost, a, b = problem[:3]
+        problems, n, m = cost.shape
+        found = {f"of_{name}": torch.empty_like(x) for name, x in (("cost", cost), ("a", a), ("b", b))}
+        if cost.numel():
+            fields = {
+                "problems": problems,
+                "n": n,
+                "m": m,
+                "implicit": implicit,
+                "cost": cost,
+                "a": a,
+                "b": b,
+                "f": f,
+                "g": g,
+                "epsilon": problem.epsilon,
+                **found,
+            }
+            self.launch("plan_gradient", cost.device, fields)
+        return tuple(found.values())
