@@ -10,7 +10,7 @@ from strategies import DTYPES
 from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close, rounding
 
 from kdkernels.backends import ROW_STATISTICS, reference
-from kdkernels.backends.triton import kernels
+from kdkernels.backends.triton import kernels, launch
 from kdkernels.backends.triton import topk as family
 
 INF = float("inf")
@@ -22,7 +22,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles in few columns."""
-    monkeypatch.setattr(family, "_BLOCK", 64)
+    monkeypatch.setattr(launch, "_TOPK_BLOCK", 64)
 
 
 # ---- losses
@@ -236,7 +236,7 @@ def test_matches_fp64(divergence):
     def property_holds(recipe):
         with pytest.MonkeyPatch.context() as patch:
             if recipe.small_tiles:
-                patch.setattr(family, "_BLOCK", 256)
+                patch.setattr(launch, "_TOPK_BLOCK", 256)
             recipe.make(divergence).check()
 
     property_holds()
@@ -452,7 +452,7 @@ def test_topk_matches_fp64(vocab, k, dtype, leading, scale, padding, steps, per_
         temperature = 0.5 + torch.rand(rows, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         if small_tiles:
-            patch.setattr(family, "_BLOCK", 256)
+            patch.setattr(launch, "_TOPK_BLOCK", 256)
         check_topk(wide.to(DEVICE)[:, :-1], min(k or vocab, vocab), vocab, row_scale.to(DEVICE), temperature.to(DEVICE))
 
 
