@@ -6,7 +6,7 @@ import pytest
 import torch
 from truth import BACKENDS, DIVERGENCES, assert_gradient_close, assert_loss_close, device_of, rounding, run, truth
 
-from kdkernels import CATALOGUE, Divergence
+from kdkernels import CATALOGUE, Divergence, fused_divergence, topk_log_probs
 
 INF = math.inf
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -60,6 +60,32 @@ def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, valu
             assert not got.gradient[1].isfinite().any()
         whole = run(student, teacher, "js", reduction="mean", normalizer=0, **options)
         assert not whole.loss.isfinite() and not whole.gradient.isfinite().any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("sparse", [False, True], ids=["logits", "sparse"])
+@each_gradient
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_a_hard_weight_of_0_drops_the_label_term_of_an_infinite_row_scale(backend, sparse, gradient, value):
+    """inf * 0 is NaN. The row has the infinite gradient that it has without labels."""
+    device = device_of(backend)
+    student, teacher = torch.randn(3, 50, device=device), torch.randn(3, 50, device=device)
+    if sparse:
+        teacher = topk_log_probs(teacher, 7)
+    weight = torch.tensor([1.0, value, 1.0], device=device)
+    label_term = {
+        "labels": torch.tensor([1, 2, 3], device=device),
+        "hard_weight": torch.tensor([0.5, 0.0, 0.5], device=device),
+    }
+    found = []
+    for options in ({}, label_term):
+        leaf = student.clone().requires_grad_()
+        options = {"row_weight": weight, "gradient": gradient, "backend": backend, "reduction": "none", **options}
+        loss = fused_divergence(leaf, teacher, "js", **options)
+        found.append((loss[1].detach(), torch.autograd.grad(loss.sum(), leaf)[0][1]))
+    (loss_alone, gradient_alone), (loss, row) = found
+    assert row.isinf().all() and torch.equal(row, gradient_alone)
+    assert loss == loss_alone == value
 
 
 @each_divergence

@@ -10,7 +10,7 @@ from strategies import DTYPES
 from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close, rounding
 
 from kdkernels.backends.reference import topk as reference
-from kdkernels.backends.triton import kernels
+from kdkernels.backends.triton import kernels, launch
 from kdkernels.backends.triton import topk as family
 from kdkernels.families.rows import ROW_STATISTICS
 
@@ -23,7 +23,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many tiles in few columns."""
-    monkeypatch.setattr(family, "_BLOCK", 64)
+    monkeypatch.setattr(launch, "_TOPK_BLOCK", 64)
 
 
 # ---- losses
@@ -237,7 +237,7 @@ def test_matches_fp64(divergence):
     def property_holds(recipe):
         with pytest.MonkeyPatch.context() as patch:
             if recipe.small_tiles:
-                patch.setattr(family, "_BLOCK", 256)
+                patch.setattr(launch, "_TOPK_BLOCK", 256)
             recipe.make(divergence).check()
 
     property_holds()
@@ -453,7 +453,7 @@ def test_topk_matches_fp64(vocab, k, dtype, leading, scale, padding, steps, per_
         temperature = 0.5 + torch.rand(rows, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         if small_tiles:
-            patch.setattr(family, "_BLOCK", 256)
+            patch.setattr(launch, "_TOPK_BLOCK", 256)
         check_topk(wide.to(DEVICE)[:, :-1], min(k or vocab, vocab), vocab, row_scale.to(DEVICE), temperature.to(DEVICE))
 
 

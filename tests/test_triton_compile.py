@@ -121,7 +121,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     """{operator and options: (kernel, arguments, keyword arguments)}, as the launchers choose them."""
     import torch
 
-    from kdkernels.backends.triton import linear, pairwise, sinkhorn, topk, uld
+    from kdkernels.backends.triton import linear, pairwise, sinkhorn, topk, topk_rows, uld
     from kdkernels.backends.triton import rows as launchers
 
     def meta(*shape, dtype=torch.float32):
@@ -145,7 +145,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
         "topk": lambda: topk.topk(student, logits[2], temperature, ENTRIES, VOCABULARY),
         "topk of many": lambda: topk.topk(student, logits[2], temperature, 4096, VOCABULARY),
         "topk of one": lambda: topk.topk(one, logits[2], temperature, 1, 1),
-        "topk_rows of one": lambda: topk.topk_rows(
+        "topk_rows of one": lambda: topk_rows.topk_rows(
             one, *entries, logits[2], *label, divergence, 1, False, False, True, True
         ),
     }
@@ -177,7 +177,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
         ):
             name = "topk_rows" + options + ", conditional" * conditional
             name += ", gradient" * gradient + ", statistics" * statistics
-            calls[name] = lambda row=row, choice=(conditional, gradient, statistics): topk.topk_rows(
+            calls[name] = lambda row=row, choice=(conditional, gradient, statistics): topk_rows.topk_rows(
                 student, *entries, logits[2], *row, divergence, VOCABULARY, False, *choice
             )
 
@@ -205,7 +205,8 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     recorded, found = [], {}
     kernels = [(launchers, name) for name in ("rows_kernel", "scale_kernel")]
     kernels += [(linear, name) for name in ("softcap_kernel", "softcap_gradient_kernel")]
-    kernels += [(topk, name) for name in ("topk_rows_kernel", "topk_kernel", "topk_result_kernel")]
+    kernels += [(topk_rows, "topk_rows_kernel")]
+    kernels += [(topk, name) for name in ("topk_kernel", "topk_result_kernel")]
     kernels += [(pairwise, f"pair_{name}_kernel") for name in ("costs", "costs_sum", "gradient")]
     kernels += [(sinkhorn, name) for name in ("sinkhorn_kernel", "tiled_sinkhorn_kernel")]
     kernels += [(uld, name) for name in ("uld_ranks_kernel", "uld_gradient_kernel")]

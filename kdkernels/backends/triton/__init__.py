@@ -1,6 +1,6 @@
 """The Triton backend: NVIDIA and AMD GPUs, and a CPU under TRITON_INTERPRET=1.
 
-Triton is imported when it is used, and not to answer `refuse`.
+`refuse` answers without an import of Triton.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# Of a side of a transport problem: its kernels hold a row of costs in the registers of one program.
+# The most points on one side of a transport problem: a kernel holds a row of costs in the registers of one program.
 MAX_POINTS = 1024
 
 

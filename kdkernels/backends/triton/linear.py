@@ -1,7 +1,7 @@
-"""What a head needs around its matrix products and row sweeps, in Triton: the twin of csrc/cpu/linear.cpp.
+"""Elementwise kernels of a head in Triton: the twin of csrc/cpu/linear.cpp.
 
-The soft cap of logits and its gradient, element by element, in place. Sums in fp32 of 16-bit products are one kernel
-of torch.
+They cap logits softly and find the gradient of the soft cap, in place. Torch adds 16-bit products to an fp32 sum in one
+kernel of its own.
 """
 
 import torch
@@ -16,10 +16,12 @@ _BLOCK, _WARPS = 1024, 4
 
 @triton.jit
 def _tanh(x):
-    """x + x^3 y(x^2) below 0.625, y a minimax polynomial of degree 5 (relative error 2e-9), and
-    1 - 2 / (exp(2 |x|) + 1) with the sign of x above, which is +-1 from 10 on."""
+    """|x| < 0.625: x + x^3 y(x^2), with a minimax polynomial y of degree 5 (relative error 2e-9).
+
+    Other x: 1 - 2 / (exp(2 |x|) + 1) with the sign of x. The result is +-1 from |x| = 10 on.
+    """
     magnitude = tl.abs(x)
-    bounded = tl.where(magnitude > 10, 10.0, magnitude)  # a NaN stays one
+    bounded = tl.where(magnitude > 10, 10.0, magnitude)  # NaN stays NaN
     square = bounded * bounded
     y = 2.292744815e-3 * square - 8.343945257e-3
     y = y * square + 2.176891826e-2
@@ -38,22 +40,25 @@ def softcap_kernel(logits, count, cap, inverse_cap, BLOCK: tl.constexpr):
     inside = index < count
     x = tl.load(logits + index, mask=inside, other=0).to(tl.float32)
     ratio = x * inverse_cap
-    # Where |x / cap| is below 2^-12, cap * tanh(x / cap) is x to the last digit. A NaN stays the one that it is.
+    # cap * tanh(x / cap) is x to the last digit if |x / cap| < 2^-12. A NaN keeps its bits.
     capped = tl.where(tl.abs(ratio) >= 0.000244140625, cap * _tanh(ratio), x)
     tl.store(logits + index, capped.to(logits.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def softcap_gradient_kernel(gradient, logits, count, cap, inverse_cap, BLOCK: tl.constexpr):
-    """1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap, whose digits are all there near the cap, where a square would
-    have lost them. The rounding of a capped logit to 16 bits may take it past the cap: the slope is 0 there."""
+    """The slope is 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap.
+
+    Near the cap d keeps all digits; the square would lose them. Rounding to 16 bits may move a capped logit past the
+    cap: there the slope is 0.
+    """
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     g = tl.load(gradient + index, mask=inside, other=0).to(tl.float32)
     x = tl.load(logits + index, mask=inside, other=0).to(tl.float32)
     d = (cap - tl.abs(x)) * inverse_cap
     d = tl.where(d < 0, 0.0, d)
-    # A gradient of 0 is of a row that is skipped, or padding: its logits may be anything.
+    # A gradient of 0 belongs to a skipped row or to padding. The logits there may hold any value.
     product = tl.where(g == 0, g, g * (d * (2 - d)))
     tl.store(gradient + index, product.to(gradient.dtype.element_ty), mask=inside)
 
@@ -67,7 +72,7 @@ def softcap_(logits: Tensor, cap: float) -> None:
 
 
 def softcap_gradient_(gradient: Tensor, logits: Tensor, cap: float) -> None:
-    """gradient *= 1 - (logits / cap)**2, of capped logits. A gradient of 0 stays 0, whatever its logit is."""
+    """gradient *= 1 - (logits / cap)**2, with capped logits. A gradient of 0 stays 0, even if its logit is NaN."""
     assert gradient.is_contiguous() and logits.is_contiguous(), (gradient.stride(), logits.stride())
     assert (gradient.shape, gradient.dtype) == (logits.shape, logits.dtype), (gradient.dtype, logits.dtype)
     if logits.numel():

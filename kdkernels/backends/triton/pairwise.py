@@ -1,13 +1,13 @@
-"""The pairwise family in Triton: costs between the rows of two clouds of logits, and back to the student's logits.
+"""The pairwise family in Triton: costs between the rows of two clouds of logits, and their gradient for the student.
 
-csrc/calls/pairwise.h says what is computed, of p_i and q_j, the softmaxes of a student's and a teacher's rows:
+csrc/calls/pairwise.h has the formulas. p_i and q_j are the softmaxes of the student's and the teacher's rows:
 
-    costs       a program works on a tile of pairs (i, j) and a share of the classes: sums over it    -> parts
-                a second kernel adds the parts in their order, and takes l2's root                    -> costs, moments
-    gradient    a program works on a tile of rows i and classes, and goes through the rows j          -> gradient
+    costs       a program sums over a share of the classes for a tile of pairs (i, j)             -> parts
+                a second kernel adds the parts in their order, and takes the root of l2           -> costs, moments
+    gradient    a program works on a tile of rows i and classes, and loops over the rows j        -> gradient
 
-In a tile of pairs a thread has classes of its own and a running sum of every pair, so that it reads 8 + 8 logits for 64
-pairs, and the threads' sums meet once, at the end. Nothing depends on the order in which programs run.
+In a tile of pairs a thread has classes of its own and one running sum for each pair. So it reads 8 + 8 logits for 64
+pairs, and the threads' sums are added once, at the end. No result depends on the order in which programs run.
 """
 
 import torch
@@ -15,13 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...families.sinkhorn import Clouds
 from .launch import device_of, row_strides, written
+from .row import STUDENT_LOG_SUM, STUDENT_MAX, TEACHER_LOG_SUM, TEACHER_MAX
 
-# Rows of a tile of pairs, and its classes: one a thread of 4 warps.
+# Rows and classes of a tile of pairs. Each thread of 4 warps has one class.
 _PAIR_ROWS, _PAIR_BLOCK = 8, 128
-# A running sum has at most so many terms.
+# The most terms of a running sum.
 _MOST_TERMS = 4096
-# The classes are split until there are so many programs, or a share has no more than so many of them.
+# The classes are split until there are _PROGRAMS programs, or a share has _LEAST_SHARE classes.
 _PROGRAMS, _LEAST_SHARE = 1024, 2048
 _GRADIENT_ROWS, _GRADIENT_BLOCK = 16, 256
 _WARPS = 4
@@ -30,13 +32,13 @@ _FINISH_BLOCK = 256
 
 @triton.jit
 def _softmax(logits, maximum, log_sum, inverse_temperature):
-    """Classes that were not read are -inf, and 0 here. A row that is not read has the maximum and the log-sum 0."""
+    """Classes that were not read are -inf and get 0. A row that is not read has maximum 0 and log sum 0."""
     return tl.exp((logits.to(tl.float32) - maximum) * inverse_temperature - log_sum)
 
 
 @triton.jit
 def _times_sign(x, difference):
-    """x sign(difference), 0 where the difference is 0: its sign bit turns x's."""
+    """x * sign(difference), 0 if the difference is 0. The sign bit of the difference flips the sign bit of x."""
     turned = x.to(tl.int32, bitcast=True) ^ (difference.to(tl.int32, bitcast=True) & -0x80000000)
     return tl.where(difference == 0, 0.0, turned.to(tl.float32, bitcast=True))
 
@@ -47,13 +49,13 @@ def pair_costs_kernel(
     teacher,
     kept,  # [clouds, n]
     temperature,
-    floats,  # [4, clouds, n]
-    costs,  # [splits, clouds, n, n]: of each share of the classes, l2 before its root
-    moments,  # [splits, clouds, n, n] or None, l2 before it is divided by the cost
+    floats,  # [4, clouds, n], in the order of ROW_FLOATS
+    costs,  # [splits, clouds, n, n]: one part for each share of the classes; l2 before the root
+    moments,  # [splits, clouds, n, n] or None; l2 before the division by the cost
     clouds,
     n,
     columns,  # classes that count
-    share,  # blocks of classes of a program
+    share,  # blocks of classes that a program works on
     student_cloud_stride: tl.int64,
     student_row_stride: tl.int64,
     teacher_cloud_stride: tl.int64,
@@ -62,7 +64,7 @@ def pair_costs_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Programs that read the same classes are neighbours.
+    # Neighbouring programs read the same classes.
     tiles = tl.cdiv(n, ROWS)
     program = tl.program_id(0)
     i = program % tiles * ROWS + tl.arange(0, ROWS)
@@ -72,13 +74,13 @@ def pair_costs_kernel(
     split = cloud_and_split // clouds
 
     rows = clouds.to(tl.int64) * n
-    of_i, of_j = cloud * n + i, cloud * n + j
-    i_kept = tl.load(kept + of_i, mask=i < n, other=0) != 0
-    j_kept = tl.load(kept + of_j, mask=j < n, other=0) != 0
-    student_max = tl.load(floats + of_i, mask=i_kept, other=0)[:, None]
-    student_log_sum = tl.load(floats + rows + of_i, mask=i_kept, other=0)[:, None]
-    teacher_max = tl.load(floats + 2 * rows + of_j, mask=j_kept, other=0)[:, None]
-    teacher_log_sum = tl.load(floats + 3 * rows + of_j, mask=j_kept, other=0)[:, None]
+    row_i, row_j = cloud * n + i, cloud * n + j
+    i_kept = tl.load(kept + row_i, mask=i < n, other=0) != 0
+    j_kept = tl.load(kept + row_j, mask=j < n, other=0) != 0
+    student_max = tl.load(floats + rows * STUDENT_MAX + row_i, mask=i_kept, other=0)[:, None]
+    student_log_sum = tl.load(floats + rows * STUDENT_LOG_SUM + row_i, mask=i_kept, other=0)[:, None]
+    teacher_max = tl.load(floats + rows * TEACHER_MAX + row_j, mask=j_kept, other=0)[:, None]
+    teacher_log_sum = tl.load(floats + rows * TEACHER_LOG_SUM + row_j, mask=j_kept, other=0)[:, None]
     inverse_temperature = 1 / tl.load(temperature)
     student_rows = student + cloud * student_cloud_stride + i[:, None] * student_row_stride
     teacher_rows = teacher + cloud * teacher_cloud_stride + j[:, None] * teacher_row_stride
@@ -149,7 +151,7 @@ def pair_gradient_kernel(
     teacher,
     kept,  # [clouds, n]
     temperature,
-    floats,  # [4, clouds, n]
+    floats,  # [4, clouds, n], in the order of ROW_FLOATS
     weights,  # [clouds, n, n]
     dot,  # [clouds, n]
     gradient,  # [clouds, n, gradient_columns], contiguous
@@ -161,11 +163,11 @@ def pair_gradient_kernel(
     student_row_stride: tl.int64,
     teacher_cloud_stride: tl.int64,
     teacher_row_stride: tl.int64,
-    SQUARED: tl.constexpr,  # l2, of weights that are already over the cost
+    SQUARED: tl.constexpr,  # l2; the weights are already divided by the cost
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Programs that read the same classes of the teacher are neighbours.
+    # Neighbouring programs read the same classes of the teacher.
     tiles = tl.cdiv(n, ROWS)
     program = tl.program_id(0)
     i = program % tiles * ROWS + tl.arange(0, ROWS)
@@ -173,102 +175,85 @@ def pair_gradient_kernel(
     column = program // tiles // clouds * BLOCK + tl.arange(0, BLOCK)
 
     rows = clouds.to(tl.int64) * n
-    of_i = cloud * n + i
-    i_kept = tl.load(kept + of_i, mask=i < n, other=0) != 0
+    row_i = cloud * n + i
+    i_kept = tl.load(kept + row_i, mask=i < n, other=0) != 0
     counts = (column < columns)[None, :] & i_kept[:, None]
     inverse_temperature = 1 / tl.load(temperature)
     student_rows = student + cloud * student_cloud_stride + i[:, None] * student_row_stride
     s = tl.load(student_rows + column[None, :], mask=counts, other=-float("inf"))
-    student_max = tl.load(floats + of_i, mask=i_kept, other=0)[:, None]
-    student_log_sum = tl.load(floats + rows + of_i, mask=i_kept, other=0)[:, None]
+    student_max = tl.load(floats + rows * STUDENT_MAX + row_i, mask=i_kept, other=0)[:, None]
+    student_log_sum = tl.load(floats + rows * STUDENT_LOG_SUM + row_i, mask=i_kept, other=0)[:, None]
     p = _softmax(s, student_max, student_log_sum, inverse_temperature)
 
     g = tl.zeros([ROWS, BLOCK], tl.float32)
     teacher_cloud = teacher + cloud * teacher_cloud_stride
     for j in range(n):
-        of_j = cloud * n + j
-        if tl.load(kept + of_j) != 0:
+        row_j = cloud * n + j
+        if tl.load(kept + row_j) != 0:
             t = tl.load(teacher_cloud + j * teacher_row_stride + column, mask=column < columns, other=-float("inf"))
-            teacher_max = tl.load(floats + 2 * rows + of_j)
-            teacher_log_sum = tl.load(floats + 3 * rows + of_j)
+            teacher_max = tl.load(floats + rows * TEACHER_MAX + row_j)
+            teacher_log_sum = tl.load(floats + rows * TEACHER_LOG_SUM + row_j)
             difference = p - _softmax(t, teacher_max, teacher_log_sum, inverse_temperature)[None, :]
-            weight = tl.load(weights + of_i * n + j, mask=i_kept, other=0)[:, None]
+            weight = tl.load(weights + row_i * n + j, mask=i_kept, other=0)[:, None]
             if SQUARED:
                 g += weight * difference
             else:
                 g += _times_sign(tl.broadcast_to(weight, [ROWS, BLOCK]), difference)
 
-    dots = tl.load(dot + of_i, mask=i_kept, other=0)[:, None]
+    dots = tl.load(dot + row_i, mask=i_kept, other=0)[:, None]
     value = tl.where(counts, p * inverse_temperature * (g - dots), 0.0)
-    target = gradient + of_i[:, None] * gradient_columns + column[None, :]
+    target = gradient + row_i[:, None] * gradient_columns + column[None, :]
     inside = (i < n)[:, None] & (column < gradient_columns)[None, :]
     tl.store(target, value.to(gradient.dtype.element_ty), mask=inside)
 
 
-# ---- the operators: what they take and return is said in ../transport.py
+# ---- the operators: ../transport.py says what they take and return
 
 
-def pairwise_costs(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor,
-    temperature: Tensor,
-    floats: Tensor,
-    cost: str,
-    vocab_size: int,
-    moments: bool,
-):
-    clouds, n = kept.shape
-    costs = torch.empty(clouds, n, n, dtype=torch.float32, device=student.device)
-    found = torch.empty(costs.shape if moments else 0, dtype=torch.float32, device=student.device)
+def pairwise_costs(clouds: Clouds, floats: Tensor, moments: bool):
+    student, teacher, row_mass, temperature, cost, vocab_size = clouds
+    count, n = row_mass.shape
+    costs = torch.empty(count, n, n, dtype=torch.float32, device=student.device)
+    moment_sums = torch.empty(costs.shape if moments else 0, dtype=torch.float32, device=student.device)
     if not costs.numel():
-        return costs, found
-    tiles = clouds * triton.cdiv(n, _PAIR_ROWS) ** 2
+        return costs, moment_sums
+    tiles = count * triton.cdiv(n, _PAIR_ROWS) ** 2
     share = _share(tiles, vocab_size)
     splits = triton.cdiv(triton.cdiv(vocab_size, _PAIR_BLOCK), share)
-    parts = torch.empty(1 + moments, splits, clouds, n, n, dtype=torch.float32, device=student.device)
+    parts = torch.empty(1 + moments, splits, count, n, n, dtype=torch.float32, device=student.device)
     moment_parts = parts[1] if moments else None
     with device_of(student):
         pair_costs_kernel[(tiles * splits,)](
-            student, teacher, kept, temperature, floats, parts[0], moment_parts,
-            clouds, n, vocab_size, share, *row_strides(student), *row_strides(teacher),
+            student, teacher, row_mass, temperature, floats, parts[0], moment_parts,
+            count, n, vocab_size, share, *row_strides(student), *row_strides(teacher),
             SQUARED=cost == "l2", ROWS=_PAIR_ROWS, BLOCK=_PAIR_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
         pair_costs_sum_kernel[(triton.cdiv(costs.numel(), _FINISH_BLOCK),)](
-            parts[0], moment_parts, kept, costs, found if moments else None, costs.numel(), n, splits,
+            parts[0], moment_parts, row_mass, costs, moment_sums if moments else None, costs.numel(), n, splits,
             SQUARED=cost == "l2", BLOCK=_FINISH_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
-    return costs, found
+    return costs, moment_sums
 
 
 def _share(tiles: int, vocab_size: int) -> int:
-    """Blocks of classes that a program of `pair_costs_kernel` works on, of sizes alone: splits decide the rounding."""
+    """Blocks of classes of one program of `pair_costs_kernel`. Only sizes decide it, because splits change rounding."""
     blocks = triton.cdiv(vocab_size, _PAIR_BLOCK)
     least = max(_LEAST_SHARE // _PAIR_BLOCK, 1)
     return min(max(triton.cdiv(blocks * tiles, _PROGRAMS), least), _MOST_TERMS)
 
 
-def pairwise_gradient(
-    student: Tensor,
-    teacher: Tensor,
-    kept: Tensor,
-    temperature: Tensor,
-    weights: Tensor,
-    dot: Tensor,
-    floats: Tensor,
-    cost: str,
-    vocab_size: int,
-):
-    clouds, n = kept.shape
+def pairwise_gradient(clouds: Clouds, floats: Tensor, weights: Tensor, dot: Tensor):
+    student, teacher, row_mass, temperature, cost, vocab_size = clouds
+    count, n = row_mass.shape
     columns = student.shape[2]
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     if not gradient.numel():
         return gradient
-    programs = clouds * triton.cdiv(n, _GRADIENT_ROWS) * triton.cdiv(columns, _GRADIENT_BLOCK)
+    programs = count * triton.cdiv(n, _GRADIENT_ROWS) * triton.cdiv(columns, _GRADIENT_BLOCK)
     with device_of(student), written(gradient) as target:
         pair_gradient_kernel[(programs,)](
-            student, teacher, kept, temperature, floats, weights, dot, target,
-            clouds, n, vocab_size, columns, *row_strides(student), *row_strides(teacher),
+            student, teacher, row_mass, temperature, floats, weights, dot, target,
+            count, n, vocab_size, columns, *row_strides(student), *row_strides(teacher),
             SQUARED=cost == "l2", ROWS=_GRADIENT_ROWS, BLOCK=_GRADIENT_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
     return gradient

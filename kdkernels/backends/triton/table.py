@@ -3,14 +3,14 @@
     value(lp, lq, p, q, parameter)    phi, the class's share of the row's loss    L = sum phi
     slope(lp, lq, p, q, parameter)    psi = d phi / d lq          dL/ds = (psi - q * sum psi) / temperature
 
-lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq); the formulas are those of
-csrc/divergences.h, where every term vanishes at p = q. An entry may have a third function,
+lp and lq are the log-probabilities of teacher and student, p = exp(lp) and q = exp(lq). The formulas are the same as in
+csrc/divergences.h: every term vanishes at p = q. An entry may have a third function,
 
     slope_sum(mean_log_ratio, parameter)    sum psi from E_q[lq - lp]
 
-which the sweep that finds the normalisers can carry along; the gradient then needs no sweep for sum psi.
+The sweep that finds the normalisers then finds the mean log-ratio too, and the gradient needs no sweep for sum psi.
 
-Nothing but Triton's own mathematics: no libdevice, no inline assembly, so that the interpreter runs it too.
+The functions use Triton's own mathematics alone, so that the interpreter runs them: no libdevice, no inline assembly.
 """
 
 import triton
@@ -21,13 +21,13 @@ SMALLEST_NORMAL = tl.constexpr(2.0**-126)
 
 @triton.jit
 def weighted(weight, x):
-    """weight * x with 0 * log 0 = 0: a term of probability 0 is dropped. (NaN == 0 is false: NaN stays.)"""
+    """weight * x with 0 * log 0 = 0: a term of probability 0 is dropped. A weight of NaN gives NaN."""
     return tl.where(weight == 0, 0.0, weight * x)
 
 
 @triton.jit
 def ratio(x, m):
-    """x / m, where m may have underflowed together with x."""
+    """x / m, or 0 if m has underflowed to 0 together with x."""
     return tl.where(m == 0, 0.0, x / m)
 
 
@@ -39,8 +39,8 @@ def mixture(weight, p, q):
 
 @triton.jit
 def log_mixture(weight, p, q):
-    # A GPU's logarithm may flush a subnormal to 0 where the product with the weight does not: its -inf would
-    # meet a weight that is not 0. So the argument stops at the smallest normal number.
+    # A GPU's logarithm may flush a subnormal to 0, and the product with the weight may not: -inf times a weight
+    # that is not 0. So the argument is at least the smallest normal number.
     m = mixture(weight, p, q)
     return tl.log(tl.where(m < SMALLEST_NORMAL, SMALLEST_NORMAL, m))
 
@@ -170,8 +170,8 @@ def hellinger_slope(lp, lq, p, q, _):
     return 0.5 * tl.sqrt(q) * (tl.sqrt(q) - tl.sqrt(p))
 
 
-# (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both
-# have underflowed where it has not.
+# (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is found in log space: it may be a normal number
+# when p and q have both underflowed.
 
 
 @triton.jit

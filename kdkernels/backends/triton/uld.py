@@ -1,25 +1,29 @@
-"""Universal Logit Distillation in Triton, the twin of csrc/cuda/uld.cu; csrc/calls/uld.h says what is computed.
+"""Universal Logit Distillation in Triton, the twin of csrc/cuda/uld.cu; csrc/calls/uld.h has the formulas.
 
-torch.sort ranks the logits, rows of some hundred MiB at a time. Then, a tile of BLOCK ranks at a time:
+torch.sort ranks the logits of some rows, a few hundred MiB, at a time. Then the kernels take a tile of BLOCK ranks at a
+time:
 
-    uld_ranks_kernel      sums       of exponentials of both sides, a row to a program
+    uld_ranks_kernel      one program a row
+                          sums       of exponentials of both sides
                           loss       and signs: their sum before each rank, and the sum of p times the sign
-    uld_gradient_kernel   gradient   of the class of each rank, a tile to a program; of equal logits the ends of their
-                          run say what its signs add up to
+    uld_gradient_kernel   one program a tile
+                          gradient   of the class of each rank. Equal logits share the mean sign of their run: the
+                                     sums of signs at the run's ends give that mean.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...families.uld import ranked_chunks
-from .launch import device_of, fill_gradient, gradient_target, is_bad_temperature, load_tile, stride, tile, written
+from ...families.options import per_row
+from ...families.uld import Uld, ranked_chunks
+from .launch import device_of, gradient_target, stride, tile, written
+from .row import fill_gradient, has_no_result, load_row_options, load_tile, value_without_result
 
 
 @triton.jit
 def _probabilities(row_start, start, columns, maximum, inverse_temperature, inverse_sum, BLOCK: tl.constexpr):
-    """Of a tile of ranks; 0 past the last."""
+    """The probabilities of a tile of ranks; 0 past the last rank."""
     x = load_tile(row_start, start, columns, BLOCK)
     return tl.exp((x - maximum) * inverse_temperature) * inverse_sum
 
@@ -42,15 +46,14 @@ def uld_ranks_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    scale = tl.load(row_scale + row * row_scale_stride)
-    row_temperature = tl.load(temperature + row * temperature_stride)
-    # As rows.py: a skipped row is 0 everywhere, one with a bad value is NaN, and neither is read.
-    if (scale == 0) | is_bad_temperature(row_temperature):
-        fill = tl.where(scale == 0, 0.0, float("nan"))
-        tl.store(loss + row, fill)
-        tl.store(divergence + row, fill)
+    options = load_row_options(
+        row, student_columns, row_scale, None, temperature, None, row_scale_stride, temperature_stride, 0
+    )
+    if has_no_result(options):
+        tl.store(loss + row, value_without_result(options))
+        tl.store(divergence + row, value_without_result(options))
         return
-    inverse_temperature = 1 / row_temperature
+    inverse_temperature = options.inverse_temperature
     student_row = student + row * student_columns
     teacher_row = teacher + row * teacher_columns
     student_max = tl.load(student_row).to(tl.float32)
@@ -81,21 +84,21 @@ def uld_ranks_kernel(
             inside = rank < student_columns
             sign = tl.where(inside, (p > q).to(tl.int32) - (p < q).to(tl.int32), 0)
             signed_mass += tl.sum(p * sign.to(tl.float32), 0)
-            upto = before + tl.cumsum(sign, 0)
-            tl.store(sums_of_signs + row * (student_columns + 1) + rank, upto - sign, mask=inside)
+            up_to = before + tl.cumsum(sign, 0)
+            tl.store(sums_of_signs + row * (student_columns + 1) + rank, up_to - sign, mask=inside)
             before += tl.sum(sign, 0)
-    tl.store(loss + row, scale * distance)
+    tl.store(loss + row, options.scale * distance)
     tl.store(divergence + row, distance)
     if sums_of_signs is not None:
         tl.store(sums_of_signs + row * (student_columns + 1) + student_columns, before)
         tl.store(floats + row, student_factor)
-        # Where the teacher is NaN no sign is.
+        # A NaN of the teacher gives no sign, so the distance decides.
         tl.store(floats + rows + row, tl.where(distance == distance, signed_mass, float("nan")))
 
 
 @triton.jit
 def _first_below(row_start, x, low, high, OR_EQUAL: tl.constexpr):
-    """The first rank from `low` to `high` whose logit is less than x (or equal); `high` where there is none before."""
+    """The first rank from `low` on whose logit is less than x (or equal), or `high` if no rank before `high` is."""
     while tl.max(high - low, 0) > 0:
         middle = (low + high) // 2
         searching = low < high
@@ -129,13 +132,14 @@ def uld_gradient_kernel(
     gradient_row = gradient + row * gradient_columns
     if start == 0:
         fill_gradient(gradient_row, student_columns, gradient_columns, 0.0, BLOCK)
-    scale = tl.load(row_scale + row * row_scale_stride)
-    row_temperature = tl.load(temperature + row * temperature_stride)
-    if (scale == 0) | is_bad_temperature(row_temperature):
-        fill = tl.where(scale == 0, 0.0, float("nan"))
-        fill_gradient(gradient_row, start, tl.minimum(start + BLOCK, student_columns), fill, BLOCK)
+    options = load_row_options(
+        row, student_columns, row_scale, None, temperature, None, row_scale_stride, temperature_stride, 0
+    )
+    if has_no_result(options):
+        end = tl.minimum(start + BLOCK, student_columns)
+        fill_gradient(gradient_row, start, end, value_without_result(options), BLOCK)
         return
-    inverse_temperature = 1 / row_temperature
+    inverse_temperature = options.inverse_temperature
     student_row = student + row * student_columns
     signs_row = sums_of_signs + row * (student_columns + 1)
     rank = start + tl.arange(0, BLOCK)
@@ -149,32 +153,25 @@ def uld_gradient_kernel(
     signs = tl.load(signs_row + end, mask=inside, other=0) - tl.load(signs_row + first, mask=inside, other=0)
     mean_sign = signs.to(tl.float32) / (end - first).to(tl.float32)
     p = tl.exp((x - tl.load(student_row).to(tl.float32)) * inverse_temperature) * tl.load(floats + row)
-    value = scale * inverse_temperature * p * (mean_sign - tl.load(floats + rows + row))
+    value = options.scale * inverse_temperature * p * (mean_sign - tl.load(floats + rows + row))
     index = tl.load(indices + row * student_columns + rank, mask=inside, other=0)
     tl.store(gradient_row + index, value.to(gradient_row.dtype.element_ty), mask=inside)
 
 
-def uld(
-    student: Tensor,
-    teacher: Tensor,
-    row_scale: Tensor,
-    temperature: Tensor,
-    student_vocab_size: int,
-    teacher_vocab_size: int,
-    chunk_budget: int,
-    gradient: bool,
-):
-    """Loss [rows], gradient (or an empty tensor) and divergence [rows]."""
+def uld(problem: Uld, gradient: bool):
+    """Returns loss [rows], gradient (or an empty tensor) and divergence [rows]."""
+    student, row_scale = problem.student, problem.row_scale
+    student_vocab_size, teacher_vocab_size = problem.student_vocab_size, problem.teacher_vocab_size
     device = student.device
-    made = gradient_target(student, gradient, None)
+    out = gradient_target(student, gradient, None)
     loss, divergence = (torch.empty(row_scale.numel(), device=device) for _ in range(2))
     block, warps = tile(max(student_vocab_size, teacher_vocab_size))
     gradient_block, gradient_warps = tile(student_vocab_size, statistics=True)
-    with device_of(student), written(made) as target:
+    with device_of(student), written(out) as target:
         target = target.flatten(0, 1) if gradient else None
-        for ranked in ranked_chunks(student, teacher, student_vocab_size, teacher_vocab_size, chunk_budget, gradient):
+        for ranked in ranked_chunks(problem, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
-            options = row_scale[chunk], temperature if temperature.numel() == 1 else temperature[chunk]
+            options = row_scale[chunk], per_row(problem.temperature, row_scale, chunk)
             signs, floats = None, None
             if gradient:
                 signs = torch.empty(rows, student_vocab_size + 1, dtype=torch.int32, device=device)
@@ -188,4 +185,4 @@ def uld(
                     ranked.student, ranked.indices, *options, signs, floats, target[chunk], rows, student_vocab_size,
                     student.shape[2], *map(stride, options), BLOCK=gradient_block, num_warps=gradient_warps,
                 )  # fmt: skip
-    return loss, made, divergence
+    return loss, out, divergence
