@@ -7,19 +7,12 @@ that may be None is None in all of its fields.
 
 import types
 import typing
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str", torch.dtype: "ScalarType"}
-
-
-class _Field(NamedTuple):
-    name: str
-    schema_type: str | None  # None: a nested problem
-    nested: "Fields | None"
-    optional: bool
 
 
 class Fields:
@@ -28,12 +21,17 @@ class Fields:
     def __init__(self, problem: type):
         self.problem = problem
         hints = typing.get_type_hints(problem)
-        self.fields = tuple(_field(name, hints[name]) for name in problem._fields)
-        self.flat = tuple(
-            (f"{field.name}_{name}" if field.nested else name, schema_type + "?" * (optional or field.optional))
-            for field in self.fields
-            for name, schema_type, optional in _leaves(field)
-        )
+        kinds = [_without_none(hints[name]) for name in problem._fields]
+        self.nested = [Fields(kind) if hasattr(kind, "_fields") else None for kind, _ in kinds]
+        self.optional = [optional for _, optional in kinds]
+        self.flat = []  # (name, schema type) of each value
+        self.places = []  # where a field's values begin and end
+        for name, nested, (kind, optional) in zip(problem._fields, self.nested, kinds, strict=True):
+            own = [("", _SCHEMA_TYPES.get(kind))] if nested is None else nested.flat
+            self.places.append((len(self.flat), len(self.flat) + len(own)))
+            for part, schema_type in own:
+                flat_name = f"{name}_{part}" if part else name
+                self.flat.append((flat_name, schema_type.rstrip("?") + "?" if optional else schema_type))
 
     @property
     def schema(self) -> str:
@@ -46,41 +44,29 @@ class Fields:
     def flatten(self, problem) -> list:
         """The values in the order of the schema."""
         values = []
-        for field, value in zip(self.fields, problem, strict=True):
-            if field.nested is None:
+        for nested, value in zip(self.nested, problem, strict=True):
+            if nested is None:
                 values.append(value)
-            elif value is None:
-                values.extend([None] * len(field.nested))
             else:
-                values.extend(field.nested.flatten(value))
+                values += [None] * len(nested) if value is None else nested.flatten(value)
         return values
 
     def unflatten(self, values) -> Any:
         """The problem that `flatten` gave these values for."""
-        parts, first = [], 0
-        for field in self.fields:
-            if field.nested is None:
+        parts = []
+        for nested, optional, (first, end) in zip(self.nested, self.optional, self.places, strict=True):
+            if nested is None:
                 parts.append(values[first])
-                first += 1
-                continue
-            own = values[first : first + len(field.nested)]
-            first += len(field.nested)
-            absent = field.optional and all(value is None for value in own)
-            parts.append(None if absent else field.nested.unflatten(own))
+            elif optional and all(value is None for value in values[first:end]):
+                parts.append(None)
+            else:
+                parts.append(nested.unflatten(values[first:end]))
         return self.problem(*parts)
 
 
-def _field(name: str, hint) -> _Field:
-    optional = isinstance(hint, types.UnionType)
-    if optional:
-        (hint,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
-    if hasattr(hint, "_fields"):
-        return _Field(name, None, Fields(hint), optional)
-    return _Field(name, _SCHEMA_TYPES[hint], None, optional)
-
-
-def _leaves(field: _Field):
-    """(name, schema type without its question mark, whether it may be None) of each flat value of a field."""
-    if field.nested is None:
-        return [(field.name, field.schema_type, False)]
-    return [(name, kind.rstrip("?"), kind.endswith("?")) for name, kind in field.nested.flat]
+def _without_none(hint) -> tuple[Any, bool]:
+    """The type of an annotation, and whether the value may be None."""
+    if not isinstance(hint, types.UnionType):
+        return hint, False
+    (kind,) = (choice for choice in typing.get_args(hint) if choice is not type(None))
+    return kind, True

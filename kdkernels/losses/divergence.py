@@ -139,9 +139,9 @@ def fused_divergence(
         options.check_tail(divergence, teacher)
         chunking = chunking or options.whole_rows()
     backend = backends.select(backend, student, teacher)
-    parameters = torch.ones(1, dtype=rows.row_scale.dtype, device=student.device)
-    if divergence.parameter is not None:
-        parameters = parameters * divergence.parameter
+    # A divergence without a parameter is given a number that it does not read.
+    parameter = 1.0 if divergence.parameter is None else divergence.parameter
+    parameters = options.number(parameter, student.device, rows.row_scale.dtype)
 
     loss_terms = (rows, divergence.name, parameters, vocab_size, bool(statistics))
     if chunking is None:
@@ -221,7 +221,7 @@ def _sources(
         return student._replace(data=data[0]), teacher._replace(data=data[1]), None
     entries = teacher.shape[-1]
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(-1)
-    source_temperature = torch.ones(1, dtype=dtype, device=teacher.device) * teacher.source_temperature
+    source_temperature = options.number(teacher.source_temperature, teacher.device, dtype)
     sparse = Sparse(
         teacher.log_probs.reshape(-1, entries), teacher.indices.reshape(-1, entries), tail_log_prob,
         source_temperature, teacher.tail,

@@ -212,6 +212,8 @@ def as_outer_inner(*logits: Tensor) -> list[Tensor]:
     """Logits [..., V] of one leading shape as [outer, inner, V]: views where the leading dimensions collapse to two,
     else copies."""
     leading = logits[0].shape[:-1]
+    if len(leading) == 1:
+        return [x[:, None] for x in logits]
     # Where to cut the leading dimensions in two, so that as few tensors as possible need a copy.
     cut, fewest = 1, 3
     for candidate in range(1, max(len(leading), 2)):
@@ -296,10 +298,6 @@ def check_reduction(reduction: str):
 
 def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
     """where(keep, weight / denominator, 0) as [rows]."""
-    weight = torch.ones(rows, dtype=dtype, device=device)
-    if given.row_weight is not None:
-        weight = weight * given.row_weight.reshape(-1).to(dtype)
-
     if given.normalizer is not None:
         if given.reduction != "mean":
             raise ValueError(f"normalizer goes with reduction='mean' only; got reduction={given.reduction!r}")
@@ -308,9 +306,13 @@ def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOpt
         denominator = rows if keep is None else keep.sum()
     else:
         denominator = 1
-    scale = weight / denominator
     if given.row_weight is not None:
-        scale = torch.where(weight == 0, 0, scale)  # a row of weight 0 is skipped even if the denominator is 0
+        weight = given.row_weight.reshape(-1).to(dtype)
+        scale = torch.where(weight == 0, 0, weight / denominator)  # skipped even if the denominator is 0
+    elif isinstance(denominator, int) and not torch.compiler.is_compiling():
+        scale = torch.full((rows,), 1 / max(denominator, 1), dtype=dtype, device=device)
+    else:
+        scale = torch.ones(rows, dtype=dtype, device=device) / denominator
     return scale if keep is None else torch.where(keep, scale, 0)
 
 
@@ -342,14 +344,21 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
         _check_number(name, value)
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: expected from 0 to 1; got {value}")
-    return torch.ones(1, dtype=dtype, device=device) * value
+    return number(value, device, dtype)
+
+
+def number(value: float, device, dtype) -> Tensor:
+    """A number as [1]. A compiler would compile a torch.full anew for each value."""
+    if torch.compiler.is_compiling():
+        return torch.ones(1, dtype=dtype, device=device) * value
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def positive_number(name: str, value: float | Tensor, device, dtype) -> Tensor:
     """A number or a 0-d tensor, as [1]; of a tensor on a CPU the value is checked too."""
     if not isinstance(value, Tensor):
         _check_positive(name, value, dtype)
-        return torch.ones(1, dtype=dtype, device=device) * value
+        return number(value, device, dtype)
     if value.dim() != 0:
         raise ValueError(f"{name}: expected a number or a 0-d tensor; got shape {list(value.shape)}")
     _check_real(name, value)
