@@ -30,8 +30,8 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
-#include "row.h"
 #include "../divergences.h"
+#include "row.h"
 
 // exp of a maximum relative to a larger one; 0 where both are -inf.
 template <class T> T relative(T max, T larger, T beta) {
@@ -92,21 +92,13 @@ __attribute__((noinline)) void entry_sums(const D& divergence, const T* lp_of, c
   *sums = {phi, psi, T(0.5) * tv, entropy};
 }
 
-template <class T>
-void entry_sums(int name, const T* parameters, const T* lp, const T* lq, int64_t n, T* q, T* psi, EntrySums<T>* sums) {
-  int index = 0;
-#define KDK_CASE(key, Struct) \
-  if (name == index++) return entry_sums<T, Struct<T>>(Struct<T>(parameters), lp, lq, n, q, psi, sums);
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-}
-
 template <class T> struct TopkRow {
   const TopkRowsCall& call;
   const int64_t row;
   const LogitRow<T> student;
   const GradientRow<T> gradient;
-  const T scale, temperature, beta;  // beta: 1 / temperature
+  const RowTerms<T> terms;
+  const T beta;  // 1 / temperature
   const int32_t* indices;
   int64_t entries;                   // of this row
   // Maxima, and sums of exponentials relative to them, of the other classes and of the entries; the maximum and log-sum
@@ -120,12 +112,11 @@ template <class T> struct TopkRow {
         row(row),
         student(call.student, row, call.inner, call.columns),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
-        scale(per_row<T>(call.options.row_scale, row)),
-        temperature(per_row<T>(call.options.temperature, row)),
-        beta(1 / temperature),
+        terms(call.options, row),
+        beta(terms.inverse_temperature),
         indices(call.indices + row * call.entries),
         entries(0) {
-    if (scale != 0) entries = entries_below(call.columns);
+    if (terms.scale != 0) entries = entries_below(call.columns);
   }
 
   // The number of entries of classes below a column.
@@ -138,10 +129,8 @@ template <class T> struct TopkRow {
     }
     return low;
   }
-  T hard_weight() const { return call.options.hard_weight.data ? per_row<T>(call.options.hard_weight, row) : T(0); }
-  bool has_label_term() const { return hard_weight() != 0; }
-  bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.options.labels); }
-  bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
+  bool needs_unit_sum() const { return terms.has_label_term() || (call.statistics && call.options.labels); }
+  bool sweeps_logits() const { return !call.conditional || terms.has_label_term() || call.statistics; }
 
   void find_entries(RowScratch<T>& scratch) const {
     int k = 0;
@@ -167,7 +156,7 @@ template <class T> struct TopkRow {
     out.max = block_max(x, n);
     out.sum = student.template block_exponentials<true>(b, x, finite(out.max), beta, e);
     out.unit_sum = out.sum;
-    if (temperature != 1 && needs_unit_sum())
+    if (terms.temperature != 1 && needs_unit_sum())
       out.unit_sum = student.template block_exponentials<false>(b, x, finite(out.max), T(1), (T*)0);
     if (call.statistics) {
       T sum = 0, base = finite(out.max);
@@ -210,7 +199,7 @@ template <class T> struct TopkRow {
       entropy = entropy_of_all(scratch);
       write_statistics(scratch);
     }
-    ((T*)call.loss)[row] = loss();
+    ((T*)call.loss)[row] = terms.loss(sums.phi, [&] { return cross_entropy(); });
   }
   // A sum relative to a part's maximum, relative to that of all.
   double of_all(double sum, T part_max) const {
@@ -238,18 +227,12 @@ template <class T> struct TopkRow {
     return share > -0.5 ? ::log1p(-of_all(entries_sum, entries_max) * ::exp(-log_sum)) : share;
   }
   void find_sums(RowScratch<T>& scratch, int64_t classes) {
-    const T* parameters = (const T*)call.parameters;
-    entry_sums((int)call.divergence, parameters, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+    with_divergence((int)call.divergence, (const T*)call.parameters, [&](const auto& divergence) {
+      entry_sums(divergence, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+    });
   }
 
   T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.options.labels[row]))); }
-  T loss() const {
-    T factor = call.options.temperature_squared ? temperature * temperature : T(1);
-    T loss = weighted(1 - hard_weight(), factor * sums.phi);
-    if (has_label_term()) loss += hard_weight() * cross_entropy();
-    return scale * loss;
-  }
-
   // -sum q log q over all classes: of a block, log q is the distance from its maximum and what the block has in common.
   double entropy_of_all(const RowScratch<T>& scratch) const {
     double sum = 0;
@@ -266,24 +249,26 @@ template <class T> struct TopkRow {
   }
   void write_statistics(const RowScratch<T>& scratch) const {
     const T tail = ((const T*)call.tail_log_prob)[row];
-    T largest = -INFINITY, label_entropy = 0, student_label = 0, teacher_label = 0;
+    RowStatistics<T> x = {};
+    T largest = -INFINITY;
     int64_t teacher_top1 = 0;
     for (int64_t k = 0; k < entries; ++k)
       if (scratch.lp[k] > largest || (scratch.lp[k] != scratch.lp[k] && largest == largest))
         largest = scratch.lp[k], teacher_top1 = indices[k];
     double mass = call.conditional ? 0 : ::exp((double)tail);
     for (int64_t k = 0; k < entries; ++k) mass += ::exp((double)scratch.lp[k]);
+    x.divergence = sums.phi;
+    x.tv = sums.tv;
+    x.student_entropy = (T)entropy, x.teacher_entropy = sums.entropy;
+    x.student_max_log_prob = (T)-log_sum, x.teacher_max_log_prob = largest;
+    x.student_lse = (T)(max * beta + log_sum), x.teacher_lse = (T)::log(mass);
     if (call.options.labels) {
       int64_t label = call.options.labels[row], at = entries_below(label);
-      label_entropy = cross_entropy();
-      student_label = (T)((student.logit(label) - max) * beta - log_sum);
-      teacher_label = at < entries && indices[at] == label ? scratch.lp[at] : tail;
+      x.cross_entropy = cross_entropy();
+      x.student_label_log_prob = (T)((student.logit(label) - max) * beta - log_sum);
+      x.teacher_label_log_prob = at < entries && indices[at] == label ? scratch.lp[at] : tail;
     }
-    T values[kRowStatistics] = {sums.phi, label_entropy, sums.tv, (T)entropy, sums.entropy, (T)-log_sum, largest,
-                                student_label, teacher_label, (T)(max * beta + log_sum), (T)::log(mass)};
-    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
-    call.top1[row] = student.argmax(max);
-    call.top1[call.rows + row] = teacher_top1;
+    KDK_ISA::write_statistics(call, row, x, student.argmax(max), teacher_top1);
   }
 
   // Sweep 2.
@@ -291,10 +276,8 @@ template <class T> struct TopkRow {
     T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
   };
   Slopes slopes(const RowScratch<T>& scratch) const {
-    T factor = call.options.temperature_squared ? temperature : beta;
-    T hard = has_label_term() ? scale * hard_weight() : T(0);
+    T soft = terms.soft(), hard = terms.hard();
     T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
-    T soft = scale * (1 - hard_weight()) * factor;
     T others = call.conditional ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
     return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};
   }
@@ -340,9 +323,7 @@ template <class T> struct TopkRow {
   void write_zeros() const {
     if (call.gradient) gradient.zero(0);
     ((T*)call.loss)[row] = 0;
-    if (!call.statistics) return;
-    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = 0;
-    call.top1[row] = call.top1[call.rows + row] = 0;
+    if (call.statistics) KDK_ISA::write_statistics(call, row, RowStatistics<T>{}, 0, 0);
   }
 
   template <class Team> void sweep(RowScratch<T>& scratch) {
@@ -462,7 +443,7 @@ int64_t sort_entries_bytes(const SortEntriesCall& call) noexcept {
 }
 
 void sort_entries(const SortEntriesCall& call) noexcept {
-  int threads = call.rows * call.entries < 4096 ? 1 : call.run.threads;
+  int threads = call.rows * call.entries < kSerialWork ? 1 : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Key* keys = (Key*)call.run.workspace + omp_get_thread_num() * 2 * call.entries;
