@@ -2,7 +2,6 @@
 // inside a namespace per instruction set, after sweeps.h: nothing here may be shared between them.
 
 inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
-inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <class T> T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
 
@@ -118,16 +117,16 @@ void write_statistics(const Call& call, int64_t row, const RowStatistics<T>& x, 
 }
 
 // Goes through the rows of a call: many by one thread each, in turns of neighbours; a few by all threads, block by
-// block. Row(call, r) has terms, write_zeros() for a scale of 0, and sweep<Team>(scratch); Scratch(call, region)
-// is a region of the workspace.
+// block. Row(call, r) has terms, write_zeros() for a scale of 0, and sweep<Team>(scratch); Scratch is as in
+// scratch_of.
 template <class Row, class Scratch, class Call> void each_row(const Call& call) {
-  const int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.rows * call.columns, call.run.threads);
   if (threads == 1 || call.rows >= 4 * threads) {
     const int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
     const int64_t turn = rows_of_a_turn(call.rows, written, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      Scratch scratch(call, omp_get_thread_num());
+      Scratch scratch = scratch_of<Scratch>(call, omp_get_thread_num());
 #pragma omp for schedule(dynamic, turn)
       for (int64_t r = 0; r < call.rows; ++r) {
         Row row(call, r);
@@ -147,7 +146,7 @@ template <class Row, class Scratch, class Call> void each_row(const Call& call) 
     }
 #pragma omp parallel num_threads(threads)
     {
-      Scratch scratch(call, 0);
+      Scratch scratch = scratch_of<Scratch>(call, 0);
       row.template sweep<Together>(scratch);
     }
   }

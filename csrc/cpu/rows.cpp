@@ -104,16 +104,10 @@ template <class T> struct Scratch {
   BlockFloats<T>* floats;
   BlockSums<T>* sums;
 
-  static int64_t bytes(int64_t columns) {
-    int64_t per_block = 2 * kBlock * sizeof(T) + sizeof(BlockFloats<T>) + sizeof(BlockSums<T>);
-    return rounded_up(blocks_of(columns) * per_block);
-  }
-  Scratch(const RowsCall& call, int region) {
+  Scratch(const RowsCall& call, Arena& arena) {
     const int64_t blocks = blocks_of(call.columns);
-    student_e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(call.columns));
-    teacher_e = student_e + blocks * kBlock;
-    floats = (BlockFloats<T>*)(teacher_e + blocks * kBlock);
-    sums = (BlockSums<T>*)(floats + blocks);
+    student_e = arena.take<T>(blocks * kBlock), teacher_e = arena.take<T>(blocks * kBlock);
+    floats = arena.take<BlockFloats<T>>(blocks), sums = arena.take<BlockSums<T>>(blocks);
   }
 };
 
@@ -323,15 +317,14 @@ template <class T> struct Row {
 // ---- all rows
 
 void rows(const RowsCall& call) noexcept {
-  if (call.run.fp64)
-    each_row<Row<double>, Scratch<double>>(call);
-  else
-    each_row<Row<float>, Scratch<float>>(call);
+  by_type(call.run.fp64, [&](auto type) {
+    using T = decltype(type);
+    each_row<Row<T>, Scratch<T>>(call);
+  });
 }
 
 int64_t rows_bytes(const RowsCall& call) noexcept {
-  const int64_t columns = call.columns;
-  return 64 + call.run.threads * (call.run.fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<Scratch<decltype(type)>>(call); });
 }
 
 template <class T> void scale_all(const ScaleRowsCall& call) {
@@ -357,10 +350,7 @@ template <class T> void scale_all(const ScaleRowsCall& call) {
 }
 
 void scale_rows(const ScaleRowsCall& call) noexcept {
-  if (call.run.fp64)
-    scale_all<double>(call);
-  else
-    scale_all<float>(call);
+  by_type(call.run.fp64, [&](auto type) { scale_all<decltype(type)>(call); });
 }
 
 int64_t scale_rows_bytes(const ScaleRowsCall&) noexcept { return 0; }

@@ -55,18 +55,14 @@ template <class T> struct RowScratch {
   T *logits, *lp, *lq, *q, *psi;  // of the entries and, last, the bucket
   int32_t* first_entry;           // of each block; of the one past the last block too
 
-  static int64_t bytes(int64_t columns, int64_t entries) {
-    int64_t blocks = blocks_of(columns);
-    return rounded_up(blocks * (kBlock * sizeof(T) + sizeof(BlockSums<T>)) + 5 * (entries + 1) * sizeof(T) +
-                      (blocks + 1) * sizeof(int32_t));
-  }
-  RowScratch(const TopkRowsCall& call, int region) {
-    const int64_t columns = call.columns, entries = call.entries + 1;
-    e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(columns, call.entries));
-    blocks = (BlockSums<T>*)(e + blocks_of(columns) * kBlock);
-    logits = (T*)(blocks + blocks_of(columns));
-    lp = logits + entries, lq = lp + entries, q = lq + entries, psi = q + entries;
-    first_entry = (int32_t*)(psi + entries);
+  RowScratch(const TopkRowsCall& call, Arena& arena) {
+    const int64_t blocks_of_row = blocks_of(call.columns), entries = call.entries + 1;
+    e = arena.take<T>(blocks_of_row * kBlock);
+    blocks = arena.take<BlockSums<T>>(blocks_of_row);
+    logits = arena.take<T>(entries);
+    lp = arena.take<T>(entries), lq = arena.take<T>(entries);
+    q = arena.take<T>(entries), psi = arena.take<T>(entries);
+    first_entry = arena.take<int32_t>(blocks_of_row + 1);
   }
 };
 
@@ -346,16 +342,14 @@ template <class T> struct TopkRow {
 };
 
 void topk_rows(const TopkRowsCall& call) noexcept {
-  if (call.run.fp64)
-    each_row<TopkRow<double>, RowScratch<double>>(call);
-  else
-    each_row<TopkRow<float>, RowScratch<float>>(call);
+  by_type(call.run.fp64, [&](auto type) {
+    using T = decltype(type);
+    each_row<TopkRow<T>, RowScratch<T>>(call);
+  });
 }
 
 int64_t topk_rows_bytes(const TopkRowsCall& call) noexcept {
-  const int64_t bytes = call.run.fp64 ? RowScratch<double>::bytes(call.columns, call.entries)
-                                      : RowScratch<float>::bytes(call.columns, call.entries);
-  return 64 + call.run.threads * bytes;
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<RowScratch<decltype(type)>>(call); });
 }
 
 // ---- entries, from what a teacher gave
@@ -443,7 +437,7 @@ int64_t sort_entries_bytes(const SortEntriesCall& call) noexcept {
 }
 
 void sort_entries(const SortEntriesCall& call) noexcept {
-  int threads = call.rows * call.entries < kSerialWork ? 1 : call.run.threads;
+  int threads = threads_for(call.rows * call.entries, call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Key* keys = (Key*)call.run.workspace + omp_get_thread_num() * 2 * call.entries;
@@ -568,18 +562,13 @@ template <class T> struct TopkScratch {
     int64_t bound = k * (kBlock / kJoined + 1) + kBlock;
     return bound < columns ? bound : columns;
   }
-  static int64_t numbers(int64_t columns) { return rounded_up(blocks_of(columns) * (2 * kGroups + 1) * sizeof(T)); }
-  static int64_t bytes(int64_t columns, int64_t k) {
-    return numbers(columns) + rounded_up(joined(columns) * sizeof(Key)) +
-           rounded_up(most(columns, k) * sizeof(Candidate<T>));
-  }
-  TopkScratch(void* workspace, int64_t columns, int64_t k, int region) {
-    char* base = (char*)rounded_up((int64_t)workspace) + region * bytes(columns, k);
-    maxima = (T*)base;
-    sums = maxima + blocks_of(columns) * kGroups;
-    block_max = sums + blocks_of(columns) * kGroups;
-    keys = (Key*)(base + numbers(columns));
-    candidates = (Candidate<T>*)((char*)keys + rounded_up(joined(columns) * sizeof(Key)));
+  TopkScratch(const TopkCall& call, Arena& arena) {
+    const int64_t blocks = blocks_of(call.columns);
+    maxima = arena.take<T>(blocks * kGroups), sums = arena.take<T>(blocks * kGroups), block_max = arena.take<T>(blocks);
+    arena.align();
+    keys = arena.take<Key>(joined(call.columns));
+    arena.align();
+    candidates = arena.take<Candidate<T>>(most(call.columns, call.k));
   }
 };
 
@@ -738,10 +727,10 @@ template <class T> struct Extraction {
 };
 
 template <class T> void all_extractions(const TopkCall& call) {
-  int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.rows * call.columns, call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    TopkScratch<T> scratch(call.run.workspace, call.columns, call.k, omp_get_thread_num());
+    TopkScratch<T> scratch = scratch_of<TopkScratch<T>>(call, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < call.rows; ++r) {
       Extraction<T> row(call, r);
@@ -754,16 +743,11 @@ template <class T> void all_extractions(const TopkCall& call) {
 }
 
 void topk(const TopkCall& call) noexcept {
-  if (call.run.fp64)
-    all_extractions<double>(call);
-  else
-    all_extractions<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_extractions<decltype(type)>(call); });
 }
 
 int64_t topk_bytes(const TopkCall& call) noexcept {
-  const int64_t bytes = call.run.fp64 ? TopkScratch<double>::bytes(call.columns, call.k)
-                                      : TopkScratch<float>::bytes(call.columns, call.k);
-  return 64 + call.run.threads * bytes;
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<TopkScratch<decltype(type)>>(call); });
 }
 
 }  // namespace KDK_ISA
