@@ -134,7 +134,7 @@ template <class T> constexpr SlopeSum slope_sum_of<Kl<T>> = SlopeSum::zero;
 template <class T> constexpr SlopeSum slope_sum_of<ReverseKl<T>> = SlopeSum::from_log_ratio;
 template <class T> constexpr SlopeSum slope_sum_of<MixedKl<T>> = SlopeSum::from_log_ratio;
 
-// name in kdkernels/divergences.py, struct
+// The list: name in kdkernels/divergences.py, struct.
 #define KDK_DIVERGENCES(X) \
   X(kl, Kl)                \
   X(reverse_kl, ReverseKl) \
@@ -145,3 +145,12 @@ template <class T> constexpr SlopeSum slope_sum_of<MixedKl<T>> = SlopeSum::from_
   X(tv, Tv)                \
   X(hellinger, Hellinger)  \
   X(alpha, Alpha)
+
+// Calls body with the divergence of that index.
+template <class T, class Body> KDK_HD void with_divergence(int index, const T* parameters, Body body) {
+  int number = 0;
+#define KDK_CASE(key, Struct) \
+  if (index == number++) return body(Struct<T>(parameters));
+  KDK_DIVERGENCES(KDK_CASE)
+#undef KDK_CASE
+}

@@ -354,6 +354,31 @@ def test_rows_that_are_not_aligned(dtype, offset):
         torch.testing.assert_close(got.gradient, want.gradient[:, : 325 - offset], rtol=2 * ulp, atol=1e-6 * scale)
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_an_infinite_scale_without_a_label_term_is_as_on_the_cpu(labelled, sparse):
+    """inf * 0 is NaN: a hard weight of 0 must leave the label term out."""
+    student, teacher = torch.randn(1, 3, 60), torch.randn(1, 3, 60)
+    row_scale, ones = torch.tensor([torch.inf, 1.0, -torch.inf]), torch.ones(1)
+    labels, hard_weight = (torch.tensor([4, 5, 6]), torch.zeros(1)) if labelled else (None, None)
+    options = (row_scale, labels, ones, hard_weight, ones, "kl", 60, False)
+
+    def results(kernels):
+        if not sparse:
+            return kernels.rows(student, teacher, *options, True, True)[:2]
+        log_probs, indices = teacher[0].log_softmax(-1)[:, :9], torch.arange(9, dtype=torch.int32).expand(3, 9)
+        tail = teacher[0].log_softmax(-1)[:, 9:].logsumexp(-1)
+        entries = indices.contiguous(), log_probs.contiguous(), tail
+        return kernels.topk_rows(student, *entries, *options, False, True, True)[:2]
+
+    want = results(native.cpu)
+    with chips.on("small"):
+        got = results(native.cuda)
+    assert want[1][0, [0, 2]].isinf().all(), "no class of these rows has a gradient that is a number"
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 # ---- errors
 
 

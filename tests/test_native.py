@@ -15,6 +15,7 @@ from truth import rounding, run
 import kdkernels
 from kdkernels import backends
 from kdkernels.backends import native
+from kdkernels.backends.native.rows import Options
 
 x = torch.zeros(1, 2)
 ROOT = Path(__file__).parent.parent
@@ -134,6 +135,60 @@ def test_exp_and_log_are_near_the_last_digit(scale):
         ("student_max_log_prob", log_probs.max(-1).values),
     ):
         assert ((got[name].double() - want).abs() <= ulps).all(), name
+
+
+# ---- fields by name
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"cap": None}, "cpu_softcap: cap: expected a number; got NoneType None"),
+        ({"cap": True}, "cap: expected a number; got bool True"),
+        ({"count": 4.0}, "count: expected an int; got float 4.0"),
+        ({"logits": torch.ones(8)[::2]}, r"logits: expected a contiguous tensor of .*; got a tensor of torch.float32"),
+        ({"logits": torch.ones(4, dtype=torch.int32)}, r"logits: expected .*; got a tensor of torch.int32, shape"),
+        ({"logits": torch.ones(4, device="meta")}, "logits: expected a contiguous tensor"),
+        ({"logits": [1.0]}, r"logits: expected .*; got list \[1.0\]"),
+        ({"colour": 1}, "unknown field colour; the fields are count, logits, cap"),
+    ],
+)
+def test_a_field_that_a_kernel_does_not_take_is_named(changed, message):
+    fields = {"count": 4, "logits": torch.ones(4), "cap": 2.0} | changed
+    with pytest.raises(TypeError, match=message):
+        native._native.cpu_softcap(fields, None, 1)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(TypeError, match="cpu_softcap: the field cap is missing"):
+        native._native.cpu_softcap({"count": 4, "logits": torch.ones(4)}, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"divergence": "kld"}, r"divergence: expected None or a name of \('kl', .*; got str 'kld'"),
+        ({"student": torch.ones(2, 5)}, r"student: expected a tensor \[outer, inner, columns\]"),
+        ({"student": torch.ones(1, 2, 10)[..., ::2]}, r"student: expected .* of stride 1 along columns"),
+        ({"loss": torch.ones(2).double()}, "loss: expected .*, which is torch.float32 as row_scale; got .*float64"),
+        ({"top1": torch.ones(2, 2).int()}, "top1: expected a contiguous tensor of int64, or None; got .*int32"),
+        ({"options": (1, 2)}, "options: expected a NamedTuple of row_scale, labels"),
+        (
+            {"options": Options(torch.ones(2).half(), None, x, None, False)},
+            "row_scale: .*torch.float32 or torch.float64",
+        ),
+        ({"options": Options(torch.ones(2), torch.ones(2), x, None, False)}, "labels: expected .* int64"),
+        ({"options": Options(torch.ones(1, 2), None, x, None, False)}, r"row_scale: expected a tensor \[rows\] or"),
+    ],
+)
+def test_a_field_of_rows_that_is_of_another_kind_is_named(changed, message):
+    seen = {}
+    kernels = native.Cpu()
+    kernels.launch = lambda kernel, device, fields: seen.update(fields)
+    logits, ones = torch.ones(1, 2, 5), torch.ones(2)
+    kernels.rows(logits, logits, ones, None, torch.ones(1), None, torch.ones(1), "kl", 5, False, True, True)
+    with pytest.raises(TypeError, match=message):
+        native._native.cpu_rows(seen | changed, None, 1)
 
 
 # ---- the CUDA side of backends/native, without CUDA: how it calls, and when it does not

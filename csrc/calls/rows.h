@@ -10,7 +10,13 @@ enum Sweep : int { kFloats = 1, kSums = 2, kGradient = 4 };
 
 constexpr int kRowFloats = 5;       // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
 constexpr int kRowSums = 2;         // sum phi, sum psi
-constexpr int kRowStatistics = 11;  // in the order of ROW_STATISTICS in kdkernels/backends/__init__.py
+
+// The statistics of a row: the members are in the order of ROW_STATISTICS in kdkernels/backends/__init__.py.
+template <class T> struct RowStatistics {
+  T divergence, cross_entropy, tv, student_entropy, teacher_entropy, student_max_log_prob, teacher_max_log_prob,
+      student_label_log_prob, teacher_label_log_prob, student_lse, teacher_lse;
+};
+constexpr int kRowStatistics = sizeof(RowStatistics<float>) / sizeof(float);
 
 // The options of each row.
 struct RowOptions {

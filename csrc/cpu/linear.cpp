@@ -77,17 +77,11 @@ template <class T> void cap_gradient_all(const SoftcapGradientCall& call) {
 }
 
 void softcap(const SoftcapCall& call) noexcept {
-  if (call.logits.dtype == Dtype::f64)
-    cap_all<double>(call);
-  else
-    cap_all<float>(call);
+  by_type(call.logits.dtype == Dtype::f64, [&](auto type) { cap_all<decltype(type)>(call); });
 }
 
 void softcap_gradient(const SoftcapGradientCall& call) noexcept {
-  if (call.logits.dtype == Dtype::f64)
-    cap_gradient_all<double>(call);
-  else
-    cap_gradient_all<float>(call);
+  by_type(call.logits.dtype == Dtype::f64, [&](auto type) { cap_gradient_all<decltype(type)>(call); });
 }
 
 void accumulate(const AccumulateCall& call) noexcept {

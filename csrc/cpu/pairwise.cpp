@@ -238,7 +238,7 @@ template <class T> void all_costs(const PairCostsCall& call) {
   const int64_t tiles = (call.columns + tile_columns<T>(call.rows) - 1) / tile_columns<T>(call.rows);
   const int64_t slices = slices_of(call.clouds, call.rows, tiles);
   const int64_t of_scratch = Cloud<T, PairCostsCall>::numbers(call.rows);
-  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.clouds * call.rows * call.columns, call.run.threads);
   T* scratch = aligned<T>(call.run.workspace);
   T* sums = scratch + call.run.threads * of_scratch;
   auto costs = [&](int64_t part, int thread) {
@@ -337,7 +337,7 @@ template <class T> struct Gradient : Cloud<T, PairGradientCall> {
 template <class T> void all_gradients(const PairGradientCall& call) {
   const int64_t blocks = rounded_rows(call.rows) / kRows;
   const int64_t tiles = (call.columns + tile_columns<T>(call.rows) - 1) / tile_columns<T>(call.rows);
-  const int threads = call.clouds * call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.clouds * call.rows * call.columns, call.run.threads);
   T* scratch = aligned<T>(call.run.workspace);
   auto gradient = [&](int64_t cloud) {
     return Gradient<T>(call, cloud, scratch + omp_get_thread_num() * Gradient<T>::numbers(call.rows));
@@ -359,20 +359,14 @@ template <class T> void all_gradients(const PairGradientCall& call) {
 // ---- calls
 
 void pair_costs(const PairCostsCall& call) noexcept {
-  if (call.run.fp64)
-    all_costs<double>(call);
-  else
-    all_costs<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_costs<decltype(type)>(call); });
 }
 int64_t pair_costs_bytes(const PairCostsCall& call) noexcept {
   return 64 + (call.run.fp64 ? 8 * costs_numbers<double>(call) : 4 * costs_numbers<float>(call));
 }
 
 void pair_gradient(const PairGradientCall& call) noexcept {
-  if (call.run.fp64)
-    all_gradients<double>(call);
-  else
-    all_gradients<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_gradients<decltype(type)>(call); });
 }
 int64_t pair_gradient_bytes(const PairGradientCall& call) noexcept {
   const int64_t bytes = call.run.fp64 ? 8 * Gradient<double>::numbers(call.rows) : 4 * Gradient<float>::numbers(call.rows);

@@ -2,7 +2,6 @@
 // inside a namespace per instruction set, after sweeps.h: nothing here may be shared between them.
 
 inline int64_t blocks_of(int64_t columns) { return (columns + kBlock - 1) / kBlock; }
-inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <class T> T finite(T max) { return max == T(-INFINITY) ? T(0) : max; }  // what a block of -inf is relative to
 
@@ -80,21 +79,58 @@ template <class T> struct GradientRow {
   }
 };
 
+// The options of a row, and how its loss and the factors of its gradient follow from them.
+template <class T> struct RowTerms {
+  const T scale, temperature, inverse_temperature, hard_weight;
+  const bool temperature_squared;
+
+  RowTerms(const RowOptions& options, int64_t row)
+      : scale(per_row<T>(options.row_scale, row)),
+        temperature(per_row<T>(options.temperature, row)),
+        inverse_temperature(1 / temperature),
+        hard_weight(options.hard_weight.data ? per_row<T>(options.hard_weight, row) : T(0)),
+        temperature_squared(options.temperature_squared) {}
+
+  bool has_label_term() const { return hard_weight != 0; }
+  // cross_entropy() is with the label, at temperature 1. It is called only where the row has a label term.
+  template <class F> T loss(T phi, F cross_entropy) const {
+    T factor = temperature_squared ? temperature * temperature : T(1);
+    T loss = weighted(1 - hard_weight, factor * phi);
+    if (has_label_term()) loss += hard_weight * cross_entropy();
+    return scale * loss;
+  }
+  // The factor of the divergence in the gradient, and that of the label term. A scale may be infinite or NaN; a weight of
+  // 0 still means that there is no label.
+  T soft() const { return scale * (1 - hard_weight) * (temperature_squared ? temperature : inverse_temperature); }
+  T hard() const { return has_label_term() ? scale * hard_weight : T(0); }
+};
+
+// Writes the statistics of a row, and its top-1 classes.
+template <class T, class Call>
+void write_statistics(const Call& call, int64_t row, const RowStatistics<T>& x, int64_t student, int64_t teacher) {
+  T values[kRowStatistics];
+  static_assert(sizeof values == sizeof x, "the statistics are numbers of the compute type");
+  memcpy(values, &x, sizeof x);
+  for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
+  call.top1[row] = student;
+  call.top1[call.rows + row] = teacher;
+}
+
 // Goes through the rows of a call: many by one thread each, in turns of neighbours; a few by all threads, block by
-// block. Row(call, r) has a scale, write_zeros() for where that is 0, and sweep<Team>(scratch); Scratch(call, region)
-// is a region of the workspace.
+// block. Row(call, r) has terms, write_zeros() for a scale of 0, and sweep<Team>(scratch); Scratch is as in
+// scratch_of.
 template <class Row, class Scratch, class Call> void each_row(const Call& call) {
-  const int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.rows * call.columns, call.run.threads);
   if (threads == 1 || call.rows >= 4 * threads) {
     const int64_t written = call.gradient ? call.gradient_columns * bytes_of(call.student.dtype) : 0;
     const int64_t turn = rows_of_a_turn(call.rows, written, threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      Scratch scratch(call, omp_get_thread_num());
+      Scratch scratch = scratch_of<Scratch>(call, omp_get_thread_num());
 #pragma omp for schedule(dynamic, turn)
       for (int64_t r = 0; r < call.rows; ++r) {
         Row row(call, r);
-        if (row.scale == 0)
+        if (row.terms.scale == 0)
           row.write_zeros();
         else
           row.template sweep<Alone>(scratch);
@@ -104,13 +140,13 @@ template <class Row, class Scratch, class Call> void each_row(const Call& call) 
   }
   for (int64_t r = 0; r < call.rows; ++r) {
     Row row(call, r);
-    if (row.scale == 0) {
+    if (row.terms.scale == 0) {
       row.write_zeros();
       continue;
     }
 #pragma omp parallel num_threads(threads)
     {
-      Scratch scratch(call, 0);
+      Scratch scratch = scratch_of<Scratch>(call, 0);
       row.template sweep<Together>(scratch);
     }
   }

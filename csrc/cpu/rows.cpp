@@ -36,8 +36,8 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
-#include "row.h"
 #include "../divergences.h"
+#include "row.h"
 
 // ---- the inner loops, each over one block
 
@@ -92,19 +92,6 @@ void block_statistics(const T* student, const T* teacher, int n, Normalizer<T> s
   sums->teacher_entropy = teacher_entropy;
 }
 
-template <class T, bool with_slope>
-void divergence_sums(int name, const T* parameters, const T* student, const T* teacher, int n,
-                     Normalizer<T> student_norm, Normalizer<T> teacher_norm, T* student_e, T* teacher_e,
-                     BlockSums<T>* sums) {
-  int index = 0;
-#define KDK_CASE(key, Struct)                                                                                  \
-  if (name == index++)                                                                                         \
-    return divergence_sums<T, Struct<T>, with_slope>(Struct<T>(parameters), student, teacher, n, student_norm, \
-                                                     teacher_norm, student_e, teacher_e, sums);
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-}
-
 // ---- one row
 
 template <class T> struct BlockFloats {
@@ -117,16 +104,10 @@ template <class T> struct Scratch {
   BlockFloats<T>* floats;
   BlockSums<T>* sums;
 
-  static int64_t bytes(int64_t columns) {
-    int64_t per_block = 2 * kBlock * sizeof(T) + sizeof(BlockFloats<T>) + sizeof(BlockSums<T>);
-    return rounded_up(blocks_of(columns) * per_block);
-  }
-  Scratch(const RowsCall& call, int region) {
+  Scratch(const RowsCall& call, Arena& arena) {
     const int64_t blocks = blocks_of(call.columns);
-    student_e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(call.columns));
-    teacher_e = student_e + blocks * kBlock;
-    floats = (BlockFloats<T>*)(teacher_e + blocks * kBlock);
-    sums = (BlockSums<T>*)(floats + blocks);
+    student_e = arena.take<T>(blocks * kBlock), teacher_e = arena.take<T>(blocks * kBlock);
+    floats = arena.take<BlockFloats<T>>(blocks), sums = arena.take<BlockSums<T>>(blocks);
   }
 };
 
@@ -135,7 +116,7 @@ template <class T> struct Row {
   const int64_t row;
   const LogitRow<T> student, teacher;
   const GradientRow<T> gradient;
-  const T scale, temperature, inverse_temperature;
+  const RowTerms<T> terms;
   T student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum, phi, psi;
   T tv, student_entropy, teacher_entropy;
 
@@ -145,22 +126,18 @@ template <class T> struct Row {
         student(call.student, row, call.inner, call.columns),
         teacher(call.teacher, row, call.inner, call.columns),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
-        scale(per_row<T>(call.options.row_scale, row)),
-        temperature(per_row<T>(call.options.temperature, row)),
-        inverse_temperature(1 / temperature) {}
-
-  T hard_weight() const { return call.options.hard_weight.data ? per_row<T>(call.options.hard_weight, row) : T(0); }
+        terms(call.options, row) {}
 
   // Sweep 1.
   void block_floats(int64_t b, Scratch<T>& scratch) const {
     alignas(64) T buffer[kBlock];
     BlockFloats<T>& out = scratch.floats[b];
-    const T beta = inverse_temperature, *s = student.load(b, buffer);
+    const T beta = terms.inverse_temperature, *s = student.load(b, buffer);
     out.student_max = block_max(s, student.width(b));
     const T base = finite(out.student_max);
     out.student_sum = student.template block_exponentials<true>(b, s, base, beta, student_e(scratch) + b * kBlock);
     if (call.unit_log_sum)
-      out.unit_sum = temperature == 1 ? out.student_sum
+      out.unit_sum = terms.temperature == 1 ? out.student_sum
                                       : student.template block_exponentials<false>(b, s, base, T(1), (T*)0);
     const T* t = teacher.load(b, buffer);
     out.teacher_max = block_max(t, teacher.width(b));
@@ -182,8 +159,8 @@ template <class T> struct Row {
   }
   void merge_floats(const Scratch<T>& scratch) {
     typedef BlockFloats<T> B;
-    student_log_sum = merged(&B::student_max, &B::student_sum, inverse_temperature, scratch, &student_max);
-    teacher_log_sum = merged(&B::teacher_max, &B::teacher_sum, inverse_temperature, scratch, &teacher_max);
+    student_log_sum = merged(&B::student_max, &B::student_sum, terms.inverse_temperature, scratch, &student_max);
+    teacher_log_sum = merged(&B::teacher_max, &B::teacher_sum, terms.inverse_temperature, scratch, &teacher_max);
     unit_log_sum = 0;
     if (call.unit_log_sum) unit_log_sum = merged(&B::student_max, &B::unit_sum, 1, scratch, &student_max);
     T* out = (T*)call.floats + row;
@@ -199,8 +176,8 @@ template <class T> struct Row {
 
   // `base` is what the exponentials are relative to.
   Normalizer<T> normalizer(T max, T log_sum, T base) const {
-    T shift = (base - max) * inverse_temperature - log_sum;
-    return {base, shift, exp_of(shift), inverse_temperature};
+    T shift = (base - max) * terms.inverse_temperature - log_sum;
+    return {base, shift, exp_of(shift), terms.inverse_temperature};
   }
 
   // Sweep 2. student_e and teacher_e hold the block's exponentials where sweep 1 left them (`kept`), else they are
@@ -216,14 +193,16 @@ template <class T> struct Row {
       if (kept->student_max != T(-INFINITY)) student_base = kept->student_max;
       if (kept->teacher_max != T(-INFINITY)) teacher_base = kept->teacher_max;
     } else {
-      student.template block_exponentials<true>(b, s, student_max, inverse_temperature, student_e);
-      teacher.template block_exponentials<true>(b, t, teacher_max, inverse_temperature, teacher_e);
+      student.template block_exponentials<true>(b, s, student_max, terms.inverse_temperature, student_e);
+      teacher.template block_exponentials<true>(b, t, teacher_max, terms.inverse_temperature, teacher_e);
     }
     Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
     Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
     if (call.statistics) block_statistics(s, t, n, student_norm, teacher_norm, student_e, teacher_e, out);
-    divergence_sums<T, with_slope>((int)call.divergence, (const T*)call.parameters, s, t, n, student_norm, teacher_norm,
-                                   student_e, teacher_e, out);
+    with_divergence((int)call.divergence, (const T*)call.parameters, [&](auto divergence) {
+      divergence_sums<T, decltype(divergence), with_slope>(divergence, s, t, n, student_norm, teacher_norm, student_e,
+                                                           teacher_e, out);
+    });
   }
   T total(T BlockSums<T>::*field, const Scratch<T>& scratch) const {
     double sum = 0;
@@ -242,36 +221,28 @@ template <class T> struct Row {
       teacher_entropy = total(&B::teacher_entropy, scratch);
       write_statistics();
     }
-    if (call.loss) ((T*)call.loss)[row] = loss();
+    if (call.loss) ((T*)call.loss)[row] = terms.loss(phi, [&] { return cross_entropy(); });
   }
 
   // Cross-entropy with the label, at temperature 1.
-  T cross_entropy() const {
-    return unit_log_sum + (student_max - student.logit(call.options.labels[row]));
-  }
-  T loss() const {
-    T factor = call.options.temperature_squared ? temperature * temperature : T(1);
-    T loss = weighted(1 - hard_weight(), factor * phi);
-    if (hard_weight() != 0) loss += hard_weight() * cross_entropy();
-    return scale * loss;
-  }
+  T cross_entropy() const { return unit_log_sum + (student_max - student.logit(call.options.labels[row])); }
   void write_statistics() const {
-    T student_lse = student_max * inverse_temperature + student_log_sum;
-    T teacher_lse = teacher_max * inverse_temperature + teacher_log_sum;
-    T label_entropy = 0, student_label = 0, teacher_label = 0;
+    RowStatistics<T> x = {};
+    x.divergence = phi;
+    x.tv = tv;
+    x.student_entropy = student_entropy, x.teacher_entropy = teacher_entropy;
+    x.student_max_log_prob = -student_log_sum, x.teacher_max_log_prob = -teacher_log_sum;
+    x.student_lse = student_max * terms.inverse_temperature + student_log_sum;
+    x.teacher_lse = teacher_max * terms.inverse_temperature + teacher_log_sum;
     if (call.options.labels) {
       int64_t label = call.options.labels[row];
-      label_entropy = cross_entropy();
+      x.cross_entropy = cross_entropy();
       Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_max);
       Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_max);
-      student_label = student_norm.log_prob(student.logit(label));
-      teacher_label = teacher_norm.log_prob(teacher.logit(label));
+      x.student_label_log_prob = student_norm.log_prob(student.logit(label));
+      x.teacher_label_log_prob = teacher_norm.log_prob(teacher.logit(label));
     }
-    T values[kRowStatistics] = {phi, label_entropy, tv, student_entropy, teacher_entropy, -student_log_sum,
-                                -teacher_log_sum, student_label, teacher_label, student_lse, teacher_lse};
-    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
-    call.top1[row] = student.argmax(student_max);
-    call.top1[call.rows + row] = teacher.argmax(teacher_max);
+    KDK_ISA::write_statistics(call, row, x, student.argmax(student_max), teacher.argmax(teacher_max));
   }
 
   // Sweep 3, from q and psi of the block.
@@ -280,9 +251,7 @@ template <class T> struct Row {
     const int n = student.width(b);
     T* out = gradient.block(b, gradient_buffer);
 
-    T factor = call.options.temperature_squared ? temperature : inverse_temperature;
-    // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
-    T soft = scale * (1 - hard_weight()) * factor, hard = hard_weight() == 0 ? T(0) : scale * hard_weight();
+    T soft = terms.soft(), hard = terms.hard();
     T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
     auto soft_term = [=](int i) { return soft == 0 ? T(0) : soft * (psi_of_class[i] - q[i] * slope_sum); };
     if (hard == 0) {
@@ -302,12 +271,11 @@ template <class T> struct Row {
 
   void write_zeros() const {
     if (call.gradient) gradient.zero(0);
-    T* outputs[] = {(T*)call.floats, (T*)call.sums, (T*)call.statistics, (T*)call.loss};
-    int counts[] = {call.sweeps & kFloats ? kRowFloats : 0, call.sweeps & kSums ? kRowSums : 0,
-                    call.statistics ? kRowStatistics : 0, call.loss ? 1 : 0};
-    for (int k = 0; k < 4; ++k)
+    T* outputs[] = {(T*)call.floats, (T*)call.sums, (T*)call.loss};
+    int counts[] = {call.sweeps & kFloats ? kRowFloats : 0, call.sweeps & kSums ? kRowSums : 0, call.loss ? 1 : 0};
+    for (int k = 0; k < 3; ++k)
       for (int i = 0; i < counts[k]; ++i) outputs[k][i * call.rows + row] = 0;
-    if (call.statistics) call.top1[row] = call.top1[call.rows + row] = 0;
+    if (call.statistics) KDK_ISA::write_statistics(call, row, RowStatistics<T>{}, 0, 0);
   }
   template <class Team> void sweep(Scratch<T>& scratch) {
     const bool find_floats = call.sweeps & kFloats, find_sums = call.sweeps & kSums;
@@ -349,15 +317,14 @@ template <class T> struct Row {
 // ---- all rows
 
 void rows(const RowsCall& call) noexcept {
-  if (call.run.fp64)
-    each_row<Row<double>, Scratch<double>>(call);
-  else
-    each_row<Row<float>, Scratch<float>>(call);
+  by_type(call.run.fp64, [&](auto type) {
+    using T = decltype(type);
+    each_row<Row<T>, Scratch<T>>(call);
+  });
 }
 
 int64_t rows_bytes(const RowsCall& call) noexcept {
-  const int64_t columns = call.columns;
-  return 64 + call.run.threads * (call.run.fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<Scratch<decltype(type)>>(call); });
 }
 
 template <class T> void scale_all(const ScaleRowsCall& call) {
@@ -383,10 +350,7 @@ template <class T> void scale_all(const ScaleRowsCall& call) {
 }
 
 void scale_rows(const ScaleRowsCall& call) noexcept {
-  if (call.run.fp64)
-    scale_all<double>(call);
-  else
-    scale_all<float>(call);
+  by_type(call.run.fp64, [&](auto type) { scale_all<decltype(type)>(call); });
 }
 
 int64_t scale_rows_bytes(const ScaleRowsCall&) noexcept { return 0; }

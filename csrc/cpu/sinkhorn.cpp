@@ -83,18 +83,9 @@ template <class T> struct Scratch {
   T *log_a, *log_b;  // 0 for a point without mass
 
   static int64_t rounds(int64_t iterations, bool unrolled) { return unrolled ? iterations + 2 : 2; }
-  static int64_t numbers(int64_t n, int64_t m, int64_t iterations, bool unrolled) {
-    return n * padded(m) + rounds(iterations, unrolled) * (padded(n) + 3 * padded(m)) + 3 * padded(n) + 8 * padded(m);
-  }
-  Scratch(const SinkhornCall& call, int region) : kept(rounds(call.iterations, call.unrolled)) {
+  Scratch(const SinkhornCall& call, Arena& arena) : kept(rounds(call.iterations, call.unrolled)) {
     const int64_t n = padded(call.n), m = padded(call.m);
-    uintptr_t aligned = ((uintptr_t)call.run.workspace + 63) / 64 * 64;
-    T* next = (T*)aligned + region * numbers(call.n, call.m, call.iterations, call.unrolled);
-    auto take = [&next](int64_t count) {
-      T* taken = next;
-      next += count;
-      return taken;
-    };
+    auto take = [&](int64_t count) { return arena.take<T>(count); };
     matrix = take(call.n * m);
     f = take(kept * n), g = take(kept * m), base = take(kept * m), sum = take(kept * m);
     of_rows = take(n), alpha_f = take(n), log_a = take(n);
@@ -572,7 +563,7 @@ template <class T> struct PlanGradient {
 template <class T> void all_plan_gradients(const PlanGradientCall& call) {
   double* scratch = (double*)(((uintptr_t)call.run.workspace + 63) / 64 * 64);
   const int64_t numbers = PlanGradient<T>::numbers(call.n, call.m);
-  const int threads = call.problems * call.n * call.m < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.problems * call.n * call.m, call.run.threads);
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t p = 0; p < call.problems; ++p) {
     PlanGradient<T> gradient(call, p, scratch + omp_get_thread_num() * numbers);
@@ -584,10 +575,7 @@ template <class T> void all_plan_gradients(const PlanGradientCall& call) {
 }
 
 void plan_gradient(const PlanGradientCall& call) noexcept {
-  if (call.run.fp64)
-    all_plan_gradients<double>(call);
-  else
-    all_plan_gradients<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_plan_gradients<decltype(type)>(call); });
 }
 int64_t plan_gradient_bytes(const PlanGradientCall& call) noexcept {
   return 64 + call.run.threads * PlanGradient<double>::numbers(call.n, call.m) * 8;
@@ -596,26 +584,21 @@ int64_t plan_gradient_bytes(const PlanGradientCall& call) noexcept {
 // ---- calls
 
 template <class T> void all_problems(const SinkhornCall& call) {
-  const int64_t work = call.problems * call.n * call.m * call.iterations;
-  const int threads = work < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.problems * call.n * call.m * call.iterations, call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch<T> scratch(call, omp_get_thread_num());
+    Scratch<T> scratch = scratch_of<Scratch<T>>(call, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (int64_t p = 0; p < call.problems; ++p) Problem<T>(call, p, scratch).solve();
   }
 }
 
 void sinkhorn(const SinkhornCall& call) noexcept {
-  if (call.run.fp64)
-    all_problems<double>(call);
-  else
-    all_problems<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_problems<decltype(type)>(call); });
 }
 
 int64_t sinkhorn_bytes(const SinkhornCall& call) noexcept {
-  const int64_t numbers = Scratch<float>::numbers(call.n, call.m, call.iterations, call.unrolled);
-  return 64 + call.run.threads * numbers * (call.run.fp64 ? 8 : 4);
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<Scratch<decltype(type)>>(call); });
 }
 
 }  // namespace KDK_ISA

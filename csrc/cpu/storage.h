@@ -13,6 +13,43 @@ constexpr int kLanes = 4;
 constexpr int kBlock = 128 * kLanes;
 constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
 
+// The threads that so much work pays for.
+inline int threads_for(int64_t work, int threads) { return work < kSerialWork ? 1 : threads; }
+
+// body(T()) with the compute type T.
+template <class Body> auto by_type(bool fp64, Body body) { return fp64 ? body(double()) : body(float()); }
+
+inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Hands out memory from a base on. From base 0 it counts: a Scratch that takes its memory from an arena then says how
+// much it needs.
+struct Arena {
+  uintptr_t base;
+  int64_t used = 0;
+
+  explicit Arena(uintptr_t base) : base(base) {}
+  template <class T> T* take(int64_t count) {
+    T* taken = (T*)(base + used);
+    used += count * sizeof(T);
+    return taken;
+  }
+  void align() { used = rounded_up(used); }
+};
+
+// A kernel's workspace has a region for each thread, whose Scratch(call, arena) takes its memory there.
+template <class Scratch, class Call> int64_t scratch_bytes(const Call& call) {
+  Arena arena(0);
+  Scratch counted(call, arena);
+  return rounded_up(arena.used);
+}
+template <class Scratch, class Call> Scratch scratch_of(const Call& call, int region) {
+  Arena arena(rounded_up((int64_t)call.run.workspace) + region * scratch_bytes<Scratch>(call));
+  return Scratch(call, arena);
+}
+template <class Scratch, class Call> int64_t workspace_bytes(const Call& call) {
+  return 64 + call.run.threads * scratch_bytes<Scratch>(call);
+}
+
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
 inline const float* widen(const void* from, Dtype dtype, int n, float* buffer) {

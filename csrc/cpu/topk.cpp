@@ -30,8 +30,8 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 #include "sweeps.h"
-#include "row.h"
 #include "../divergences.h"
+#include "row.h"
 
 // exp of a maximum relative to a larger one; 0 where both are -inf.
 template <class T> T relative(T max, T larger, T beta) {
@@ -55,18 +55,14 @@ template <class T> struct RowScratch {
   T *logits, *lp, *lq, *q, *psi;  // of the entries and, last, the bucket
   int32_t* first_entry;           // of each block; of the one past the last block too
 
-  static int64_t bytes(int64_t columns, int64_t entries) {
-    int64_t blocks = blocks_of(columns);
-    return rounded_up(blocks * (kBlock * sizeof(T) + sizeof(BlockSums<T>)) + 5 * (entries + 1) * sizeof(T) +
-                      (blocks + 1) * sizeof(int32_t));
-  }
-  RowScratch(const TopkRowsCall& call, int region) {
-    const int64_t columns = call.columns, entries = call.entries + 1;
-    e = (T*)((char*)rounded_up((int64_t)call.run.workspace) + region * bytes(columns, call.entries));
-    blocks = (BlockSums<T>*)(e + blocks_of(columns) * kBlock);
-    logits = (T*)(blocks + blocks_of(columns));
-    lp = logits + entries, lq = lp + entries, q = lq + entries, psi = q + entries;
-    first_entry = (int32_t*)(psi + entries);
+  RowScratch(const TopkRowsCall& call, Arena& arena) {
+    const int64_t blocks_of_row = blocks_of(call.columns), entries = call.entries + 1;
+    e = arena.take<T>(blocks_of_row * kBlock);
+    blocks = arena.take<BlockSums<T>>(blocks_of_row);
+    logits = arena.take<T>(entries);
+    lp = arena.take<T>(entries), lq = arena.take<T>(entries);
+    q = arena.take<T>(entries), psi = arena.take<T>(entries);
+    first_entry = arena.take<int32_t>(blocks_of_row + 1);
   }
 };
 
@@ -92,21 +88,13 @@ __attribute__((noinline)) void entry_sums(const D& divergence, const T* lp_of, c
   *sums = {phi, psi, T(0.5) * tv, entropy};
 }
 
-template <class T>
-void entry_sums(int name, const T* parameters, const T* lp, const T* lq, int64_t n, T* q, T* psi, EntrySums<T>* sums) {
-  int index = 0;
-#define KDK_CASE(key, Struct) \
-  if (name == index++) return entry_sums<T, Struct<T>>(Struct<T>(parameters), lp, lq, n, q, psi, sums);
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-}
-
 template <class T> struct TopkRow {
   const TopkRowsCall& call;
   const int64_t row;
   const LogitRow<T> student;
   const GradientRow<T> gradient;
-  const T scale, temperature, beta;  // beta: 1 / temperature
+  const RowTerms<T> terms;
+  const T beta;  // 1 / temperature
   const int32_t* indices;
   int64_t entries;                   // of this row
   // Maxima, and sums of exponentials relative to them, of the other classes and of the entries; the maximum and log-sum
@@ -120,12 +108,11 @@ template <class T> struct TopkRow {
         row(row),
         student(call.student, row, call.inner, call.columns),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
-        scale(per_row<T>(call.options.row_scale, row)),
-        temperature(per_row<T>(call.options.temperature, row)),
-        beta(1 / temperature),
+        terms(call.options, row),
+        beta(terms.inverse_temperature),
         indices(call.indices + row * call.entries),
         entries(0) {
-    if (scale != 0) entries = entries_below(call.columns);
+    if (terms.scale != 0) entries = entries_below(call.columns);
   }
 
   // The number of entries of classes below a column.
@@ -138,10 +125,8 @@ template <class T> struct TopkRow {
     }
     return low;
   }
-  T hard_weight() const { return call.options.hard_weight.data ? per_row<T>(call.options.hard_weight, row) : T(0); }
-  bool has_label_term() const { return hard_weight() != 0; }
-  bool needs_unit_sum() const { return has_label_term() || (call.statistics && call.options.labels); }
-  bool sweeps_logits() const { return !call.conditional || has_label_term() || call.statistics; }
+  bool needs_unit_sum() const { return terms.has_label_term() || (call.statistics && call.options.labels); }
+  bool sweeps_logits() const { return !call.conditional || terms.has_label_term() || call.statistics; }
 
   void find_entries(RowScratch<T>& scratch) const {
     int k = 0;
@@ -167,7 +152,7 @@ template <class T> struct TopkRow {
     out.max = block_max(x, n);
     out.sum = student.template block_exponentials<true>(b, x, finite(out.max), beta, e);
     out.unit_sum = out.sum;
-    if (temperature != 1 && needs_unit_sum())
+    if (terms.temperature != 1 && needs_unit_sum())
       out.unit_sum = student.template block_exponentials<false>(b, x, finite(out.max), T(1), (T*)0);
     if (call.statistics) {
       T sum = 0, base = finite(out.max);
@@ -210,7 +195,7 @@ template <class T> struct TopkRow {
       entropy = entropy_of_all(scratch);
       write_statistics(scratch);
     }
-    ((T*)call.loss)[row] = loss();
+    ((T*)call.loss)[row] = terms.loss(sums.phi, [&] { return cross_entropy(); });
   }
   // A sum relative to a part's maximum, relative to that of all.
   double of_all(double sum, T part_max) const {
@@ -238,18 +223,12 @@ template <class T> struct TopkRow {
     return share > -0.5 ? ::log1p(-of_all(entries_sum, entries_max) * ::exp(-log_sum)) : share;
   }
   void find_sums(RowScratch<T>& scratch, int64_t classes) {
-    const T* parameters = (const T*)call.parameters;
-    entry_sums((int)call.divergence, parameters, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+    with_divergence((int)call.divergence, (const T*)call.parameters, [&](const auto& divergence) {
+      entry_sums(divergence, scratch.lp, scratch.lq, classes, scratch.q, scratch.psi, &sums);
+    });
   }
 
   T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.options.labels[row]))); }
-  T loss() const {
-    T factor = call.options.temperature_squared ? temperature * temperature : T(1);
-    T loss = weighted(1 - hard_weight(), factor * sums.phi);
-    if (has_label_term()) loss += hard_weight() * cross_entropy();
-    return scale * loss;
-  }
-
   // -sum q log q over all classes: of a block, log q is the distance from its maximum and what the block has in common.
   double entropy_of_all(const RowScratch<T>& scratch) const {
     double sum = 0;
@@ -266,24 +245,26 @@ template <class T> struct TopkRow {
   }
   void write_statistics(const RowScratch<T>& scratch) const {
     const T tail = ((const T*)call.tail_log_prob)[row];
-    T largest = -INFINITY, label_entropy = 0, student_label = 0, teacher_label = 0;
+    RowStatistics<T> x = {};
+    T largest = -INFINITY;
     int64_t teacher_top1 = 0;
     for (int64_t k = 0; k < entries; ++k)
       if (scratch.lp[k] > largest || (scratch.lp[k] != scratch.lp[k] && largest == largest))
         largest = scratch.lp[k], teacher_top1 = indices[k];
     double mass = call.conditional ? 0 : ::exp((double)tail);
     for (int64_t k = 0; k < entries; ++k) mass += ::exp((double)scratch.lp[k]);
+    x.divergence = sums.phi;
+    x.tv = sums.tv;
+    x.student_entropy = (T)entropy, x.teacher_entropy = sums.entropy;
+    x.student_max_log_prob = (T)-log_sum, x.teacher_max_log_prob = largest;
+    x.student_lse = (T)(max * beta + log_sum), x.teacher_lse = (T)::log(mass);
     if (call.options.labels) {
       int64_t label = call.options.labels[row], at = entries_below(label);
-      label_entropy = cross_entropy();
-      student_label = (T)((student.logit(label) - max) * beta - log_sum);
-      teacher_label = at < entries && indices[at] == label ? scratch.lp[at] : tail;
+      x.cross_entropy = cross_entropy();
+      x.student_label_log_prob = (T)((student.logit(label) - max) * beta - log_sum);
+      x.teacher_label_log_prob = at < entries && indices[at] == label ? scratch.lp[at] : tail;
     }
-    T values[kRowStatistics] = {sums.phi, label_entropy, sums.tv, (T)entropy, sums.entropy, (T)-log_sum, largest,
-                                student_label, teacher_label, (T)(max * beta + log_sum), (T)::log(mass)};
-    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = values[i];
-    call.top1[row] = student.argmax(max);
-    call.top1[call.rows + row] = teacher_top1;
+    KDK_ISA::write_statistics(call, row, x, student.argmax(max), teacher_top1);
   }
 
   // Sweep 2.
@@ -291,10 +272,8 @@ template <class T> struct TopkRow {
     T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
   };
   Slopes slopes(const RowScratch<T>& scratch) const {
-    T factor = call.options.temperature_squared ? temperature : beta;
-    T hard = has_label_term() ? scale * hard_weight() : T(0);
+    T soft = terms.soft(), hard = terms.hard();
     T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
-    T soft = scale * (1 - hard_weight()) * factor;
     T others = call.conditional ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
     return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};
   }
@@ -340,9 +319,7 @@ template <class T> struct TopkRow {
   void write_zeros() const {
     if (call.gradient) gradient.zero(0);
     ((T*)call.loss)[row] = 0;
-    if (!call.statistics) return;
-    for (int i = 0; i < kRowStatistics; ++i) ((T*)call.statistics)[i * call.rows + row] = 0;
-    call.top1[row] = call.top1[call.rows + row] = 0;
+    if (call.statistics) KDK_ISA::write_statistics(call, row, RowStatistics<T>{}, 0, 0);
   }
 
   template <class Team> void sweep(RowScratch<T>& scratch) {
@@ -365,16 +342,14 @@ template <class T> struct TopkRow {
 };
 
 void topk_rows(const TopkRowsCall& call) noexcept {
-  if (call.run.fp64)
-    each_row<TopkRow<double>, RowScratch<double>>(call);
-  else
-    each_row<TopkRow<float>, RowScratch<float>>(call);
+  by_type(call.run.fp64, [&](auto type) {
+    using T = decltype(type);
+    each_row<TopkRow<T>, RowScratch<T>>(call);
+  });
 }
 
 int64_t topk_rows_bytes(const TopkRowsCall& call) noexcept {
-  const int64_t bytes = call.run.fp64 ? RowScratch<double>::bytes(call.columns, call.entries)
-                                      : RowScratch<float>::bytes(call.columns, call.entries);
-  return 64 + call.run.threads * bytes;
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<RowScratch<decltype(type)>>(call); });
 }
 
 // ---- entries, from what a teacher gave
@@ -462,7 +437,7 @@ int64_t sort_entries_bytes(const SortEntriesCall& call) noexcept {
 }
 
 void sort_entries(const SortEntriesCall& call) noexcept {
-  int threads = call.rows * call.entries < 4096 ? 1 : call.run.threads;
+  int threads = threads_for(call.rows * call.entries, call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Key* keys = (Key*)call.run.workspace + omp_get_thread_num() * 2 * call.entries;
@@ -587,18 +562,13 @@ template <class T> struct TopkScratch {
     int64_t bound = k * (kBlock / kJoined + 1) + kBlock;
     return bound < columns ? bound : columns;
   }
-  static int64_t numbers(int64_t columns) { return rounded_up(blocks_of(columns) * (2 * kGroups + 1) * sizeof(T)); }
-  static int64_t bytes(int64_t columns, int64_t k) {
-    return numbers(columns) + rounded_up(joined(columns) * sizeof(Key)) +
-           rounded_up(most(columns, k) * sizeof(Candidate<T>));
-  }
-  TopkScratch(void* workspace, int64_t columns, int64_t k, int region) {
-    char* base = (char*)rounded_up((int64_t)workspace) + region * bytes(columns, k);
-    maxima = (T*)base;
-    sums = maxima + blocks_of(columns) * kGroups;
-    block_max = sums + blocks_of(columns) * kGroups;
-    keys = (Key*)(base + numbers(columns));
-    candidates = (Candidate<T>*)((char*)keys + rounded_up(joined(columns) * sizeof(Key)));
+  TopkScratch(const TopkCall& call, Arena& arena) {
+    const int64_t blocks = blocks_of(call.columns);
+    maxima = arena.take<T>(blocks * kGroups), sums = arena.take<T>(blocks * kGroups), block_max = arena.take<T>(blocks);
+    arena.align();
+    keys = arena.take<Key>(joined(call.columns));
+    arena.align();
+    candidates = arena.take<Candidate<T>>(most(call.columns, call.k));
   }
 };
 
@@ -757,10 +727,10 @@ template <class T> struct Extraction {
 };
 
 template <class T> void all_extractions(const TopkCall& call) {
-  int threads = call.rows * call.columns < kSerialWork ? 1 : call.run.threads;
+  const int threads = threads_for(call.rows * call.columns, call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    TopkScratch<T> scratch(call.run.workspace, call.columns, call.k, omp_get_thread_num());
+    TopkScratch<T> scratch = scratch_of<TopkScratch<T>>(call, omp_get_thread_num());
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < call.rows; ++r) {
       Extraction<T> row(call, r);
@@ -773,16 +743,11 @@ template <class T> void all_extractions(const TopkCall& call) {
 }
 
 void topk(const TopkCall& call) noexcept {
-  if (call.run.fp64)
-    all_extractions<double>(call);
-  else
-    all_extractions<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_extractions<decltype(type)>(call); });
 }
 
 int64_t topk_bytes(const TopkCall& call) noexcept {
-  const int64_t bytes = call.run.fp64 ? TopkScratch<double>::bytes(call.columns, call.k)
-                                      : TopkScratch<float>::bytes(call.columns, call.k);
-  return 64 + call.run.threads * bytes;
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<TopkScratch<decltype(type)>>(call); });
 }
 
 }  // namespace KDK_ISA

@@ -52,7 +52,11 @@ constexpr int kBuckets = 65536;  // by the upper 16 bits of a key
 
 template <class Key> int bucket_of(Key key) { return (int)(key >> (8 * sizeof(Key) - 16)); }
 
-// What a thread works in.
+inline int64_t wider(const UldCall& call) {
+  return call.student_columns > call.teacher_columns ? call.student_columns : call.teacher_columns;
+}
+
+// The memory that a thread works in; its counts are 0 between rows.
 template <class T> struct Scratch {
   uint64_t* keys[3];        // of a rank; two of them take turns while a side is sorted
   T *p, *q;                 // exponentials of the ranks, relative to the first's; then probabilities
@@ -63,27 +67,18 @@ template <class T> struct Scratch {
   uint16_t *values, *table; // the bits of a run; the gradient by the bits of the logit
   int8_t* signs;            // of the ranks
 
-  static int64_t key_bytes(int64_t columns) { return rounded_up(columns * sizeof(T)); }
-  static int64_t bytes(int64_t columns) {
-    return 6 * key_bytes(columns) + (kBuckets + 64) * (sizeof(T) + 3 * sizeof(int32_t) + 2 * sizeof(uint16_t)) +
-           rounded_up(columns);
-  }
-  Scratch(void* workspace, int64_t columns, int region) {
-    char* at = (char*)rounded_up((int64_t)workspace) + region * bytes(columns);
-    auto take = [&](int64_t bytes) {
-      char* taken = at;
-      at += bytes;
-      return taken;
-    };
-    for (auto& x : keys) x = (uint64_t*)take(key_bytes(columns));
-    p = (T*)take(key_bytes(columns)), q = (T*)take(key_bytes(columns)), mean_sign = (T*)take(key_bytes(columns));
-    constexpr int64_t table_of = kBuckets + 64;
-    of_bucket = (T*)take(table_of * sizeof(T));
-    segment = (int32_t*)take(table_of * sizeof(int32_t));
-    counts = (int32_t*)take(table_of * sizeof(int32_t)), ends = (int32_t*)take(table_of * sizeof(int32_t));
-    values = (uint16_t*)take(table_of * sizeof(uint16_t)), table = (uint16_t*)take(table_of * sizeof(uint16_t));
-    signs = (int8_t*)at;
-    memset(counts, 0, table_of * sizeof(int32_t));
+  static constexpr int64_t kTable = kBuckets + 64;
+
+  Scratch(const UldCall& call, Arena& arena) {
+    const int64_t columns = wider(call), key_bytes = rounded_up(columns * sizeof(T));
+    auto numbers = [&] { return (T*)arena.take<char>(key_bytes); };
+    for (auto& x : keys) x = (uint64_t*)numbers();
+    p = numbers(), q = numbers(), mean_sign = numbers();
+    of_bucket = arena.take<T>(kTable);
+    segment = arena.take<int32_t>(kTable);
+    counts = arena.take<int32_t>(kTable), ends = arena.take<int32_t>(kTable);
+    values = arena.take<uint16_t>(kTable), table = arena.take<uint16_t>(kTable);
+    signs = arena.take<int8_t>(columns);
   }
 };
 
@@ -435,17 +430,13 @@ template <class T> struct UldRow {
   }
 };
 
-inline int64_t wider(const UldCall& call) {
-  return call.student_columns > call.teacher_columns ? call.student_columns : call.teacher_columns;
-}
-
 template <class T> void all_rows(const UldCall& call) {
-  const int64_t columns = wider(call);
-  const int64_t most = (call.rows * columns + kSerialWork - 1) / kSerialWork;
+  const int64_t most = (call.rows * wider(call) + kSerialWork - 1) / kSerialWork;
   const int threads = most < call.run.threads ? (int)most : call.run.threads;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Scratch<T> scratch(call.run.workspace, columns, omp_get_thread_num());
+    Scratch<T> scratch = scratch_of<Scratch<T>>(call, omp_get_thread_num());
+    memset(scratch.counts, 0, scratch.kTable * sizeof(int32_t));
     const int64_t turn = rows_of_a_turn(call.rows, call.gradient ? call.gradient_columns * sizeof(T) : 0, threads);
 #pragma omp for schedule(dynamic, turn)
     for (int64_t r = 0; r < call.rows; ++r) {
@@ -459,15 +450,11 @@ template <class T> void all_rows(const UldCall& call) {
 }
 
 void uld(const UldCall& call) noexcept {
-  if (call.run.fp64)
-    all_rows<double>(call);
-  else
-    all_rows<float>(call);
+  by_type(call.run.fp64, [&](auto type) { all_rows<decltype(type)>(call); });
 }
 
 int64_t uld_bytes(const UldCall& call) noexcept {
-  const int64_t columns = wider(call);
-  return 64 + call.run.threads * (call.run.fp64 ? Scratch<double>::bytes(columns) : Scratch<float>::bytes(columns));
+  return by_type(call.run.fp64, [&](auto type) { return workspace_bytes<Scratch<decltype(type)>>(call); });
 }
 
 }  // namespace KDK_ISA

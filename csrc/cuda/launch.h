@@ -91,6 +91,18 @@ inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribut
   return config;
 }
 
+// Enqueues a kernel on the call's stream of the current device.
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, const Launch& plan, const Execution& run, const Arguments&... arguments) {
+  cudaLaunchAttribute cluster;
+  const cudaLaunchConfig_t config = launch_config(plan, &cluster, (cudaStream_t)run.stream);
+  KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
+}
+
+inline void require_room(bool has_room) {
+  if (!has_room) throw std::runtime_error("the device has no room for a block of these kernels");
+}
+
 // How many teams of a launch the device holds at once; 0 where it cannot hold one. It is asked once for each.
 template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, const Chip& chip, int device) {
   static std::mutex mutex;

@@ -73,14 +73,12 @@ namespace {
 
 // A thread for each group, up to the number that the chip holds at once.
 template <class Kernel, class... Arguments>
-void launch(int64_t count, const Execution& run, Kernel kernel, Arguments... arguments) {
+void launch_elements(int64_t count, const Execution& run, Kernel kernel, Arguments... arguments) {
   if (count == 0) return;
   OnDevice guard(run.device);
   const int64_t blocks = (int64_t)kBlocksOfMultiprocessor * Chip(run.device, kernel).multiprocessors;
   const int64_t wanted = (count + kGroup - 1) / kGroup / kThreads + 1;  // one more group where the tensor is shifted
-  const Launch launch = {1, kThreads, 0, (int)(wanted < blocks ? wanted : blocks)};
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
+  launch(kernel, {1, kThreads, 0, (int)(wanted < blocks ? wanted : blocks)}, run, arguments...);
 }
 
 Cap cap_of(double cap) { return {(float)cap, (float)(1 / cap)}; }
@@ -88,12 +86,13 @@ Cap cap_of(double cap) { return {(float)cap, (float)(1 / cap)}; }
 }  // namespace
 
 void softcap(const SoftcapCall& call) {
-  launch(call.count, call.run, softcap_kernel, (char*)call.logits, call.logits.dtype, call.count, cap_of(call.cap));
+  launch_elements(call.count, call.run, softcap_kernel, (char*)call.logits, call.logits.dtype, call.count,
+                  cap_of(call.cap));
 }
 
 void softcap_gradient(const SoftcapGradientCall& call) {
-  launch(call.count, call.run, softcap_gradient_kernel, (char*)call.gradient, (const char*)call.logits,
-         call.logits.dtype, call.count, cap_of(call.cap));
+  launch_elements(call.count, call.run, softcap_gradient_kernel, (char*)call.gradient, (const char*)call.logits,
+                  call.logits.dtype, call.count, cap_of(call.cap));
 }
 
 int64_t softcap_bytes(const SoftcapCall&) { return 0; }

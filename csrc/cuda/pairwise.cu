@@ -406,9 +406,6 @@ int grid_of(int64_t blocks) {
   if (blocks > INT32_MAX) throw std::runtime_error("the clouds take more blocks than a grid may have");
   return (int)blocks;
 }
-void require_room(int shared, const Chip& chip) {
-  if (shared > chip.shared) throw std::runtime_error("the device has no room for a block of these kernels");
-}
 
 bool takes_small_squares(int64_t rows) { return rows <= 32; }
 
@@ -421,7 +418,7 @@ PairCostsPlan plan_costs(const PairCostsCall& call) {
   const Chip chip(call.run.device, kernel);
   PairCostsPlan plan = {};
   plan.blocks = 1, plan.threads = threads_of_square(side), plan.shared = shared_of_square(side);
-  require_room(plan.shared, chip);
+  require_room(plan.shared <= chip.shared);
   plan.tiles = parts_of(rows, side);
   const int64_t squares = clouds * plan.tiles * plan.tiles, fill = teams_at_once(kernel, plan, chip, call.run.device) / squares;
   const int64_t least = parts_of(columns, kRunningSum), most = parts_of(columns, 4 * columns_of_square(side));
@@ -435,7 +432,7 @@ PairCostsPlan plan_costs(const PairCostsCall& call) {
 PairGradientPlan plan_gradient(const PairGradientCall& call, int rows) {
   PairGradientPlan plan = {};
   plan.blocks = 1, plan.threads = kThreadsOfGradient, plan.shared = shared_of_tile(rows);
-  require_room(plan.shared, Chip(call.run.device, pair_gradient_kernel_of(call.kind, rows)));
+  require_room(plan.shared <= Chip(call.run.device, pair_gradient_kernel_of(call.kind, rows)).shared);
   plan.row_tiles = parts_of(call.rows, rows);
   plan.column_tiles = parts_of(call.gradient_columns, columns_of_tile(rows));
   plan.grid = grid_of(call.clouds * plan.row_tiles * plan.column_tiles);
@@ -452,13 +449,10 @@ int64_t pair_costs_bytes(const PairCostsCall& call) {
 void pair_costs(const PairCostsCall& call) {
   OnDevice guard(call.run.device);
   const PairCostsPlan plan = plan_costs(call);
-  cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
-  const PairCostsKernel kernel = pair_costs_kernel_of(call.kind, !!call.moments, takes_small_squares(call.rows));
-  KDK_CHECK(cudaLaunchKernelEx, &config, kernel, call, plan);
+  launch(pair_costs_kernel_of(call.kind, !!call.moments, takes_small_squares(call.rows)), plan, call.run, call, plan);
   const int64_t blocks = parts_of(call.clouds * call.rows * call.rows, kFinishedPairs);
   const Launch finish = {1, kFinishedPairs * kPartsOfRanges, kSharedOfFinish, grid_of(blocks)};
-  config = launch_config(finish, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, finish_pairs_kernel_of(call.kind), call, plan.ranges);
+  launch(finish_pairs_kernel_of(call.kind), finish, call.run, call, plan.ranges);
 }
 
 int64_t pair_gradient_bytes(const PairGradientCall&) { return 0; }
@@ -467,8 +461,7 @@ void pair_gradient(const PairGradientCall& call) {
   OnDevice guard(call.run.device);
   const int rows = call.rows <= 16 ? 16 : call.rows <= 32 ? 32 : 64;
   const PairGradientPlan plan = plan_gradient(call, rows);
-  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, pair_gradient_kernel_of(call.kind, rows), call, plan);
+  launch(pair_gradient_kernel_of(call.kind, rows), plan, call.run, call, plan);
 }
 
 void load_pairwise() {

@@ -121,7 +121,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
     plan = larger, teams = at_once;
     if (shape.sweeps < 2 || at_once <= fit) break;
   }
-  if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  require_room(teams > 0);
   return with_teams(plan, shape, limited_teams(teams, shape, chip, plan.blocks, fit));
 }
 

@@ -7,6 +7,7 @@
 #include "device.h"
 #include "groups.h"
 #include "plan.h"
+#include "table.h"
 #include "team.h"
 
 namespace kdk {
@@ -14,13 +15,13 @@ namespace cuda {
 
 inline __device__ float per_row(const PerRow& x, int64_t row) { return load((const float*)x.data + row * x.stride); }
 
-// What the options say of a row; nothing of one past the last, which is skipped.
-struct RowNumbers {
+// The options of a row, and the factors of its gradient that follow from them. A row past the last counts as skipped.
+struct RowTerms {
   float scale, temperature, hard_weight;
   int64_t label;
 
   template <class Call>
-  __device__ RowNumbers(const Call& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
+  __device__ RowTerms(const Call& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
     if (row >= call.rows) return;
     scale = per_row(call.options.row_scale, row);
     temperature = per_row(call.options.temperature, row);
@@ -32,6 +33,12 @@ struct RowNumbers {
     return !skipped() && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY && hard_weight >= 0 &&
            hard_weight <= 1 && label >= 0 && label < call.columns;
   }
+  // The factor of the divergence in the gradient, and that of the label term. A scale may be infinite or NaN; a weight of
+  // 0 still means that there is no label.
+  __device__ float soft(const RowOptions& options, float inverse_temperature) const {
+    return scale * (1 - hard_weight) * (options.temperature_squared ? temperature : inverse_temperature);
+  }
+  __device__ float hard() const { return hard_weight == 0 ? 0 : scale * hard_weight; }
 };
 
 template <class Call> inline __device__ const char* row_start(const Logits& x, const Call& call, int64_t row) {
@@ -44,6 +51,31 @@ template <class Call> inline __device__ const char* row_start(const Logits& x, c
 template <class Call>
 inline __device__ void write_column(Numbers matrix, const Call& call, int64_t row, const float* values, int count) {
   for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
+}
+
+// The following write the loss and the statistics of a row, by one thread. cross_entropy is with the label, at
+// temperature 1. student_first and teacher_first are the first columns that hold the maximum of what is not NaN; a
+// column past the last says that there is none.
+template <class Call>
+inline __device__ void write_loss(const Call& call, int64_t row, const RowTerms& terms, float phi,
+                                  float cross_entropy) {
+  const float factor = call.options.temperature_squared ? terms.temperature * terms.temperature : 1;
+  float loss = weighted(1 - terms.hard_weight, factor * phi);
+  if (terms.hard_weight != 0) loss += terms.hard_weight * cross_entropy;
+  store((float*)call.loss + row, terms.scale * loss);
+}
+template <class Call>
+inline __device__ void write_statistics(const Call& call, int64_t row, const RowStatistics<float>& x,
+                                        int64_t student_first, int64_t teacher_first) {
+  const Words<RowStatistics<float>> values(x);
+  for (int i = 0; i < kRowStatistics; ++i)
+    store((float*)call.statistics + i * call.rows + row, __uint_as_float(values.words[i]));
+  store(call.top1 + row, student_first < call.columns ? student_first : 0);
+  store(call.top1 + call.rows + row, teacher_first < call.columns ? teacher_first : 0);
+}
+template <class Call> inline __device__ void fill_statistics(const Call& call, int64_t row, float value) {
+  for (int i = 0; i < kRowStatistics; ++i) store((float*)call.statistics + i * call.rows + row, value);
+  store(call.top1 + row, (int64_t)0), store(call.top1 + call.rows + row, (int64_t)0);
 }
 
 // All of the team fills the columns from `first` on.

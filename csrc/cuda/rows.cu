@@ -83,15 +83,12 @@ struct Floats {
     if (at.unit) unit_sum *= exp_of(student_max - student_base);
     student_max = new_student_max, teacher_max = new_teacher_max;
   }
-  __device__ Floats across_warp(Tempering at) const {
-    Floats x = *this;
-    x.rebase(warp_max(student_max), warp_max(teacher_max), at);
-    for (int by = kWarp / 2; by; by /= 2) {
-      Floats below = from_lane_below(x, by);
-      x.student_sum += below.student_sum, x.teacher_sum += below.teacher_sum;
-      x.unit_sum += below.unit_sum, x.log_ratio += below.log_ratio;
-    }
-    return x;
+  __device__ void share(Tempering at) {
+    rebase(warp_max(student_max), warp_max(teacher_max), at);
+  }
+  __device__ void merge(const Floats& below) {
+    student_sum += below.student_sum, teacher_sum += below.teacher_sum;
+    unit_sum += below.unit_sum, log_ratio += below.log_ratio;
   }
 };
 
@@ -99,13 +96,8 @@ struct Sums {
   float phi, psi;
 
   static __device__ Sums none() { return {0, 0}; }
-  __device__ Sums across_warp(Tempering) const {
-    Sums x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      Sums below = from_lane_below(x, by);
-      x.phi += below.phi, x.psi += below.psi;
-    }
-    return x;
+  __device__ void merge(const Sums& below) {
+    phi += below.phi, psi += below.psi;
   }
 };
 
@@ -114,15 +106,10 @@ struct Statistics {
   int student_first, teacher_first;  // first column that holds the maximum; INT32_MAX: none does
 
   static __device__ Statistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX}; }
-  __device__ Statistics across_warp(Tempering) const {
-    Statistics x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      Statistics below = from_lane_below(x, by);
-      x.tv += below.tv, x.student_entropy += below.student_entropy, x.teacher_entropy += below.teacher_entropy;
-      x.student_first = min(x.student_first, below.student_first);
-      x.teacher_first = min(x.teacher_first, below.teacher_first);
-    }
-    return x;
+  __device__ void merge(const Statistics& below) {
+    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
+    student_first = min(student_first, below.student_first);
+    teacher_first = min(teacher_first, below.teacher_first);
   }
 };
 
@@ -245,60 +232,45 @@ inline __device__ void write_gradient(const D& divergence, const Slice& student,
 inline __device__ void fill_row(const RowsCall& call, const Team& team, int64_t row, float value) {
   if (call.sweeps & kGradient) fill_gradient(call, team, row, 0, value);
   if (!team.first_thread()) return;
-  float values[kRowStatistics];
-  for (int i = 0; i < kRowStatistics; ++i) values[i] = value;
+  float values[kRowFloats];
+  for (int i = 0; i < kRowFloats; ++i) values[i] = value;
   if (call.sweeps & kFloats) write_column(call.floats, call, row, values, kRowFloats);
   if (call.sweeps & kSums) write_column(call.sums, call, row, values, kRowSums);
   if (call.loss) store((float*)call.loss + row, value);
-  if (call.statistics) {
-    write_column(call.statistics, call, row, values, kRowStatistics);
-    store(call.top1 + row, (int64_t)0), store(call.top1 + call.rows + row, (int64_t)0);
-  }
+  if (call.statistics) fill_statistics(call, row, value);
 }
 
 // The loss and the statistics of a row, by one thread.
 struct Outcome {
   const RowsCall& call;
   int64_t row;
-  const RowNumbers& numbers;
+  const RowTerms& numbers;
   Normalizer student, teacher;
   float unit_log_sum, label_logit;  // label_logit: the student's
 
   // With the label, at temperature 1.
   __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
-  __device__ void write_loss(float phi) const {
-    float factor = call.options.temperature_squared ? numbers.temperature * numbers.temperature : 1;
-    float loss = weighted(1 - numbers.hard_weight, factor * phi);
-    if (numbers.hard_weight != 0) loss += numbers.hard_weight * cross_entropy();
-    store((float*)call.loss + row, numbers.scale * loss);
-  }
-  __device__ void write_statistics(float phi, const Statistics& x) const {
-    float student_label = 0, teacher_label = 0;
+  __device__ void write_loss(float phi) const { cuda::write_loss(call, row, numbers, phi, cross_entropy()); }
+  __device__ void write_statistics(float phi, const Statistics& found) const {
+    RowStatistics<float> x = {};
+    x.divergence = phi;
+    x.cross_entropy = cross_entropy();
+    x.tv = found.tv;
+    x.student_entropy = found.student_entropy, x.teacher_entropy = found.teacher_entropy;
+    x.student_max_log_prob = -student.log_sum, x.teacher_max_log_prob = -teacher.log_sum;
     if (call.options.labels) {
       const char* teacher_row = row_start(call.teacher, call, row);
-      student_label = student.log_prob(label_logit);
-      teacher_label = teacher.log_prob(load_logit(teacher_row, call.teacher.dtype, numbers.label));
+      x.student_label_log_prob = student.log_prob(label_logit);
+      x.teacher_label_log_prob = teacher.log_prob(load_logit(teacher_row, call.teacher.dtype, numbers.label));
     }
-    float values[kRowStatistics] = {phi,
-                                    cross_entropy(),
-                                    x.tv,
-                                    x.student_entropy,
-                                    x.teacher_entropy,
-                                    -student.log_sum,
-                                    -teacher.log_sum,
-                                    student_label,
-                                    teacher_label,
-                                    student.max * student.inverse_temperature + student.log_sum,
-                                    teacher.max * teacher.inverse_temperature + teacher.log_sum};
-    write_column(call.statistics, call, row, values, kRowStatistics);
-    // Of what is not NaN; 0 where nothing is.
-    store(call.top1 + row, (int64_t)(x.student_first < call.columns ? x.student_first : 0));
-    store(call.top1 + call.rows + row, (int64_t)(x.teacher_first < call.columns ? x.teacher_first : 0));
+    x.student_lse = student.max * student.inverse_temperature + student.log_sum;
+    x.teacher_lse = teacher.max * teacher.inverse_temperature + teacher.log_sum;
+    cuda::write_statistics(call, row, x, found.student_first, found.teacher_first);
   }
 };
 
 template <class D, Way way>
-inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowNumbers& numbers,
+inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
   const Tempering at(numbers.temperature, call.unit_log_sum);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats);
@@ -338,9 +310,8 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.begin = student.begin, gradient.end = student.end;
   gradient.label = (int)numbers.label - first_column;
   gradient.aligned = (uint64_t)gradient.data % 16 == 0;
-  gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
-                  (call.options.temperature_squared ? numbers.temperature : at.inverse_temperature);
-  gradient.hard = numbers.scale * numbers.hard_weight;
+  gradient.soft = numbers.soft(call.options, at.inverse_temperature);
+  gradient.hard = numbers.hard();
   gradient.student_max = floats[0], gradient.unit_log_sum = floats[4];
   // An infinite slope leaves the whole row without a gradient.
   auto finite_or_nan = [](float x) { return fabsf(x) < INFINITY ? x : NAN; };
@@ -400,7 +371,7 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
   const int64_t teams = gridDim.x / plan.blocks;
   auto each_row = [&](auto sweep) {
     for (int64_t row = blockIdx.x / plan.blocks; row < call.rows; row += teams) {
-      const RowNumbers numbers(call, row);
+      const RowTerms numbers(call, row);
       if (numbers.swept(call))
         sweep(row, numbers, RowCut(call, plan, team, row));
       else
@@ -408,16 +379,16 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
     }
   };
   if constexpr (way == Way::streaming) {
-    each_row([&](int64_t row, const RowNumbers& numbers, const RowCut& cut) {
+    each_row([&](int64_t row, const RowTerms& numbers, const RowCut& cut) {
       sweep_row<D, way>(call, team, row, numbers, cut.first_column, cut.slice(cut.student, call.student.dtype),
                         cut.slice(cut.teacher, call.teacher.dtype));
     });
   } else {
     Staging staging(call.student.dtype, plan, team.board);
-    each_row([&](int64_t row, const RowNumbers& numbers, const RowCut& cut) {
+    each_row([&](int64_t row, const RowTerms& numbers, const RowCut& cut) {
       staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
       // The row after comes from memory while this one is worked on.
-      if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
+      if (threadIdx.x == 0 && RowTerms(call, row + teams).swept(call)) {
         const RowCut after(call, plan, team, row + teams);
         staging.prefetch(after.slice(after.student, call.student.dtype));
         staging.prefetch(after.slice(after.teacher, call.teacher.dtype));
@@ -457,37 +428,29 @@ namespace {
 
 using Kernel = void (*)(const RowsCall, const Plan);
 
-Kernel kernel_of(Divergence asked, Way way) {
-  int index = 0;
-  const int divergence = asked == Divergence::none ? 0 : (int)asked;  // row floats are the same for all
-#define KDK_CASE(key, Struct)                                                       \
-  if (divergence == index++)                                                        \
-    return way == Way::halves   ? rows_kernel<Struct<float>, Way::halves>           \
-           : way == Way::staged ? rows_kernel<Struct<float>, Way::staged>           \
-                                : rows_kernel<Struct<float>, Way::streaming>;
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-  throw std::runtime_error("no divergence of number " + std::to_string(divergence));
+struct KernelsOfDivergence {
+  Kernel streaming, staged, halves;
+  bool knows_slope_sum;
+};
+#define KDK_KERNELS_OF(key, Struct)                                                             \
+  {rows_kernel<Struct<float>, Way::streaming>, rows_kernel<Struct<float>, Way::staged>,         \
+   rows_kernel<Struct<float>, Way::halves>, slope_sum_of<Struct<float>> != SlopeSum::swept},
+const KernelsOfDivergence kKernelsOf[] = {KDK_DIVERGENCES(KDK_KERNELS_OF)};
+#undef KDK_KERNELS_OF
+
+// Row floats are the same for all divergences.
+const KernelsOfDivergence& kernels_of(Divergence divergence) {
+  return kKernelsOf[divergence == Divergence::none ? 0 : (int)divergence];
 }
-
-#define KDK_ONE(key, Struct) +1
-constexpr int kDivergences = 0 KDK_DIVERGENCES(KDK_ONE);
-#undef KDK_ONE
-
-bool knows_slope_sum(Divergence divergence) {
-  int index = 0;
-#define KDK_CASE(key, Struct) \
-  if ((int)divergence == index++) return slope_sum_of<Struct<float>> != SlopeSum::swept;
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-  return false;
+Kernel kernel_of(Divergence divergence, Way way) {
+  const KernelsOfDivergence& kernels = kernels_of(divergence);
+  return way == Way::halves ? kernels.halves : way == Way::staged ? kernels.staged : kernels.streaming;
 }
-
 
 // How often a call reads the logits.
 int sweeps_of(const RowsCall& call) {
   const int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
-  return sweeps == 3 && knows_slope_sum(call.divergence) ? 2 : sweeps;
+  return sweeps == 3 && kernels_of(call.divergence).knows_slope_sum ? 2 : sweeps;
 }
 
 Shape shape_of(const RowsCall& call) {
@@ -509,11 +472,9 @@ void rows(const RowsCall& original) {
   call.inner = collapse(call.rows, call.inner, call.student, call.teacher);
   const int device = call.run.device;
   OnDevice guard(device);
-  const Plan launch = plan(shape_of(call), Chip(device, scale_kernel), device,
-                           [&](Way way) { return kernel_of(call.divergence, way); });
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, kernel_of(call.divergence, launch.way), call, launch);
+  const Plan planned = plan(shape_of(call), Chip(device, scale_kernel), device,
+                            [&](Way way) { return kernel_of(call.divergence, way); });
+  launch(kernel_of(call.divergence, planned.way), planned, call.run, call, planned);
 }
 
 void scale_rows(const ScaleRowsCall& call) {
@@ -521,9 +482,8 @@ void scale_rows(const ScaleRowsCall& call) {
   if (rows == 0 || columns == 0) return;
   OnDevice guard(call.run.device);
   const int64_t blocks = 8 * Chip(call.run.device, scale_kernel).multiprocessors;
-  const Launch launch = {1, threads_for(columns, 2, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, scale_kernel, (char*)call.x, call.x.dtype, rows, columns, call.factor);
+  const Launch planned = {1, threads_for(columns, 2, kMaxThreads), 0, (int)(rows < blocks ? rows : blocks)};
+  launch(scale_kernel, planned, call.run, (char*)call.x, call.x.dtype, rows, columns, call.factor);
 }
 
 int64_t rows_bytes(const RowsCall&) { return 0; }
@@ -532,9 +492,9 @@ int64_t scale_rows_bytes(const ScaleRowsCall&) { return 0; }
 void load_rows() {
   cudaFuncAttributes attributes;
   KDK_CHECK(cudaFuncGetAttributes, &attributes, scale_kernel);
-  for (int divergence = 0; divergence < kDivergences; ++divergence)
-    for (Way way : {Way::streaming, Way::staged, Way::halves})
-      KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel_of((Divergence)divergence, way));
+  for (const KernelsOfDivergence& kernels : kKernelsOf)
+    for (Kernel kernel : {kernels.streaming, kernels.staged, kernels.halves})
+      KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel);
 }
 
 }  // namespace cuda

@@ -55,11 +55,6 @@ struct Sum {
 
   static __device__ Sum none() { return {0}; }
   __device__ void merge(const Sum& other) { sum += other.sum; }
-  __device__ Sum across_warp() const {
-    Sum x = *this;
-    for (int by = kWarp / 2; by; by /= 2) x.sum += from_lane_below(x, by).sum;
-    return x;
-  }
 };
 
 // log2 of a sum of powers of 2, relative to the largest. One that is NaN makes `sum` NaN.
@@ -301,15 +296,10 @@ struct Facts {
       wrong = 1;
     }
   }
-  __device__ Facts across_warp() const {
-    Facts x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      const Facts below = from_lane_below(x, by);
-      x.least = fminf(x.least, below.least), x.largest = fmaxf(x.largest, below.largest);
-      x.mass_a += below.mass_a, x.mass_b += below.mass_b;
-      x.forbidden |= below.forbidden, x.wrong |= below.wrong;
-    }
-    return x;
+  __device__ void merge(const Facts& below) {
+    least = fminf(least, below.least), largest = fmaxf(largest, below.largest);
+    mass_a += below.mass_a, mass_b += below.mass_b;
+    forbidden |= below.forbidden, wrong |= below.wrong;
   }
 };
 
@@ -667,7 +657,7 @@ SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
   plan.shared = (int)(vectors + shared * (int64_t)sizeof(float));
   plan.workspace = matrix + history - shared;
   const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.kept), plan, chip, device);
-  if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  require_room(at_once > 0);
   plan.grid = (int)(call.problems < at_once ? call.problems : at_once);
   return plan;
 }
@@ -685,8 +675,7 @@ int64_t sinkhorn_bytes(const SinkhornCall& call) {
 void sinkhorn(const SinkhornCall& call) {
   OnDevice guard(call.run.device);
   const SinkhornPlan plan = plan_sinkhorn(call);
-  const cudaLaunchConfig_t config = launch_config(plan, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, sinkhorn_kernel_of(plan.kept), call, plan);
+  launch(sinkhorn_kernel_of(plan.kept), plan, call.run, call, plan);
 }
 
 void load_sinkhorn() {

@@ -33,11 +33,24 @@ template <class X> inline __device__ X from_lane_below(const X& x, int by) {
   for (int i = 0; i < moved.count; ++i) moved.words[i] = __shfl_down_sync(0xffffffffu, moved.words[i], by);
   return moved.value();
 }
+// Brings the x of a warp to what they have in common before they merge, where X has share(options).
+template <class X, class... Options>
+inline __device__ auto share_in_warp(int, X& x, const Options&... options) -> decltype(x.share(options...)) {
+  x.share(options...);
+}
+template <class X, class... Options> inline __device__ void share_in_warp(long, X&, const Options&...) {}
+
+// The merge of a warp's x, in lane 0.
+template <class X, class... Options> inline __device__ X merged_in_warp(X x, const Options&... options) {
+  share_in_warp(0, x, options...);
+  for (int by = kWarp / 2; by; by /= 2) x.merge(from_lane_below(x, by));
+  return x;
+}
+
 inline __device__ float warp_max(float x) {
   for (int by = kWarp / 2; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, by));
   return x;
 }
-
 
 struct alignas(16) Slot {
   uint32_t words[8];
@@ -73,21 +86,21 @@ struct Team {
   __device__ bool first_thread() const { return rank == 0 && threadIdx.x == 0; }
 
   // The merge of every thread's x, in every thread. An X is a struct of floats and ints with none(), which changes no
-  // merge, and across_warp(options), the merge across a warp, in lane 0.
+  // merge, and merge(other). It may have share(options), which takes it to a base that the whole warp shares.
   template <class X, class... Options> __device__ X merged(const X& mine, const Options&... options) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-    X x = mine.across_warp(options...);
+    X x = merged_in_warp(mine, options...);
     if (lane == 0) board.of_warp[warp].put(x);
     __syncthreads();
     Slot& whole = blocks == 1 ? board.of_team : board.of_block[turn];
     if (warp == 0) {
-      x = (lane < warps ? board.of_warp[lane].get<X>() : X::none()).across_warp(options...);
+      x = merged_in_warp(lane < warps ? board.of_warp[lane].get<X>() : X::none(), options...);
       if (lane == 0) whole.put(x);
     }
     if (blocks > 1) {
       cluster_sync(blocks);
       if (warp == 0) {
-        x = (lane < blocks ? map_shared_rank(&whole, lane)->get<X>() : X::none()).across_warp(options...);
+        x = merged_in_warp(lane < blocks ? map_shared_rank(&whole, lane)->get<X>() : X::none(), options...);
         if (lane == 0) board.of_team.put(x);
       }
       turn ^= 1;

@@ -99,18 +99,15 @@ struct Masses {
     if (log_prob > teacher_max) rebase_teacher(log_prob);
     teacher_sum += exp_of(log_prob - base_of(teacher_max));
   }
-  __device__ Masses across_warp(Tempering at) const {
-    Masses x = *this;
-    x.others.rebase(warp_max(others.max), at);
-    x.entries.rebase(warp_max(entries.max), at);
-    x.rebase_teacher(warp_max(teacher_max));
-    for (int by = kWarp / 2; by; by /= 2) {
-      const Masses below = from_lane_below(x, by);
-      x.others.sum += below.others.sum, x.others.unit_sum += below.others.unit_sum;
-      x.entries.sum += below.entries.sum, x.entries.unit_sum += below.entries.unit_sum;
-      x.teacher_sum += below.teacher_sum;
-    }
-    return x;
+  __device__ void share(Tempering at) {
+    others.rebase(warp_max(others.max), at);
+    entries.rebase(warp_max(entries.max), at);
+    rebase_teacher(warp_max(teacher_max));
+  }
+  __device__ void merge(const Masses& below) {
+    others.sum += below.others.sum, others.unit_sum += below.others.unit_sum;
+    entries.sum += below.entries.sum, entries.unit_sum += below.entries.unit_sum;
+    teacher_sum += below.teacher_sum;
   }
 };
 
@@ -118,13 +115,8 @@ struct EntrySums {
   float phi, psi;
 
   static __device__ EntrySums none() { return {0, 0}; }
-  __device__ EntrySums across_warp() const {
-    EntrySums x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      const EntrySums below = from_lane_below(x, by);
-      x.phi += below.phi, x.psi += below.psi;
-    }
-    return x;
+  __device__ void merge(const EntrySums& below) {
+    phi += below.phi, psi += below.psi;
   }
 };
 
@@ -134,16 +126,11 @@ struct EntryStatistics {
   int label_entry;                   // the entry that is the label; INT32_MAX: none is
 
   static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
-  __device__ EntryStatistics across_warp() const {
-    EntryStatistics x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      const EntryStatistics below = from_lane_below(x, by);
-      x.tv += below.tv, x.student_entropy += below.student_entropy, x.teacher_entropy += below.teacher_entropy;
-      x.student_first = min(x.student_first, below.student_first);
-      x.teacher_first = min(x.teacher_first, below.teacher_first);
-      x.label_entry = min(x.label_entry, below.label_entry);
-    }
-    return x;
+  __device__ void merge(const EntryStatistics& below) {
+    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
+    student_first = min(student_first, below.student_first);
+    teacher_first = min(teacher_first, below.teacher_first);
+    label_entry = min(label_entry, below.label_entry);
   }
 };
 
@@ -284,15 +271,6 @@ struct TopkGradient {
   }
 };
 
-// Calls body with the divergence of that number.
-template <class Body> inline __device__ void with_divergence(const TopkRowsCall& call, Body body) {
-  int number = 0;
-#define KDK_CASE(key, Struct) \
-  if ((int)call.divergence == number++) return body(Struct<float>((const float*)call.parameters));
-  KDK_DIVERGENCES(KDK_CASE)
-#undef KDK_CASE
-}
-
 // ---- a row
 
 // A skipped row is 0 everywhere; a row with a bad value is NaN.
@@ -300,11 +278,7 @@ inline __device__ void fill_row(const TopkRowsCall& call, const Team& team, int6
   if (call.gradient) fill_gradient(call, team, row, 0, value);
   if (!team.first_thread()) return;
   store((float*)call.loss + row, value);
-  if (!call.statistics) return;
-  float values[kRowStatistics];
-  for (int i = 0; i < kRowStatistics; ++i) values[i] = value;
-  write_column(call.statistics, call, row, values, kRowStatistics);
-  store(call.top1 + row, (int64_t)0), store(call.top1 + call.rows + row, (int64_t)0);
+  if (call.statistics) fill_statistics(call, row, value);
 }
 
 // Whether a label's cross-entropy is wanted, and whether the classes that no entry names are.
@@ -319,56 +293,44 @@ inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
 struct TopkOutcome {
   const TopkRowsCall& call;
   int64_t row;
-  const RowNumbers& numbers;
+  const RowTerms& numbers;
   Normalizer student;               // of all classes
   float unit_log_sum, label_logit;  // label_logit: the student's
 
   // With the label, at temperature 1.
   __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
-  __device__ void write_loss(float phi) const {
-    const float factor = call.options.temperature_squared ? numbers.temperature * numbers.temperature : 1;
-    float loss = weighted(1 - numbers.hard_weight, factor * phi);
-    if (numbers.hard_weight != 0) loss += numbers.hard_weight * cross_entropy();
-    store((float*)call.loss + row, numbers.scale * loss);
-  }
-  // x is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
-  __device__ void write_statistics(float phi, EntryStatistics x, const Masses& masses, float lp, float lq) const {
+  __device__ void write_loss(float phi) const { cuda::write_loss(call, row, numbers, phi, cross_entropy()); }
+  // `found` is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
+  __device__ void write_statistics(float phi, EntryStatistics found, const Masses& masses, float lp, float lq) const {
     const float p = exp_of(lp), q = exp_of(lq);
     // The teacher's mass and the bucket's: log-probabilities that may all be far below 0.
     Masses teacher = masses;
     if (!call.conditional) {
-      x.tv += 0.5f * fabsf(p - q);
-      x.teacher_entropy -= weighted(p, lp);
+      found.tv += 0.5f * fabsf(p - q);
+      found.teacher_entropy -= weighted(p, lp);
       teacher.add_teacher(lp);
     }
-    float student_label = 0, teacher_label = 0;
+    RowStatistics<float> x = {};
+    x.divergence = phi;
+    x.cross_entropy = cross_entropy();
+    x.tv = found.tv;
+    x.student_entropy = found.student_entropy, x.teacher_entropy = found.teacher_entropy;
+    x.student_max_log_prob = -student.log_sum;
+    x.teacher_max_log_prob = masses.teacher_max + (masses.teacher_sum == masses.teacher_sum ? 0 : NAN);
     if (call.options.labels) {
-      student_label = student.log_prob(label_logit);
-      const bool named = x.label_entry != INT32_MAX;
+      x.student_label_log_prob = student.log_prob(label_logit);
+      const bool named = found.label_entry != INT32_MAX;
       const Numbers& from = named ? call.log_probs : call.tail_log_prob;
-      teacher_label = load((const float*)from + (named ? row * call.entries + x.label_entry : row));
+      x.teacher_label_log_prob = load((const float*)from + (named ? row * call.entries + found.label_entry : row));
     }
-    const float nan_or_0 = masses.teacher_sum == masses.teacher_sum ? 0 : NAN;
-    const float values[kRowStatistics] = {phi,
-                                          cross_entropy(),
-                                          x.tv,
-                                          x.student_entropy,
-                                          x.teacher_entropy,
-                                          -student.log_sum,
-                                          masses.teacher_max + nan_or_0,
-                                          student_label,
-                                          teacher_label,
-                                          student.max * student.inverse_temperature + student.log_sum,
-                                          base_of(teacher.teacher_max) + logf(teacher.teacher_sum)};
-    write_column(call.statistics, call, row, values, kRowStatistics);
-    // Of what is not NaN; 0 where nothing is.
-    store(call.top1 + row, (int64_t)(x.student_first < call.columns ? x.student_first : 0));
-    store(call.top1 + call.rows + row, (int64_t)(x.teacher_first < call.columns ? x.teacher_first : 0));
+    x.student_lse = student.max * student.inverse_temperature + student.log_sum;
+    x.teacher_lse = base_of(teacher.teacher_max) + logf(teacher.teacher_sum);
+    cuda::write_statistics(call, row, x, found.student_first, found.teacher_first);
   }
 };
 
 template <Way way>
-inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowNumbers& numbers,
+inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                       const char* logits, int first_column, const Slice& student, const Names& names) {
   const Dtype dtype = call.student.dtype;
   const bool labelled = wants_label(call), unit = call.options.hard_weight.data || labelled;
@@ -424,7 +386,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
 
   EntrySums sums = EntrySums::none();
   float bucket_phi = 0, bucket_psi = 0;
-  with_divergence(call, [&](auto divergence) {
+  with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
     each_entry(call, team, row, [&](int64_t k, int column) {
       const float lp = load(log_probs + k), lq = norm.log_prob(load_logit(logits, dtype, column));
       const float p = exp_of(lp), q = exp_of(lq);
@@ -448,9 +410,8 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   TopkGradient gradient;
   gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
   gradient.dtype = dtype;
-  gradient.soft = numbers.scale * (1 - numbers.hard_weight) *
-                  (call.options.temperature_squared ? numbers.temperature : at.inverse_temperature);
-  gradient.hard = numbers.hard_weight == 0 ? 0 : numbers.scale * numbers.hard_weight;  // the scale may be NaN
+  gradient.soft = numbers.soft(call.options, at.inverse_temperature);
+  gradient.hard = numbers.hard();
   // An infinite slope leaves the whole row without a gradient.
   gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
   gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;
@@ -460,7 +421,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   if (!call.conditional) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
   gradient.reads_others = !call.conditional || gradient.hard != 0;
 
-  with_divergence(call, [&](auto divergence) {
+  with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
     each_entry(call, team, row, [&](int64_t k, int column) {
       const float logit = load_logit(logits, dtype, column);
       const float lp = load(log_probs + k), lq = norm.log_prob(logit), q = exp_of(lq);
@@ -492,7 +453,7 @@ __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : b
   };
   auto each_row = [&](auto sweep) {
     for (int64_t row = blockIdx.x / team.blocks; row < call.rows; row += teams) {
-      const RowNumbers numbers(call, row);
+      const RowTerms numbers(call, row);
       if (numbers.swept(call)) {
         const char* logits = row_start(call.student, call, row);
         const Cut cut = cut_of(logits);
@@ -505,16 +466,16 @@ __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : b
     }
   };
   if constexpr (way == Way::streaming) {
-    each_row([&](int64_t row, const RowNumbers& numbers, const char* logits, const Cut& cut) {
+    each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
       __syncthreads();  // the names are there
       sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
     });
   } else {
     Staging staging(dtype, plan, team.board);
-    each_row([&](int64_t row, const RowNumbers& numbers, const char* logits, const Cut& cut) {
+    each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
       staging.stage(cut.slice(logits, dtype));  // the names are there too
       // The row after comes from memory while this one is worked on.
-      if (threadIdx.x == 0 && RowNumbers(call, row + teams).swept(call)) {
+      if (threadIdx.x == 0 && RowTerms(call, row + teams).swept(call)) {
         const char* after = row_start(call.student, call, row + teams);
         staging.prefetch(cut_of(after).slice(after, dtype));
       }
@@ -619,10 +580,8 @@ struct Count {
   int count;
 
   static __device__ Count none() { return {0}; }
-  __device__ Count across_warp() const {
-    Count x = *this;
-    for (int by = kWarp / 2; by; by /= 2) x.count += from_lane_below(x, by).count;
-    return x;
+  __device__ void merge(const Count& below) {
+    count += below.count;
   }
 };
 
@@ -670,14 +629,11 @@ struct Shares {
   float chosen;  // sum of exponentials of the k largest, relative to the largest
 
   static __device__ Shares none() { return {Mass::none(), 0}; }
-  __device__ Shares across_warp(Tempering at) const {
-    Shares x = *this;
-    x.rest.rebase(warp_max(rest.max), at);
-    for (int by = kWarp / 2; by; by /= 2) {
-      const Shares below = from_lane_below(x, by);
-      x.rest.sum += below.rest.sum, x.chosen += below.chosen;
-    }
-    return x;
+  __device__ void share(Tempering at) {
+    rest.rebase(warp_max(rest.max), at);
+  }
+  __device__ void merge(const Shares& below) {
+    rest.sum += below.rest.sum, chosen += below.chosen;
   }
 };
 
@@ -855,7 +811,7 @@ TopkPlan plan_topk(const TopkCall& call, const Chip& chip) {
   while (plan.room > 1 && around + plan.room * (int)sizeof(uint64_t) > chip.shared) plan.room /= 2;
   plan.shared = around + plan.room * (int)sizeof(uint64_t);
   const int64_t at_once = teams_at_once(topk_kernel, plan, chip, call.run.device);
-  if (at_once == 0) throw std::runtime_error("the device has no room for a block of these kernels");
+  require_room(at_once > 0);
   const int64_t teams = limited_teams(at_once, shape, chip, 1, rows_in_cache(shape, chip));
   plan.grid = (int)(teams < call.rows ? teams : call.rows);
   return plan;
@@ -869,10 +825,8 @@ void topk_rows(const TopkRowsCall& original) {
   call.inner = collapse(call.rows, call.inner, call.student);
   const int device = call.run.device;
   OnDevice guard(device);
-  const Plan launch = plan(shape_of(call), Chip(device, topk_kernel), device, topk_rows_kernel_of);
-  cudaLaunchAttribute cluster;
-  const cudaLaunchConfig_t config = launch_config(launch, &cluster, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, topk_rows_kernel_of(launch.way), call, launch);
+  const Plan planned = plan(shape_of(call), Chip(device, topk_kernel), device, topk_rows_kernel_of);
+  launch(topk_rows_kernel_of(planned.way), planned, call.run, call, planned);
 }
 
 // A row that holds a NaN, or whose temperature no row has, is NaN with the classes from 0 on.
@@ -881,9 +835,8 @@ void topk(const TopkCall& original) {
   TopkCall call = original;
   call.inner = collapse(call.rows, call.inner, call.logits);
   OnDevice guard(call.run.device);
-  const TopkPlan launch = plan_topk(call, Chip(call.run.device, topk_kernel));
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, topk_kernel, call, launch);
+  const TopkPlan planned = plan_topk(call, Chip(call.run.device, topk_kernel));
+  launch(topk_kernel, planned, call.run, call, planned);
 }
 
 int64_t topk_rows_bytes(const TopkRowsCall&) { return 0; }

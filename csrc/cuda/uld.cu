@@ -58,13 +58,8 @@ struct TwoSums {
   float a, b;
 
   static __device__ TwoSums none() { return {0, 0}; }
-  __device__ TwoSums across_warp() const {
-    TwoSums x = *this;
-    for (int by = kWarp / 2; by; by /= 2) {
-      const TwoSums below = from_lane_below(x, by);
-      x.a += below.a, x.b += below.b;
-    }
-    return x;
+  __device__ void merge(const TwoSums& below) {
+    a += below.a, b += below.b;
   }
 };
 
@@ -183,12 +178,11 @@ void ranked_uld(const RankedUldCall& call) {
   if (call.rows == 0) return;
   const int device = call.run.device;
   OnDevice guard(device);
-  Launch launch = {1, kUldThreads, (int)(sizeof(Board) + kUldWarps * sizeof(int)), 0};
-  const int64_t teams = teams_at_once(uld_kernel, launch, Chip(device, uld_kernel), device);
-  if (teams == 0) throw std::runtime_error("the device has no room for a block of these kernels");
-  launch.grid = (int)(teams < call.rows ? teams : call.rows);
-  const cudaLaunchConfig_t config = launch_config(launch, nullptr, (cudaStream_t)call.run.stream);
-  KDK_CHECK(cudaLaunchKernelEx, &config, uld_kernel, call);
+  Launch planned = {1, kUldThreads, (int)(sizeof(Board) + kUldWarps * sizeof(int)), 0};
+  const int64_t teams = teams_at_once(uld_kernel, planned, Chip(device, uld_kernel), device);
+  require_room(teams > 0);
+  planned.grid = (int)(teams < call.rows ? teams : call.rows);
+  launch(uld_kernel, planned, call.run, call);
 }
 
 int64_t ranked_uld_bytes(const RankedUldCall&) { return 0; }
