@@ -6,7 +6,6 @@ import mmap
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 import chips
@@ -17,9 +16,10 @@ from hypothesis import strategies as st
 from strategies import DTYPES, Logits, RowOptions, logits, row_options
 from truth import BACKENDS, DIVERGENCES, device_of, rounding
 
-from kdkernels import backends
+from kdkernels import Divergence, backends
 from kdkernels.backends import native
-from kdkernels.families.rows import ROW_STATISTICS
+from kdkernels.families import options as options_of_rows
+from kdkernels.families.rows import ROW_STATISTICS, Rows, softmaxes
 
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
 if native.missing_because is not None:
@@ -39,30 +39,14 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 # ---- row sweeps in place
 
 
-@dataclass
-class Call:
-    """What `rows` of a backend takes."""
-
-    student: torch.Tensor
-    teacher: torch.Tensor
-    row_scale: torch.Tensor
-    labels: torch.Tensor | None
-    temperature: torch.Tensor
-    hard_weight: torch.Tensor | None
-    vocab: int
-    temperature_squared: bool = False
-
-    def rows(self, backend, divergence, statistics, student=None, into=None):
-        student = self.student if student is None else student
-        parameter = 1.0 if divergence.parameter is None else divergence.parameter
-        return backends.kernels(backend).rows(
-            student, self.teacher, self.row_scale, self.labels, self.temperature, self.hard_weight,
-            torch.full((1,), parameter, dtype=self.row_scale.dtype, device=student.device), divergence.name, self.vocab,
-            self.temperature_squared, True, statistics, into,
-        )  # fmt: skip
+def with_divergence(problem: Rows, divergence: Divergence, statistics: bool) -> Rows:
+    parameter = 1.0 if divergence.parameter is None else divergence.parameter
+    parameters = torch.full((1,), parameter, dtype=problem.row_scale.dtype, device=problem.student.device)
+    return problem._replace(divergence=divergence.name, parameters=parameters, statistics=statistics)
 
 
-def call_of(recipe: Logits, recipe_of_options: RowOptions, hard: bool, backend: str, dtype=torch.float32) -> Call:
+def problem_of(recipe: Logits, recipe_of_options: RowOptions, hard: bool, backend: str, dtype=torch.float32) -> Rows:
+    """Of a divergence that `with_divergence` replaces."""
     device = device_of(backend)
     student, teacher = (x.reshape(1, -1, x.shape[-1]).contiguous() for x in recipe.make(device))
     rows = student.shape[1]
@@ -78,25 +62,28 @@ def call_of(recipe: Logits, recipe_of_options: RowOptions, hard: bool, backend: 
     weight = numbers("row_weight")
     weight = torch.ones(rows, dtype=dtype, device=device) if weight is None else weight
     student[0, ~kept], teacher[0, ~kept] = torch.nan, torch.nan
-    return Call(
-        student, teacher, torch.where(kept, weight, 0), labels, numbers("temperature"),
-        numbers("hard_weight") if hard else None, recipe.vocab, options["temperature_squared"],
+    row_options = options_of_rows.RowOptions(
+        torch.where(kept, weight, 0), labels, numbers("temperature"), numbers("hard_weight") if hard else None,
+        options["temperature_squared"],
     )  # fmt: skip
+    return softmaxes(student, teacher, row_options, recipe.vocab)
 
 
-def assert_in_place_is_fresh(call: Call, backend, divergence, statistics, seed):
+def assert_in_place_is_fresh(problem: Rows, backend, divergence, statistics, seed):
+    problem, kernels = with_divergence(problem, divergence, statistics), backends.kernels(backend)
+
     def order(seed):
-        on_cpu = backend == "cuda" and call.student.device.type == "cpu"
+        on_cpu = backend == "cuda" and problem.student.device.type == "cpu"
         return chips.on(list(chips.CHIPS)[seed % len(chips.CHIPS)], seed) if on_cpu else nullcontext()
 
-    before = call.student.clone()
+    before = problem.student.clone()
     with order(seed):
-        fresh = call.rows(backend, divergence, statistics)
-    assert torch.equal(bits(call.student), bits(before)), "the logits are read, and no more"
+        fresh = kernels.rows(problem, True)
+    assert torch.equal(bits(problem.student), bits(before)), "the logits are read, and no more"
     apart, in_place = torch.full_like(before, torch.nan), before.clone()
     for student, into in ((before, apart), (in_place, in_place)):
         with order(seed + len(chips.CHIPS)):  # the same chip
-            got = call.rows(backend, divergence, statistics, student, into)
+            got = kernels.rows(problem._replace(student=student), True, into)
         assert got[1] is into
         names = ("loss", "gradient", "floats", "sums", "statistics", "top1")
         for name, one, other in zip(names, got, fresh, strict=True):
@@ -115,8 +102,8 @@ def test_gradient_in_place_is_the_fresh_one(divergence, backend):
         seed=st.integers(0, 2**32 - 1),
     )  # fmt: skip
     def property_holds(recipe, recipe_of_options, hard, statistics, seed):
-        call = call_of(recipe, recipe_of_options, hard, backend)
-        assert_in_place_is_fresh(call, backend, divergence, statistics, seed)
+        problem = problem_of(recipe, recipe_of_options, hard, backend)
+        assert_in_place_is_fresh(problem, backend, divergence, statistics, seed)
 
     property_holds()
 
@@ -128,21 +115,21 @@ def test_gradient_in_place_in_fp64(divergence, dtypes):
     recipe = Logits((7,), 1501, (3, 1), *dtypes, 3.0, 0.0, 0.0, False, 3)
     options = RowOptions(None, True, 0.3, True, True, None, 4)
     for statistics in (False, True):
-        call = call_of(recipe, options, True, "cpu", torch.float64)
-        assert_in_place_is_fresh(call, "cpu", divergence, statistics, 0)
+        problem = problem_of(recipe, options, True, "cpu", torch.float64)
+        assert_in_place_is_fresh(problem, "cpu", divergence, statistics, 0)
 
 
 @only_cpu
 @each_dtype
 def test_gradient_in_place_by_threads_that_share_a_row(dtype):
     recipe = Logits((2,), 40_001, (7, 0), dtype, torch.float32, 3.0, 0.0, 0.0, False, 5)
-    call = call_of(recipe, RowOptions(2.0, False, 0.0, False, True, 0.5, 8), True, "cpu")
+    problem = problem_of(recipe, RowOptions(2.0, False, 0.0, False, True, 0.5, 8), True, "cpu")
     threads = torch.get_num_threads()
     for count in (1, 3):
         torch.set_num_threads(count)
         try:
             for divergence in (DIVERGENCES[0], DIVERGENCES[3]):
-                assert_in_place_is_fresh(call, "cpu", divergence, True, 0)
+                assert_in_place_is_fresh(problem, "cpu", divergence, True, 0)
         finally:
             torch.set_num_threads(threads)
 
@@ -158,18 +145,18 @@ def test_the_logit_of_a_label_is_read_before_its_gradient_is_there(backend, dtyp
     student[0, 2], teacher[0, 2] = torch.nan, torch.nan
     labels = torch.randint(0, vocab, (6,), device=device)
     labels[5] = vocab - 1
-    numbers = dict.fromkeys(("temperature", "weight"), torch.ones(1, device=device))
-    kept = torch.arange(6, device=device) != 2
-    call = Call(student, teacher, kept.float(), labels, numbers["temperature"],
-                0.5 * numbers["weight"] if hard else None, vocab)  # fmt: skip
+    one, kept = torch.ones(1, device=device), torch.arange(6, device=device) != 2
+    options = options_of_rows.RowOptions(kept.float(), labels, one, 0.5 * one if hard else None, False)
+    problem = softmaxes(student, teacher, options, vocab)
     log_q, log_p = (x[0, kept, :vocab].double().log_softmax(-1) for x in (student, teacher))
     label_log_q = log_q.gather(1, labels[kept, None])[:, 0]
     ulps = rounding(student[0, kept, :vocab], teacher[0, kept, :vocab])
     for divergence in DIVERGENCES[:3]:
         for chip in ("small", "single", "streaming", "a100") if backend == "cuda" and device == "cpu" else ("",):
             logits = student.clone()
+            in_place = with_divergence(problem, divergence, True)._replace(student=logits)
             with chips.on(chip) if chip else nullcontext():
-                loss, _, _, sums, statistics, _ = call.rows(backend, divergence, True, logits, logits)
+                loss, _, _, sums, statistics, _ = backends.kernels(backend).rows(in_place, True, logits)
             found = dict(zip(ROW_STATISTICS, statistics[:, kept].double(), strict=True))
             for got, want in (
                 (found["cross_entropy"], -label_log_q),
@@ -416,9 +403,8 @@ def test_large_tensors_are_advised_to_be_huge_pages():
     assert advised(kernels.empty(2, 8 << 20, dtype=torch.uint8, device="cpu"))
     student, teacher = torch.randn(1, 40, 100_000), torch.randn(1, 40, 100_000)
     one = torch.ones(1)
-    gradient = kernels.rows(student, teacher, torch.ones(40), None, one, None, one, "kl", 100_000, False, True, False)[
-        1
-    ]
+    options = options_of_rows.RowOptions(torch.ones(40), None, one, None, False)
+    gradient = kernels.rows(softmaxes(student, teacher, options, 100_000), True)[1]
     assert advised(gradient)
 
 

@@ -1002,7 +1002,7 @@ def test_bad_values_make_their_row_nan_on_a_gpu():
     from kdkernels.families.options import RowOptions
 
     one = torch.ones(1)
-    options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), None, one, None)
+    options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), None, one, None, False)
     indices = torch.tensor([[1, 99], [2, 2], [3, 4], [99, 99]])
     log_probs = torch.tensor([[0.5, 0.2], [0.4, 0.4], [0.9, 0.9], [2.0, 2.0]]).log()
     sparse = topk.Sparse(log_probs, indices, None, one, "bucket")

@@ -18,7 +18,9 @@ from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close
 from kdkernels import Divergence
 from kdkernels.backends import native
 from kdkernels.backends.reference import topk as reference
+from kdkernels.families.options import RowOptions
 from kdkernels.families.rows import ROW_STATISTICS
+from kdkernels.families.topk import Entries, TopkRows
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 
@@ -44,7 +46,7 @@ def on(chip: str, seed: int = 0):
 
 @dataclass(frozen=True)
 class Call:
-    """What topk_rows takes, on a CPU."""
+    """A problem of topk_rows, on a CPU."""
 
     student: torch.Tensor  # [outer, inner, columns]
     indices: torch.Tensor
@@ -58,18 +60,20 @@ class Call:
     temperature_squared: bool = False
     conditional: bool = False
 
-    def arguments(self, divergence: Divergence, dtype: torch.dtype, device: str):
+    def problem(self, divergence: Divergence, student: torch.Tensor, dtype=torch.float32, statistics=True) -> TopkRows:
+        """Of student logits, with numbers of the dtype, on the student's device."""
+        device = student.device
         parameter = 1.0 if divergence.parameter is None else divergence.parameter
         numbers = [
             x if x is None else x.to(device, dtype)
             for x in (self.log_probs, self.tail_log_prob, self.row_scale, self.temperature, self.hard_weight)
         ]
         log_probs, tail_log_prob, row_scale, temperature, hard_weight = numbers
-        return (
-            self.indices.to(device), log_probs, tail_log_prob, row_scale,
-            None if self.labels is None else self.labels.to(device), temperature, hard_weight,
-            torch.full((1,), parameter, dtype=dtype, device=device), divergence.name, self.vocab,
-            self.temperature_squared, self.conditional,
+        labels = None if self.labels is None else self.labels.to(device)
+        return TopkRows(
+            student, Entries(self.indices.to(device), log_probs, tail_log_prob),
+            RowOptions(row_scale, labels, temperature, hard_weight, self.temperature_squared), divergence.name,
+            torch.full((1,), parameter, dtype=dtype, device=device), self.vocab, statistics, self.conditional,
         )  # fmt: skip
 
     def run(self, divergence, chip="small", seed=0, gradient=True, statistics=True, in_place=False):
@@ -77,19 +81,16 @@ class Call:
         student = self.student.to(DEVICE)
         if in_place:
             student = student.contiguous().clone()
+        problem = self.problem(divergence, student, statistics=statistics)
         with on(chip, seed):
-            got = native.cuda.topk_rows(
-                student, *self.arguments(divergence, torch.float32, DEVICE), gradient, statistics,
-                student if in_place else None,
-            )  # fmt: skip
+            got = native.cuda.topk_rows(problem, gradient, student if in_place else None)
         return tuple(x.cpu() for x in got)
 
     def truth(self, divergence):
         """The same in fp64, by the reference."""
         student = self.student.double().requires_grad_()
         # Values that no loss has raise in the reference on a CPU: the tests do not ask it about these.
-        arguments = self.arguments(divergence, torch.float64, "cpu")
-        loss, statistics, top1 = reference.topk_rows(student, *arguments, True)
+        loss, statistics, top1 = reference.topk_rows(self.problem(divergence, student, torch.float64))
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         return loss.detach(), gradient, statistics, top1
 
@@ -499,10 +500,11 @@ def test_rows_past_a_skipped_one_and_none_at_all():
 # ---- how a call is launched
 
 
-def launches(call: Call, chip: str, **options) -> list[dict]:
+def launches(call: Call, chip: str, gradient: bool, statistics: bool) -> list[dict]:
+    problem = call.problem(DIVERGENCES[0], call.student, statistics=statistics)
     with chips.on(chip) as model:
         model.clear_launches()
-        native.cuda.topk_rows(call.student, *call.arguments(DIVERGENCES[0], torch.float32, "cpu"), *options.values())
+        native.cuda.topk_rows(problem, gradient)
         return model.launches()
 
 
@@ -543,7 +545,7 @@ def topk(logits, row_scale, temperature, k, vocab, chip="small", seed=0):
 
 def assert_topk_right(got, logits, row_scale, temperature, k, vocab, what=""):
     indices, log_probs, tail = got
-    want = reference.topk_log_probs(logits.double(), row_scale.double(), temperature.double(), k, vocab)
+    want = reference.topk(logits.double(), row_scale.double(), temperature.double(), k, vocab)
     want_indices, want_log_probs, want_tail = want
     is_nan = want_tail.isnan()
     assert torch.equal(tail.isnan(), is_nan) and log_probs[is_nan].isnan().all(), (what, tail, want_tail)
@@ -622,7 +624,7 @@ def test_the_rest_is_exact_even_where_it_is_tiny():
     logits[0, 1] = torch.linspace(0, 1e-3, vocab)
     ones = torch.ones(2)
     got = topk(logits.float(), ones, ones, k, vocab)
-    indices, _, tail = reference.topk_log_probs(logits.float().double(), ones.double(), ones.double(), k, vocab)
+    indices, _, tail = reference.topk(logits.float().double(), ones.double(), ones.double(), k, vocab)
     assert torch.equal(got[0], indices)
     assert tail[0] < -195
     torch.testing.assert_close(got[2].double(), tail, rtol=2e-6, atol=0)
@@ -703,10 +705,8 @@ def wrong_results(module) -> int:
 
     def loss(call, chip, seed, statistics, in_place):
         student = call.student.contiguous().clone()
-        got = native.cuda.topk_rows(
-            student, *call.arguments(DIVERGENCES[0], torch.float32, "cpu"), True, statistics,
-            student if in_place else None,
-        )  # fmt: skip
+        problem = call.problem(DIVERGENCES[0], student, statistics=statistics)
+        got = native.cuda.topk_rows(problem, True, student if in_place else None)
         assert_right(call, DIVERGENCES[0], got, chip, True, statistics)
 
     for seed in range(6):
@@ -752,7 +752,7 @@ def test_a_launch_that_fails_is_an_error():
         model.fail_call("cudaLaunchKernelEx", "cudaErrorLaunchOutOfResources")
         try:
             with pytest.raises(RuntimeError, match=r"cudaLaunchKernelEx: .*cudaErrorLaunchOutOfResources"):
-                native.cuda.topk_rows(call.student, *call.arguments(DIVERGENCES[0], torch.float32, "cpu"), True, False)
+                native.cuda.topk_rows(call.problem(DIVERGENCES[0], call.student, statistics=False), True)
             with pytest.raises(RuntimeError, match=r"cudaLaunchKernelEx: .*cudaErrorLaunchOutOfResources"):
                 native.cuda.topk(call.student, torch.ones(2), torch.ones(2), 5, 100)
         finally:

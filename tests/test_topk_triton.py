@@ -12,7 +12,9 @@ from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close,
 from kdkernels.backends.reference import topk as reference
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.backends.triton import topk as family
+from kdkernels.families.options import RowOptions
 from kdkernels.families.rows import ROW_STATISTICS
+from kdkernels.families.topk import Entries, TopkRows
 
 INF = float("inf")
 EXAMPLES = 4
@@ -31,7 +33,7 @@ def small_tiles(monkeypatch):
 
 @dataclass
 class Call:
-    """What `topk_rows` takes, and what may be off."""
+    """A problem of `topk_rows`, and what may be off."""
 
     divergence: object
     student: torch.Tensor
@@ -50,22 +52,26 @@ class Call:
     def __post_init__(self):
         self.temperature = torch.as_tensor(self.temperature, dtype=torch.float32, device=DEVICE).reshape(-1)
 
-    def arguments(self, dtype) -> list:
+    def problem(self, student, dtype) -> TopkRows:
+        """With numbers of the dtype."""
         numbers = self.log_probs, self.tail_log_prob, self.row_scale, self.temperature, self.hard_weight
         log_probs, tail, scale, temperature, hard_weight = (x if x is None else x.to(dtype) for x in numbers)
         parameter = 1.0 if self.divergence.parameter is None else self.divergence.parameter
         # The kernels' parameter is fp32.
         parameters = torch.full((1,), parameter, dtype=torch.float32, device=DEVICE).to(dtype)
-        return [self.indices, log_probs, tail, scale, self.labels, temperature, hard_weight, parameters,
-                self.divergence.name, self.vocab, self.temperature_squared, self.conditional]  # fmt: skip
+        entries = Entries(self.indices, log_probs, tail)
+        options = RowOptions(scale, self.labels, temperature, hard_weight, self.temperature_squared)
+        return TopkRows(
+            student, entries, options, self.divergence.name, parameters, self.vocab, self.statistics, self.conditional
+        )
 
     def run(self, gradient=True, into=None, student=None):
         student = self.student if student is None else student
-        return kernels.topk_rows(student, *self.arguments(torch.float32), gradient, self.statistics, into)
+        return kernels.topk_rows(self.problem(student, torch.float32), gradient, into)
 
     def truth(self):
         student = self.student.double().requires_grad_()
-        loss, statistics, top1 = reference.topk_rows(student, *self.arguments(torch.float64), self.statistics)
+        loss, statistics, top1 = reference.topk_rows(self.problem(student, torch.float64))
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         return loss.detach(), gradient, statistics, top1
 
@@ -412,7 +418,7 @@ def check_topk(logits, k, vocab=None, row_scale=None, temperature=None):
     row_scale = torch.ones(rows, device=DEVICE) if row_scale is None else row_scale
     temperature = torch.ones(1, device=DEVICE) if temperature is None else temperature
     indices, log_probs, tail = kernels.topk(logits, row_scale, temperature, k, vocab)
-    want = reference.topk_log_probs(logits.double(), row_scale.double(), temperature.double(), k, vocab)
+    want = reference.topk(logits.double(), row_scale.double(), temperature.double(), k, vocab)
     assert indices.dtype == torch.int32 and log_probs.dtype == tail.dtype == torch.float32
     assert torch.equal(indices, want[0])
     kept = torch.where(row_scale[:, None] != 0, logits[..., :vocab].reshape(rows, vocab), 0)

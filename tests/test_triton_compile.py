@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +124,11 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
 
     from kdkernels.backends.triton import linear, pairwise, sinkhorn, topk, topk_rows, uld
     from kdkernels.backends.triton import rows as launchers
+    from kdkernels.families import sinkhorn as transport
+    from kdkernels.families.options import RowOptions
+    from kdkernels.families.rows import Rows, softmaxes
+    from kdkernels.families.topk import Entries, TopkRows
+    from kdkernels.families.uld import Uld
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -130,44 +136,36 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
     count = 4
     student = meta(1, count, VOCABULARY, dtype=student_dtype)
     teacher = meta(1, count, VOCABULARY, dtype=teacher_dtype)
-    logits = (student, teacher, meta(count))
-    temperature, parameters, floats, sums = meta(1), meta(1), meta(5, count), meta(2, count)
-    plain = (None, temperature, None, parameters)
-    label = (meta(count, dtype=torch.int64), meta(count), meta(count), parameters)
+    row_scale, temperature, parameters, floats, sums = meta(count), meta(1), meta(1), meta(5, count), meta(2, count)
+    plain = RowOptions(row_scale, None, temperature, None, False)
+    label = RowOptions(row_scale, meta(count, dtype=torch.int64), meta(count), meta(count), False)
     one = meta(1, count, 1, dtype=student_dtype)
-    entries = (meta(count, ENTRIES, dtype=torch.int32), meta(count, ENTRIES), meta(count))
+    entries = Entries(meta(count, ENTRIES, dtype=torch.int32), meta(count, ENTRIES), meta(count))
+    of_one = TopkRows(one, entries, label, divergence, parameters, 1, True, False)
+    of_uld = Uld(student, teacher, row_scale, temperature, None, VOCABULARY, VOCABULARY - 1, 1 << 28)
 
     calls = {
-        "row_floats": lambda: launchers.row_floats(*logits, temperature, VOCABULARY),
-        "scale_": lambda: launchers.scale_(student, logits[2]),
+        "row_floats": lambda: launchers.row_floats(softmaxes(student, teacher, plain, VOCABULARY)),
+        "scale_": lambda: launchers.scale_(student, row_scale),
         "softcap_": lambda: linear.softcap_(student, 30.0),
         "softcap_gradient_": lambda: linear.softcap_gradient_(student, student, 30.0),
-        "topk": lambda: topk.topk(student, logits[2], temperature, ENTRIES, VOCABULARY),
-        "topk of many": lambda: topk.topk(student, logits[2], temperature, 4096, VOCABULARY),
-        "topk of one": lambda: topk.topk(one, logits[2], temperature, 1, 1),
-        "topk_rows of one": lambda: topk_rows.topk_rows(
-            one, *entries, logits[2], *label, divergence, 1, False, False, True, True
-        ),
+        "topk": lambda: topk.topk(student, row_scale, temperature, ENTRIES, VOCABULARY),
+        "topk of many": lambda: topk.topk(student, row_scale, temperature, 4096, VOCABULARY),
+        "topk of one": lambda: topk.topk(one, row_scale, temperature, 1, 1),
+        "topk_rows of one": lambda: topk_rows.topk_rows(of_one, True),
+        "uld": lambda: uld.uld(of_uld, False),
+        "uld, gradient": lambda: uld.uld(of_uld, True),
     }
-    for gradient in (False, True):
-        calls["uld" + ", gradient" * gradient] = lambda gradient=gradient: uld.uld(
-            *logits, temperature, VOCABULARY, VOCABULARY - 1, 1 << 28, gradient
-        )
     for options, row in (("", plain), (", label", label)):
-        # Bound now: the loop goes on.
-        calls["row_gradient" + options] = lambda row=row: launchers.row_gradient(
-            *logits, *row, floats, sums, divergence, VOCABULARY, False
-        )
+        # partial binds now: the loop goes on.
+        rows = Rows(student, teacher, row, divergence, parameters, VOCABULARY, False)
+        calls["row_gradient" + options] = partial(launchers.row_gradient, rows, floats, sums)
         for statistics in (False, True):
-            name = "row_sums" + options + ", statistics" * statistics
-            calls[name] = lambda row=row, statistics=statistics: launchers.row_sums(
-                *logits, row[0], temperature, parameters, floats, divergence, VOCABULARY, statistics
-            )
+            rows, with_statistics = rows._replace(statistics=statistics), ", statistics" * statistics
+            calls["row_sums" + options + with_statistics] = partial(launchers.row_sums, rows, floats)
             for gradient in (False, True):
-                name = "rows" + options + ", gradient" * gradient + ", statistics" * statistics
-                calls[name] = lambda row=row, gradient=gradient, statistics=statistics: launchers.rows(
-                    *logits, *row, divergence, VOCABULARY, False, gradient, statistics
-                )
+                name = "rows" + options + ", gradient" * gradient + with_statistics
+                calls[name] = partial(launchers.rows, rows, gradient)
         for conditional, gradient, statistics in (
             (False, True, False),
             (False, True, True),
@@ -177,30 +175,27 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
         ):
             name = "topk_rows" + options + ", conditional" * conditional
             name += ", gradient" * gradient + ", statistics" * statistics
-            calls[name] = lambda row=row, choice=(conditional, gradient, statistics): topk_rows.topk_rows(
-                student, *entries, logits[2], *row, divergence, VOCABULARY, False, *choice
-            )
+            against = TopkRows(student, entries, row, divergence, parameters, VOCABULARY, statistics, conditional)
+            calls[name] = partial(topk_rows.topk_rows, against, gradient)
 
-    clouds, cloud_floats, weights = (
-        (student, teacher, meta(1, count), meta(1)),
-        meta(4, 1, count),
-        meta(1, count, count),
-    )
+    cloud_floats, weights = meta(4, 1, count), meta(1, count, count)
     for cost in ("l1", "l2"):
-        calls[f"pairwise_gradient, {cost}"] = lambda cost=cost: pairwise.pairwise_gradient(
-            *clouds, weights, meta(1, count), cloud_floats, cost, VOCABULARY
+        clouds = transport.Clouds(student, teacher, meta(1, count), temperature, cost, VOCABULARY)
+        calls[f"pairwise_gradient, {cost}"] = partial(
+            pairwise.pairwise_gradient, clouds, cloud_floats, weights, meta(1, count)
         )
         for moments in (False, True):
             name = f"pairwise_costs, {cost}" + ", moments" * moments
-            calls[name] = lambda cost=cost, moments=moments: pairwise.pairwise_costs(
-                *clouds, cloud_floats, cost, VOCABULARY, moments
-            )
+            calls[name] = partial(pairwise.pairwise_costs, clouds, cloud_floats, moments)
     for points in SINKHORN_POINTS:
+        problem = transport.Sinkhorn(
+            meta(count, points, points), meta(count, points), meta(count, points), temperature, meta(1), 20, False,
+            "unrolled", 1 << 28,
+        )  # fmt: skip
         for options in SINKHORN_OPTIONS:
-            calls[f"sinkhorn of {points}{options}"] = lambda points=points, options=options: sinkhorn.sinkhorn(
-                meta(count, points, points), meta(count, points), meta(count, points), meta(1), meta(1), 20,
-                "entropic" in options, "unrolled" in options,
-            )  # fmt: skip
+            calls[f"sinkhorn of {points}{options}"] = partial(
+                sinkhorn.sinkhorn, problem._replace(entropic="entropic" in options), "unrolled" in options
+            )
 
     recorded, found = [], {}
     kernels = [(launchers, name) for name in ("rows_kernel", "scale_kernel")]

@@ -441,9 +441,8 @@ def test_kernels_make_rows_of_bad_temperatures_nan(backend):
     student, teacher = torch.randn(1, 5, 9, device=device), torch.randn(1, 5, 7, device=device)
     temperature = torch.tensor([1.0, 0.0, -1.0, NAN, INF], device=device)
     scale = torch.ones(5, device=device)
-    loss, gradient, divergence = backends.kernels(backend).uld(
-        student, teacher, scale, temperature, 9, 7, 1 << 20, True
-    )
+    problem = family.Uld(student, teacher, scale, temperature, None, 9, 7, 1 << 20)
+    loss, gradient, divergence = backends.kernels(backend).uld(problem, True)
     for x in (loss, divergence, gradient[0]):
         assert x[0].isfinite().all() and x[1:].isnan().all()
 

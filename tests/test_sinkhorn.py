@@ -15,7 +15,7 @@ from truth import opcheck
 import kdkernels
 from kdkernels import fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd, ops
 from kdkernels.backends import native
-from kdkernels.backends.reference import sinkhorn as reference_transport
+from kdkernels.backends.reference.pairwise import pairwise_costs
 from kdkernels.families import sinkhorn as transport
 
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(native._native is None, reason="no module"))]
@@ -478,7 +478,7 @@ def test_sinkd_gradcheck(backend, cost, gradient):
     leaf = student.clone().requires_grad_()
     (found,) = torch.autograd.grad(loss(leaf).sum(), leaf)
     p, q = torch.softmax(leaf / 1.3, -1), torch.softmax(teacher / 1.3, -1)
-    costs = reference_transport.pairwise_costs(p, q, cost)
+    costs = pairwise_costs(p, q, cost)
     ones = torch.ones(2, 3, dtype=torch.float64)
     plan = fused_sinkhorn(costs.detach(), ones, ones, epsilon=0.1, iterations=3, plan=True, backend=backend).plan
     torch.testing.assert_close(found, torch.autograd.grad((plan * costs).sum(), leaf)[0])
@@ -493,7 +493,7 @@ def rounding_of_slopes(p, q, mask, cost, gradient, unit):
     """
     mass = mask.double()
     pairs = mask[..., :, None] & mask[..., None, :]
-    costs = torch.where(pairs, reference_transport.pairwise_costs(p, q, cost), 0).requires_grad_()
+    costs = torch.where(pairs, pairwise_costs(p, q, cost), 0).requires_grad_()
     options = {"epsilon": 0.1, "iterations": 20, "gradient": gradient, "backend": "reference"}
     (weights,) = torch.autograd.grad(fused_sinkhorn(costs, mass, mass, **options).value.sum(), costs)
     weights, undecided = weights.abs(), 0

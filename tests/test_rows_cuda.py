@@ -14,6 +14,8 @@ from truth import DIVERGENCES, assert_gradient_close, assert_loss_close, roundin
 
 from kdkernels import fused_js, fused_kl
 from kdkernels.backends import native
+from kdkernels.families.options import RowOptions
+from kdkernels.families.rows import Rows
 from kdkernels.losses.options import STATISTICS
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
@@ -254,13 +256,14 @@ def wrong_in_place(module, seeds: int) -> int:
         student, teacher = (torch.randn(1, 9, vocab + 3).to((torch.float32, torch.float16)[seed % 2]) for _ in range(2))
         labels, row_scale, half = torch.randint(0, vocab, (9,)), (torch.rand(9) < 0.8).float(), torch.full((1,), 0.5)
         student[0, row_scale == 0] = torch.nan
-        others = (teacher, row_scale, labels, 2 * half, half, half, "mixed_kl", vocab, False, True, seed % 8 > 3)
+        options = RowOptions(row_scale, labels, 2 * half, half, False)
+        problem = Rows(student, teacher, options, "mixed_kl", half, vocab, seed % 8 > 3)
         for chip in ("small", "single", "wide", "streaming"):
             device, in_place = module.configure_device(**chips.CHIPS[chip]), student.clone()
             with emulated.serving(module, device, seed):
-                fresh = native.cuda.rows(student, *others)
+                fresh = native.cuda.rows(problem, True)
             with emulated.serving(module, device, seed + 1):
-                found = native.cuda.rows(in_place, *others, in_place)
+                found = native.cuda.rows(problem._replace(student=in_place), True, in_place)
             wrong += not all(torch.equal(a, b) for a, b in zip(fresh, found, strict=True))
     return wrong
 

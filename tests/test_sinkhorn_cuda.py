@@ -17,8 +17,11 @@ from truth import GRADIENT_TOLERANCE
 
 from kdkernels import fused_sinkhorn, fused_sinkhorn_kd
 from kdkernels.backends import native
-from kdkernels.backends.reference import sinkhorn as reference_transport
+from kdkernels.backends.reference import sinkhorn as reference
+from kdkernels.backends.reference.pairwise import pairwise_costs
 from kdkernels.families import sinkhorn as transport
+from kdkernels.families.options import RowOptions
+from kdkernels.families.rows import softmaxes
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 
@@ -258,8 +261,9 @@ def test_points_without_a_partner():
 def sinkhorn(cost, a, b, epsilon, tolerance=0.0, iterations=3, entropic=False, unrolled=True, chip="h100", seed=0):
     """The operator's own, which checks no value."""
     numbers = [torch.tensor([x]) for x in (epsilon, tolerance)]
+    problem = transport.Sinkhorn(cost, a, b, *numbers, iterations, entropic, "unrolled", 1 << 20)
     with chips.on(chip, seed):
-        return native.cuda.sinkhorn(cost, a, b, *numbers, iterations, entropic, unrolled)
+        return native.cuda.sinkhorn(problem, unrolled)
 
 
 def test_a_nan_makes_its_problem_nan_and_no_other():
@@ -429,12 +433,13 @@ class Clouds:
             torch.where(there, x[..., : self.vocab].double() / self.temperature, 0).softmax(-1)
             for x in (student, teacher)
         )
-        pairs = reference_transport.pairwise_costs(p, q, self.cost)
+        pairs = pairwise_costs(p, q, self.cost)
         pairs = torch.where(there & there.mT, pairs, 0).requires_grad_()
         epsilon = torch.tensor([self.epsilon], dtype=torch.float64)
-        found = reference_transport.sinkhorn(
-            pairs, kept, kept, epsilon, torch.zeros_like(epsilon), self.iterations, False, self.gradient
+        problem = transport.Sinkhorn(
+            pairs, kept, kept, epsilon, torch.zeros_like(epsilon), self.iterations, False, self.gradient, 1 << 28
         )
+        found = reference.sinkhorn(problem)
         weights = torch.arange(1, self.clouds + 1, dtype=torch.float64)
         of_pairs = torch.autograd.grad((found.value * weights).sum(), pairs)[0].abs()
         if self.cost == "l2":  # whose derivative is at most 1 in norm
@@ -445,6 +450,20 @@ class Clouds:
         of_class = p / self.temperature * (off + (p * off).sum(-1, keepdim=True))
         of_row = 8 * rounding * (p.amax(-1, keepdim=True) * of_pairs.sum(-1, keepdim=True)) / self.temperature
         return of_row.detach(), of_class.detach()
+
+
+def problem_of(student, teacher, mask=None, temperature=2.0, cost="l1") -> transport.Clouds:
+    """As the kernels take it."""
+    clouds, rows, vocab = student.shape
+    row_mass = torch.ones(clouds, rows) if mask is None else mask.float()
+    return transport.Clouds(student, teacher, row_mass, torch.tensor([temperature]), cost, vocab)
+
+
+def floats_of(problem: transport.Clouds) -> torch.Tensor:
+    """Of the rows, by the kernel: [4, clouds, n]."""
+    options = RowOptions(problem.row_mass.view(-1), None, problem.temperature, None, False)
+    rows = softmaxes(problem.student, problem.teacher, options, problem.vocab_size)
+    return native.cuda.row_floats(rows)[:4].view(4, *problem.row_mass.shape)
 
 
 clouds = st.builds(
@@ -494,15 +513,12 @@ def test_rows_that_are_their_teacher(cost):
     """Equal logits have equal probabilities to the last bit: their cost is 0, and its slope sign(0)."""
     call = Clouds(7, 130, 2, torch.bfloat16, torch.float32, scale=3.0, cost=cost)
     student, _, _ = call.make()
-    teacher = student.float()
+    problem = problem_of(student, student.float(), cost=cost)
     with chips.on("h100"):
-        kernels = native.cuda
-        kept, temperature = torch.ones(2, 7), torch.tensor([2.0])
-        floats = kernels.row_floats(student, teacher, kept.view(-1), temperature, 130)[:4].view(4, 2, 7)
-        arguments = (student, teacher, kept, temperature)
-        costs, moments = kernels.pairwise_costs(*arguments, floats, cost, 130, True)
+        floats = floats_of(problem)
+        costs, moments = native.cuda.pairwise_costs(problem, floats, True)
         weights = torch.eye(7).expand(2, 7, 7).contiguous()  # of the diagonal alone
-        gradient = kernels.pairwise_gradient(*arguments, weights, torch.zeros(2, 7), floats, cost, 130)
+        gradient = native.cuda.pairwise_gradient(problem, floats, weights, torch.zeros(2, 7))
     assert not costs.diagonal(dim1=1, dim2=2).any() and not moments.diagonal(dim1=1, dim2=2).any()
     assert not gradient.any() and (costs.sum() > 1)
 
@@ -511,17 +527,15 @@ def test_moments_are_sums_of_slopes():
     for cost in ("l1", "l2"):
         call = Clouds(35, 200, 2, masked=True, cost=cost)
         student, teacher, mask = call.make()
-        kept, temperature = mask.float(), torch.tensor([2.0])
+        problem = problem_of(student, teacher, mask, cost=cost)
         with chips.on("wide"):
-            kernels = native.cuda
-            floats = kernels.row_floats(student, teacher, kept.view(-1), temperature, 200)[:4].view(4, 2, 35)
-            arguments = (student, teacher, kept, temperature, floats, cost, 200)
-            costs, moments = kernels.pairwise_costs(*arguments, True)
-            without, empty = kernels.pairwise_costs(*arguments, False)
+            floats = floats_of(problem)
+            costs, moments = native.cuda.pairwise_costs(problem, floats, True)
+            without, empty = native.cuda.pairwise_costs(problem, floats, False)
         assert torch.equal(costs, without) and empty.numel() == 0
         there = mask[..., None]
         p, q = (torch.where(there, x.double() / 2, 0).softmax(-1).requires_grad_() for x in (student, teacher))
-        pairs = reference_transport.pairwise_costs(p, q, cost)
+        pairs = pairwise_costs(p, q, cost)
         pairs = torch.where(there & there.mT, pairs, 0)
         torch.testing.assert_close(costs.double(), pairs.detach(), rtol=4e-6, atol=0)
         difference = p[:, :, None] - q[:, None]
@@ -546,14 +560,12 @@ def test_a_bad_temperature_makes_every_kept_pair_nan():
     student, teacher, mask = Clouds(4, 30, 1, masked=True).make()
     mask[0, :3] = torch.tensor([True, False, True])
     student[0, 0], teacher[0, 0], student[0, 2], teacher[0, 2] = (torch.randn(30) for _ in range(4))
-    kept, ones = mask.float(), torch.ones(1)
     with chips.on("h100"):
-        floats = native.cuda.row_floats(student, teacher, kept.view(-1), ones, 30)[:4].view(4, 1, 4)
+        floats = floats_of(problem_of(student, teacher, mask, 1.0))
         for temperature in (0.0, -1.0, torch.nan):
-            arguments = (student, teacher, kept, torch.tensor([temperature]))
-            costs, moments = native.cuda.pairwise_costs(*arguments, floats, "l1", 30, True)
-            of_pairs, dot = torch.ones(1, 4, 4), torch.ones(1, 4)
-            gradient = native.cuda.pairwise_gradient(*arguments, of_pairs, dot, floats, "l1", 30)
+            problem = problem_of(student, teacher, mask, temperature)
+            costs, moments = native.cuda.pairwise_costs(problem, floats, True)
+            gradient = native.cuda.pairwise_gradient(problem, floats, torch.ones(1, 4, 4), torch.ones(1, 4))
             pairs = mask[:, :, None] & mask[:, None, :]
             assert costs[pairs].isnan().all() and moments[pairs].isnan().all() and gradient[mask].isnan().all()
             assert not costs[~pairs].any() and not moments[~pairs].any() and not gradient[~mask].any()

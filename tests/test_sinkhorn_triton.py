@@ -19,6 +19,8 @@ from kdkernels.backends.reference import sinkhorn as reference_transport
 from kdkernels.backends.triton import kernels, pairwise
 from kdkernels.backends.triton import sinkhorn as family
 from kdkernels.families import sinkhorn as transport
+from kdkernels.families.options import RowOptions
+from kdkernels.families.rows import softmaxes
 
 INF = float("inf")
 EXAMPLES = 8
@@ -68,6 +70,14 @@ class Problems:
     tolerance: float | None = None
     value: str = "transport"
     gradient: str = "unrolled"
+
+    def problem(self) -> transport.Sinkhorn:
+        """What the kernel takes."""
+        numbers = torch.tensor([[self.epsilon], [self.tolerance or 0.0]], device=DEVICE)
+        entropic = self.value == "entropic"
+        return transport.Sinkhorn(
+            self.cost, self.a, self.b, *numbers, self.iterations, entropic, self.gradient, 1 << 20
+        )
 
     def run(self, backend, dtype):
         """The result, and the gradients of cost, a and b."""
@@ -280,10 +290,10 @@ def test_a_point_that_can_be_sent_nowhere_makes_its_problem_nan(each_path):
 @pytest.mark.parametrize("of", ["cost", "a", "b"])
 def test_nan_makes_its_problem_nan(of, each_path):
     problems = simple(3)
-    inputs = {"cost": problems.cost, "a": problems.a, "b": problems.b}
-    clean = kernels.sinkhorn(*inputs.values(), *torch.tensor([[0.1], [0.0]], device=DEVICE), 3, False, True)
-    inputs[of][1].view(-1)[2] = torch.nan
-    found = kernels.sinkhorn(*inputs.values(), *torch.tensor([[0.1], [0.0]], device=DEVICE), 3, False, True)
+    problem = problems.problem()
+    clean = kernels.sinkhorn(problem, True)
+    getattr(problem, of)[1].view(-1)[2] = torch.nan
+    found = kernels.sinkhorn(problem, True)
     assert found[0][1].isnan() and found[3][1].isnan() and found[5][1].isnan().any()
     for x, before in zip(found, clean, strict=True):
         assert torch.equal(x[[0, 2]], before[[0, 2]])
@@ -308,8 +318,7 @@ def test_both_paths_at_their_limits(monkeypatch):
     for name in ("sinkhorn_kernel", "tiled_sinkhorn_kernel"):
         monkeypatch.setattr(family, name, Kernel(name))
     for n, m in ((64, 64), (65, 64), (1024, 1024)):
-        problems = simple(1, n=n, m=m)
-        kernels.sinkhorn(problems.cost, problems.a, problems.b, *torch.tensor([[0.1], [0.0]]), 3, False, False)
+        kernels.sinkhorn(simple(1, n=n, m=m).problem(), False)
     assert calls == [("sinkhorn_kernel", 64, 64), ("tiled_sinkhorn_kernel", 64, 64), ("tiled_sinkhorn_kernel", 4, 1024)]
 
 
@@ -318,7 +327,7 @@ def test_more_points_than_it_takes_are_refused():
     with pytest.raises(RuntimeError, match=r"triton.*at most 1024 points a side; got 1025 \(cpu, cuda and reference"):
         problems.run("triton", torch.float32)
     with pytest.raises(RuntimeError, match="1024 points"):
-        kernels.sinkhorn(problems.cost[None], problems.a, problems.b, problems.a, problems.a, 1, False, False)
+        kernels.sinkhorn(simple(1, n=2, m=1025).problem(), False)
     logits = torch.zeros(1025, 2, device=DEVICE)
     with pytest.raises(RuntimeError, match="1024 points"):
         kdkernels.fused_sinkhorn_kd(logits, logits, backend="triton")
@@ -494,9 +503,9 @@ def test_rows_that_are_dropped(cost):
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
 def test_pairs_with_dropped_rows_are_0(cost):
-    student, teacher, kept, temperature, floats = _pairs(clouds(n=4))
-    kept[0, 1] = student[0, 1] = teacher[0, 1] = floats[:, 0, 1] = 0
-    found = kernels.pairwise_costs(student, teacher, kept, temperature, floats, cost, 150, True)
+    problem, floats = _pairs(clouds(n=4, cost=cost))
+    problem.row_mass[0, 1] = problem.student[0, 1] = problem.teacher[0, 1] = floats[:, 0, 1] = 0
+    found = kernels.pairwise_costs(problem, floats, True)
     for x in found:
         assert not x[0, 1].any() and not x[0, :, 1].any()
         assert x[0, [0, 2, 3]][:, [0, 2, 3]].all()
@@ -523,17 +532,19 @@ def test_equal_rows_have_no_slope_between_them(cost):
     given.teacher[3] = given.student[0]
     given.student[:, :20] = given.teacher[:, :20] = -INF
     given.check()
-    costs, moments = kernels.pairwise_costs(*_pairs(given), cost, 150, True)
+    costs, moments = kernels.pairwise_costs(*_pairs(given), True)
     equal = [0, 1, 2, 0], [0, 1, 2, 3]
     assert not costs[0][equal].any() and not moments[0][equal].any()
 
 
 def _pairs(given: Clouds):
-    """What `pairwise_costs` takes before the cost's name, of one cloud."""
+    """One cloud as the kernels take it, at temperature 1, and the floats of its rows."""
     student, teacher = given.student[None], given.teacher[None]
-    kept, temperature = (torch.ones(1, x, device=DEVICE) for x in (student.shape[1], 1))
-    floats = kernels.row_floats(student, teacher, kept.view(-1), temperature[0], given.vocab)[:4]
-    return student, teacher, kept, temperature[0], floats.view(4, *kept.shape)
+    kept, one = torch.ones(student.shape[:2], device=DEVICE), torch.ones(1, device=DEVICE)
+    problem = transport.Clouds(student, teacher, kept, one, given.cost, given.vocab)
+    options = RowOptions(kept.view(-1), None, one, None, False)
+    floats = kernels.row_floats(softmaxes(student, teacher, options, given.vocab))[:4]
+    return problem, floats.view(4, *kept.shape)
 
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
@@ -543,10 +554,10 @@ def test_splits_and_tiles_of_pairs(cost, monkeypatch):
     monkeypatch.setattr(pairwise, "_PAIR_ROWS", 4)
     monkeypatch.setattr(pairwise, "_GRADIENT_ROWS", 4)
     monkeypatch.setattr(pairwise, "_GRADIENT_BLOCK", 64)
-    given = clouds(n=5, vocab=257)
-    arguments = _pairs(given)
-    costs, moments = kernels.pairwise_costs(*arguments, cost, 257, True)
-    alone, nothing = kernels.pairwise_costs(*arguments, cost, 257, False)
+    given = clouds(n=5, vocab=257, cost=cost)
+    problem, floats = _pairs(given)
+    costs, moments = kernels.pairwise_costs(problem, floats, True)
+    alone, nothing = kernels.pairwise_costs(problem, floats, False)
     assert torch.equal(costs, alone) and nothing.shape == (0,)
 
     p, q = (x.double().softmax(-1) for x in (given.student, given.teacher))
@@ -559,9 +570,7 @@ def test_splits_and_tiles_of_pairs(cost, monkeypatch):
     weights = torch.randn(5, 5, device=DEVICE)
     g = (weights.double()[..., None] * (slopes if cost == "l1" else difference)).sum(1)
     dot = (p * g).sum(-1)
-    student, teacher, kept, temperature, floats = arguments
-    gradient = kernels.pairwise_gradient(student, teacher, kept, temperature, weights[None], dot[None].float(), floats,
-                                         cost, 257)  # fmt: skip
+    gradient = kernels.pairwise_gradient(problem, floats, weights[None], dot[None].float())
     torch.testing.assert_close(gradient[0].double(), p * (g - dot[:, None]), rtol=1e-5, atol=1e-8)
 
 
