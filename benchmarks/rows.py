@@ -126,7 +126,7 @@ def operator(divergence: str, backend: str, student: torch.Tensor, teacher: torc
     row_scale = torch.full((count,), 1 / count, device=student.device)
     parameter = ones * next(iter(CATALOGUE[divergence].values()), 1.0)
     logits = student.detach()[:, None], teacher[:, None]
-    options = RowOptions(row_scale, None, ones, None, False)
+    options = RowOptions(row_scale, ones)
     problem = Rows(*logits, options, divergence, parameter, vocabulary, statistics=False)
     return lambda: kdkernels.ops.rows(problem, [True], backend)
 

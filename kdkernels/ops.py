@@ -41,22 +41,22 @@ def _define(name: str, problem: type, arguments: str, results: int, implementati
     count = len(fields)
     schema = ", ".join(filter(None, (fields.schema, arguments, "str backend")))
 
-    def run(*values):
+    def call_backend(*values):
         with torch._C._DisableAutocast():
             return implementation(backends.kernels(values[-1]), fields.unflatten(values[:count]), *values[count:-1])
 
-    def run_fake(*values):
+    def call_fake(*values):
         return fake(fields.unflatten(values[:count]), *values[count:-1])
 
     returned = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
-    return Operator(_register(f"{name}({schema}) -> {returned}", run, run_fake), fields)
+    return Operator(_register(f"{name}({schema}) -> {returned}", call_backend, call_fake), fields)
 
 
-def _register(schema: str, run, fake):
+def _register(schema: str, implementation, fake):
     name = schema.split("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
-        _library.impl(name, run, key)
+        _library.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -747,7 +747,7 @@ def test_opcheck(backend, case):
         sources[case == "student"] = LogitsSource(stored, None, None, 1.0, None)
     ones = torch.ones(1, device=device)
     labels = torch.randint(0, 40, (6,), device=device)
-    options = RowOptions(torch.rand(6, device=device), labels, ones, 0.3 * ones, False)
+    options = RowOptions(torch.rand(6, device=device), ones, labels=labels, hard_weight=0.3 * ones)
     chunking = chunks.Chunking(None, None, 4, 1 << 20, case == "both")
     problem = chunks.ChunkedRows(*sources, None, options, "kl", ones, 40, True, chunking)
     wanted = [case != "none wanted"] + 2 * [case in ("both", "student")]

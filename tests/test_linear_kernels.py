@@ -63,9 +63,12 @@ def problem_of(recipe: Logits, recipe_of_options: RowOptions, hard: bool, backen
     weight = torch.ones(rows, dtype=dtype, device=device) if weight is None else weight
     student[0, ~kept], teacher[0, ~kept] = torch.nan, torch.nan
     row_options = options_of_rows.RowOptions(
-        torch.where(kept, weight, 0), labels, numbers("temperature"), numbers("hard_weight") if hard else None,
-        options["temperature_squared"],
-    )  # fmt: skip
+        torch.where(kept, weight, 0),
+        numbers("temperature"),
+        labels=labels,
+        hard_weight=numbers("hard_weight") if hard else None,
+        temperature_squared=options["temperature_squared"],
+    )
     return softmaxes(student, teacher, row_options, recipe.vocab)
 
 
@@ -146,7 +149,7 @@ def test_the_logit_of_a_label_is_read_before_its_gradient_is_there(backend, dtyp
     labels = torch.randint(0, vocab, (6,), device=device)
     labels[5] = vocab - 1
     one, kept = torch.ones(1, device=device), torch.arange(6, device=device) != 2
-    options = options_of_rows.RowOptions(kept.float(), labels, one, 0.5 * one if hard else None, False)
+    options = options_of_rows.RowOptions(kept.float(), one, labels=labels, hard_weight=0.5 * one if hard else None)
     problem = softmaxes(student, teacher, options, vocab)
     log_q, log_p = (x[0, kept, :vocab].double().log_softmax(-1) for x in (student, teacher))
     label_log_q = log_q.gather(1, labels[kept, None])[:, 0]
@@ -403,7 +406,7 @@ def test_large_tensors_are_advised_to_be_huge_pages():
     assert advised(kernels.empty(2, 8 << 20, dtype=torch.uint8, device="cpu"))
     student, teacher = torch.randn(1, 40, 100_000), torch.randn(1, 40, 100_000)
     one = torch.ones(1)
-    options = options_of_rows.RowOptions(torch.ones(40), None, one, None, False)
+    options = options_of_rows.RowOptions(torch.ones(40), one)
     gradient = kernels.rows(softmaxes(student, teacher, options, 100_000), True)[1]
     assert advised(gradient)
 

@@ -175,11 +175,11 @@ def test_a_missing_field_is_named():
         ({"top1": torch.ones(2, 2).int()}, "top1: expected a contiguous tensor of int64, or None; got .*int32"),
         ({"options": (1, 2)}, "options: expected a NamedTuple of row_scale, labels"),
         (
-            {"options": RowOptions(torch.ones(2).half(), None, x, None, False)},
+            {"options": RowOptions(torch.ones(2).half(), x)},
             "row_scale: .*torch.float32 or torch.float64",
         ),
-        ({"options": RowOptions(torch.ones(2), torch.ones(2), x, None, False)}, "labels: expected .* int64"),
-        ({"options": RowOptions(torch.ones(1, 2), None, x, None, False)}, r"row_scale: expected a tensor \[rows\] or"),
+        ({"options": RowOptions(torch.ones(2), x, labels=torch.ones(2))}, "labels: expected .* int64"),
+        ({"options": RowOptions(torch.ones(1, 2), x)}, r"row_scale: expected a tensor \[rows\] or"),
     ],
 )
 def test_a_field_of_rows_that_is_of_another_kind_is_named(changed, message):
@@ -239,7 +239,7 @@ def test_cuda_calls_as_the_cpu_does(stand_in, gradient):
     assert torch.equal(got.statistics["tv"], want.statistics["tv"])
     assert stand_in.placed == [(0, 0)] * 2, "rows, and then scale or row_gradient"
     one = torch.ones(1)
-    problem = Rows(student, teacher, RowOptions(torch.ones(12), None, one, None, False), "js", 0.5 * one, 700, True)
+    problem = Rows(student, teacher, RowOptions(torch.ones(12), one), "js", 0.5 * one, 700, True)
     floats = [k.row_floats(problem) for k in (native.cpu, native.cuda)]
     assert torch.equal(*floats)
     sums = [k.row_sums(problem, floats[0]) for k in (native.cpu, native.cuda)]
@@ -262,7 +262,7 @@ def test_cuda_calls_for_heads_as_the_cpu_does(stand_in):
 @pytest.mark.parametrize("kernels", [native.cpu, native.cuda], ids=["cpu", "cuda"])
 def test_tensors_that_are_written_in_place_are_what_they_should_be(stand_in, kernels):
     student = torch.randn(1, 3, 8)
-    problem = softmaxes(student, student, RowOptions(torch.ones(3), None, torch.ones(1), None, False), 7)
+    problem = softmaxes(student, student, RowOptions(torch.ones(3), torch.ones(1)), 7)
     for into in (student.bfloat16(), student[..., :7], torch.randn(1, 3, 16)[..., ::2], student.to("meta")):
         with pytest.raises(AssertionError):
             kernels.rows(problem, True, into)

@@ -256,7 +256,7 @@ def wrong_in_place(module, seeds: int) -> int:
         student, teacher = (torch.randn(1, 9, vocab + 3).to((torch.float32, torch.float16)[seed % 2]) for _ in range(2))
         labels, row_scale, half = torch.randint(0, vocab, (9,)), (torch.rand(9) < 0.8).float(), torch.full((1,), 0.5)
         student[0, row_scale == 0] = torch.nan
-        options = RowOptions(row_scale, labels, 2 * half, half, False)
+        options = RowOptions(row_scale, 2 * half, labels=labels, hard_weight=half)
         problem = Rows(student, teacher, options, "mixed_kl", half, vocab, seed % 8 > 3)
         for chip in ("small", "single", "wide", "streaming"):
             device, in_place = module.configure_device(**chips.CHIPS[chip]), student.clone()

@@ -461,7 +461,7 @@ def problem_of(student, teacher, mask=None, temperature=2.0, cost="l1") -> trans
 
 def floats_of(problem: transport.Clouds) -> torch.Tensor:
     """Of the rows, by the kernel: [4, clouds, n]."""
-    options = RowOptions(problem.row_mass.view(-1), None, problem.temperature, None, False)
+    options = RowOptions(problem.row_mass.view(-1), problem.temperature)
     rows = softmaxes(problem.student, problem.teacher, options, problem.vocab_size)
     return native.cuda.row_floats(rows)[:4].view(4, *problem.row_mass.shape)
 

@@ -542,7 +542,7 @@ def _pairs(given: Clouds):
     student, teacher = given.student[None], given.teacher[None]
     kept, one = torch.ones(student.shape[:2], device=DEVICE), torch.ones(1, device=DEVICE)
     problem = transport.Clouds(student, teacher, kept, one, given.cost, given.vocab)
-    options = RowOptions(kept.view(-1), None, one, None, False)
+    options = RowOptions(kept.view(-1), one)
     floats = kernels.row_floats(softmaxes(student, teacher, options, given.vocab))[:4]
     return problem, floats.view(4, *kept.shape)
 

@@ -688,7 +688,7 @@ def test_opcheck(backend, tail):
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(count)
     sparse = Sparse(teacher.log_probs.reshape(count, -1), teacher.indices.reshape(count, -1), tail_log_prob, one, tail)
     source = LogitsSource(student, None, None, 1.0, None)
-    options = RowOptions(torch.ones(count, device=student.device), None, one, None, False)
+    options = RowOptions(torch.ones(count, device=student.device), one)
     chunking = Chunking(None, None, 0, 2**20, False)
     problem = ChunkedRows(source, None, sparse, options, "kl", one, 40, True, chunking)
     opcheck(ops.chunked_rows, problem, [True, False, False], backend)
@@ -1002,7 +1002,7 @@ def test_bad_values_make_their_row_nan_on_a_gpu():
     from kdkernels.families.options import RowOptions
 
     one = torch.ones(1)
-    options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), None, one, None, False)
+    options = RowOptions(torch.tensor([1.0, 1.0, 1.0, 0.0]), one)
     indices = torch.tensor([[1, 99], [2, 2], [3, 4], [99, 99]])
     log_probs = torch.tensor([[0.5, 0.2], [0.4, 0.4], [0.9, 0.9], [2.0, 2.0]]).log()
     sparse = topk.Sparse(log_probs, indices, None, one, "bucket")

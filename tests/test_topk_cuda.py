@@ -70,11 +70,12 @@ class Call:
         ]
         log_probs, tail_log_prob, row_scale, temperature, hard_weight = numbers
         labels = None if self.labels is None else self.labels.to(device)
+        options = RowOptions(row_scale, temperature, labels, hard_weight, self.temperature_squared)
+        entries = Entries(self.indices.to(device), log_probs, tail_log_prob)
+        parameters = torch.full((1,), parameter, dtype=dtype, device=device)
         return TopkRows(
-            student, Entries(self.indices.to(device), log_probs, tail_log_prob),
-            RowOptions(row_scale, labels, temperature, hard_weight, self.temperature_squared), divergence.name,
-            torch.full((1,), parameter, dtype=dtype, device=device), self.vocab, statistics, self.conditional,
-        )  # fmt: skip
+            student, entries, options, divergence.name, parameters, self.vocab, statistics, self.conditional
+        )
 
     def run(self, divergence, chip="small", seed=0, gradient=True, statistics=True, in_place=False):
         """Loss, gradient, statistics and top-1 of the kernels."""

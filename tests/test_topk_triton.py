@@ -60,7 +60,13 @@ class Call:
         # The kernels' parameter is fp32.
         parameters = torch.full((1,), parameter, dtype=torch.float32, device=DEVICE).to(dtype)
         entries = Entries(self.indices, log_probs, tail)
-        options = RowOptions(scale, self.labels, temperature, hard_weight, self.temperature_squared)
+        options = RowOptions(
+            scale,
+            temperature,
+            labels=self.labels,
+            hard_weight=hard_weight,
+            temperature_squared=self.temperature_squared,
+        )
         return TopkRows(
             student, entries, options, self.divergence.name, parameters, self.vocab, self.statistics, self.conditional
         )

@@ -78,9 +78,11 @@ def operator_arguments(backend):
     row_scale = torch.rand(6, device=device)
     labels = torch.randint(0, 40, (6,), device=device)
     temperature, hard_weight, parameters = (torch.full((1,), x, device=device) for x in (1.5, 0.3, 0.4))
-    options = RowOptions(row_scale, labels, temperature, hard_weight, False)
+    options = RowOptions(row_scale, temperature, labels=labels, hard_weight=hard_weight)
     problem = Rows(student, teacher, options, "js", parameters, 40, True)
-    without = Rows(student, teacher, RowOptions(row_scale, None, temperature, None, True), "kl", parameters, 40, False)
+    without = Rows(
+        student, teacher, RowOptions(row_scale, temperature, temperature_squared=True), "kl", parameters, 40, False
+    )
     floats = ops.row_floats(problem, backend)
     sums, _, _ = ops.row_sums(problem, floats, backend)
     return {
@@ -112,7 +114,7 @@ def test_the_three_sweeps_make_the_fused_one(backend, divergence):
     labels = torch.randint(0, 300, (6,), device=device)
     temperature, hard_weight = torch.full((1,), 1.3, device=device), torch.full((1,), 0.2, device=device)
     parameters = torch.full((1,), divergence.parameter or 1.0, device=device)
-    options = RowOptions(row_scale, labels, temperature, hard_weight, False)
+    options = RowOptions(row_scale, temperature, labels=labels, hard_weight=hard_weight)
     problem = Rows(student, teacher, options, divergence.name, parameters, 300, True)
     _, gradient, floats, sums, statistics, top1 = ops.rows(problem, [True], backend)
     alone = ops.row_floats(problem, backend)

@@ -54,7 +54,7 @@ class ClassOT(NamedTuple):
         return (self.student,)
 
     def options(self) -> RowOptions:
-        return RowOptions(self.row_scale, None, self.temperature, None, False)
+        return RowOptions(self.row_scale, self.temperature)
 
 
 class Kernel(NamedTuple):

@@ -19,14 +19,14 @@ class RowOptions(NamedTuple):
     """The options of each row. Tensors are contiguous, in the compute dtype unless named otherwise."""
 
     row_scale: Tensor  # [rows]: the row's weight over the denominator; 0 skips the row before any load
-    labels: Tensor | None  # [rows] int64
     temperature: Tensor  # [rows] or [1]
-    hard_weight: Tensor | None  # [rows] or [1]: the label term's share of the loss
-    temperature_squared: bool  # whether the divergence is multiplied by the temperature's square
+    labels: Tensor | None = None  # [rows] int64
+    hard_weight: Tensor | None = None  # [rows] or [1]: the label term's share of the loss
+    temperature_squared: bool = False  # whether the divergence is multiplied by the temperature's square
 
     def of(self, chunk) -> "RowOptions":
         """The options of some rows: a slice or indices."""
-        return RowOptions(*(x if x is None else per_row(x, self.row_scale, chunk) for x in self[:4]), self[4])
+        return RowOptions(*(per_row(x, self.row_scale, chunk) if isinstance(x, Tensor) else x for x in self))
 
     def soft_factor(self) -> Tensor:
         """[rows]: the factor of a row's divergence in its loss."""

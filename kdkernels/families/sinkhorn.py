@@ -217,7 +217,7 @@ def sinkhorn_kd(kernels, problem: SinkhornKD, wanted: list[bool]):
     """
     clouds, wanted = problem.clouds, any(wanted)
     row_mass, shape = clouds.row_mass, clouds.row_mass.shape
-    options = RowOptions(row_mass.view(-1), None, clouds.temperature, None, False)
+    options = RowOptions(row_mass.view(-1), clouds.temperature)
     rows = softmaxes(clouds.student, clouds.teacher, options, clouds.vocab_size)
     floats = kernels.row_floats(rows)[:4].view(4, *shape)
     if clouds.cost in PAIRWISE:

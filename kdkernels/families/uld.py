@@ -65,7 +65,7 @@ def uld(kernels, problem: Uld, wanted: list[bool]):
     """Loss, gradient, divergence and error bound [rows]: `ops.uld`."""
     row_scale = problem.row_scale
     if bad_values_raise(row_scale.device):
-        check_values(RowOptions(row_scale, None, problem.temperature, None, False), 0)
+        check_values(RowOptions(row_scale, problem.temperature), 0)
     if problem.k is not None:
         return _uld_topk(kernels, problem, wanted[0])
     loss, gradient, divergence = kernels.uld(problem, wanted[0])

@@ -265,14 +265,14 @@ def resolve(
     if given.row_weight is not None:
         check_per_row("row_weight", given.row_weight, leading, device)
 
-    temperature = _number_or_per_row("temperature", given.temperature, leading, device, dtype)
+    temperature = _number_or_per_row("temperature", given.temperature, check_temperature, leading, device, dtype)
     hard_weight = given.hard_weight
     if not isinstance(hard_weight, Tensor):
         _check_number("hard_weight", hard_weight)
     if isinstance(hard_weight, Tensor) or hard_weight != 0:
         if labels is None:
             raise ValueError(f"hard_weight needs labels; got hard_weight={_shown(hard_weight)} and labels=None")
-        hard_weight = _number_or_per_row("hard_weight", hard_weight, leading, device, dtype)
+        hard_weight = _number_or_per_row("hard_weight", hard_weight, _check_fraction, leading, device, dtype)
     else:
         hard_weight = None
 
@@ -284,7 +284,9 @@ def resolve(
         labelled = labels != given.ignore_index
         keep = labelled if keep is None else keep & labelled
     row_scale = _row_scale(leading.numel(), device, dtype, keep, given)
-    return RowOptions(row_scale, labels, temperature, hard_weight, given.temperature_squared)
+    return RowOptions(
+        row_scale, temperature, labels=labels, hard_weight=hard_weight, temperature_squared=given.temperature_squared
+    )
 
 
 def check_reduction(reduction: str):
@@ -330,7 +332,8 @@ def _normalizer(normalizer, device, dtype):
     return torch.ones((), dtype=dtype, device=device) * normalizer
 
 
-def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
+def _number_or_per_row(name: str, value, check, leading, device, dtype) -> Tensor:
+    """A number, a 0-d tensor or one per row, as [1] or [rows]. `check` is for a number."""
     if isinstance(value, Tensor):
         if value.dim() == 0:
             _check_real(name, value)
@@ -338,12 +341,7 @@ def _number_or_per_row(name: str, value, leading, device, dtype) -> Tensor:
             return _to_device(value.detach().reshape(1), device, dtype)
         check_per_row(name, value, leading, device)
         return _to_device(value.detach().reshape(-1).contiguous(), device, dtype)
-    if name == "temperature":
-        check_temperature(name, value)
-    else:
-        _check_number(name, value)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected from 0 to 1; got {value}")
+    check(name, value)
     return number(value, device, dtype)
 
 
@@ -382,6 +380,12 @@ def check_temperature(name: str, value):
     _check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name}: expected finite and > 0; got {value}")
+
+
+def _check_fraction(name: str, value):
+    _check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected from 0 to 1; got {value}")
 
 
 def check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):

@@ -152,5 +152,5 @@ def _label_term(student: Tensor, rows: RowOptions, vocab_size: int) -> Rows:
     ones = torch.ones(1, dtype=dtype, device=student.device)
     # A weight outside [0, 1] stays as it is: it raises in the operator, or makes its row NaN.
     hard_weight = torch.where(in_range, 1, rows.hard_weight).to(dtype)
-    label_options = RowOptions(row_scale, rows.labels, ones, hard_weight, False)
+    label_options = RowOptions(row_scale, ones, labels=rows.labels, hard_weight=hard_weight)
     return Rows(student, student.detach(), label_options, "kl", ones, vocab_size, False)

@@ -12,7 +12,7 @@ def topk_rows(problem: TopkRows):
     """Losses [rows], statistics and top-1 (or None) of logits against the entries of a sparse teacher."""
     student, entries, options, divergence, parameters, vocab_size, statistics, support_only = problem
     indices, log_probs, tail_log_prob = entries
-    row_scale, labels, temperature = options[:3]
+    row_scale, temperature, labels = options[:3]
     kept = row_scale != 0
     bad = checked_bad_rows(options, vocab_size)
     s = kept_logits(student, kept, vocab_size, row_scale.dtype)

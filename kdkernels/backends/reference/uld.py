@@ -14,7 +14,7 @@ def uld(problem: Uld):
     their differences; classes of equal logits take the mean of their signs.
     """
     student, teacher, row_scale, temperature, k, student_vocab_size, teacher_vocab_size, _ = problem
-    options = RowOptions(row_scale, None, temperature, None, False)
+    options = RowOptions(row_scale, temperature)
     dtype, kept = compute_dtype(student, teacher), row_scale != 0
     bad = checked_bad_rows(options, student_vocab_size)
     s = kept_logits(student, kept, student_vocab_size, dtype)
