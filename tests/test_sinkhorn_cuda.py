@@ -17,7 +17,7 @@ from truth import GRADIENT_TOLERANCE
 
 from kdkernels import fused_sinkhorn, fused_sinkhorn_kd
 from kdkernels.backends import native
-from kdkernels.backends.reference import sinkhorn as reference
+from kdkernels.backends.reference import sinkhorn as reference_sinkhorn
 from kdkernels.backends.reference.pairwise import pairwise_costs
 from kdkernels.families import sinkhorn as transport
 from kdkernels.families.options import RowOptions
@@ -439,7 +439,7 @@ class Clouds:
         problem = transport.Sinkhorn(
             pairs, kept, kept, epsilon, torch.zeros_like(epsilon), self.iterations, False, self.gradient, 1 << 28
         )
-        found = reference.sinkhorn(problem)
+        found = reference_sinkhorn(problem)
         weights = torch.arange(1, self.clouds + 1, dtype=torch.float64)
         of_pairs = torch.autograd.grad((found.value * weights).sum(), pairs)[0].abs()
         if self.cost == "l2":  # whose derivative is at most 1 in norm

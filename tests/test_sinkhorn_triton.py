@@ -15,7 +15,7 @@ from truth import DEVICE, GRADIENT_TOLERANCE
 
 import kdkernels
 from kdkernels import backends
-from kdkernels.backends.reference import sinkhorn as reference_transport
+from kdkernels.backends.reference.sinkhorn import potentials
 from kdkernels.backends.triton import kernels, pairwise
 from kdkernels.backends.triton import sinkhorn as family
 from kdkernels.families import sinkhorn as transport
@@ -129,7 +129,7 @@ class Problems:
         numbers = [x.double() for x in (self.cost, self.a, self.b)]
         epsilon, none = torch.tensor([self.epsilon], device=DEVICE).double(), torch.zeros(1, device=DEVICE)
         for rounds in range(1, self.iterations + 1):
-            error = reference_transport.potentials(*numbers, epsilon, none, rounds)[2]
+            error = potentials(*numbers, epsilon, none, rounds)[2]
             if ((error / self.tolerance - 1).abs() < 1e-2).any():
                 return False
         return True
