@@ -1,9 +1,9 @@
-"""Builds kdkernels._native (csrc/) through ninja, without torch: the CPU kernels, and the CUDA kernels where there is
-an nvcc. Without nvcc the module has no CUDA kernels; without a compiler the package installs without the module.
+"""Builds kdkernels._native (csrc/) with ninja, without torch: the CPU kernels, and the CUDA kernels if nvcc is found.
 
-What was built, or why not, is written to kdkernels/_build.json, which `python -m kdkernels.info` prints.
+Without nvcc the module has no CUDA kernels; without a compiler the package installs without the module. setup.py writes
+the result, or the reason for a failure, to kdkernels/_build.json, which `python -m kdkernels.info` prints.
 
-    KDKERNELS_CUDA_ARCHS   the architectures, as "80 90a 100+PTX" (the default); +PTX serves later ones
+    KDKERNELS_CUDA_ARCHS   the architectures, default "80 90a 100+PTX"; +PTX serves later ones
     KDKERNELS_NVCC         the nvcc to use; else $CUDA_HOME/bin/nvcc, the one on PATH, or /usr/local/cuda/bin/nvcc
     KDKERNELS_NO_CUDA=1    no CUDA kernels        KDKERNELS_NO_NATIVE=1    no module at all
     CXX                    the C++ compiler (g++)
@@ -26,10 +26,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-# Of each Python one folder, whatever the command: an editable installation builds in a temporary folder otherwise, and
-# compiles everything again.
+# One build folder per Python, for every command. In a temporary folder, its default, an editable installation would
+# compile everything again.
 FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
-# A family of kernels is a file of that name in csrc/calls, in csrc/cpu and in csrc/cuda.
+# Each family of kernels has a file of its name in csrc/calls, csrc/cpu and csrc/cuda.
 FAMILIES = ("rows", "linear", "topk", "pairwise", "sinkhorn", "uld")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -41,13 +41,13 @@ if X86:
     ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c"
     ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512"
 
-# -prec-div=false: a division within 2 ulp, in a fraction of the instructions. -Xptxas -v: registers and spills of each
-# kernel, which tests/test_cuda_compile.py reads from the log beside the object.
+# -prec-div=false: division within 2 ulp, in a fraction of the instructions. -Xptxas -v: prints each kernel's registers
+# and spills; tests/test_cuda_compile.py reads them from the log next to the object.
 CUDA_FLAGS = "-std=c++17 -O3 --threads 0 -prec-div=false -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 CUDA_ARCHS = ("80", "90a", "100+PTX")
-# Where nvcc does not know the last of those: the PTX that later chips then start from.
+# If nvcc does not know the last of CUDA_ARCHS, later chips get this PTX.
 OLDER_PTX = "90+PTX"
-# The runtime inside the module, and none of its names outside: torch may have another one loaded.
+# Links the CUDA runtime into the module and exports none of its names: torch may have loaded another runtime.
 CUDA_LIBRARIES = "-lcudart_static -lrt -lpthread -ldl -Wl,--exclude-libs,libcudart_static.a"
 
 
@@ -80,15 +80,15 @@ def find_nvcc() -> str:
 
 
 def gencode(arch: str) -> str:
-    """90a: code for that chip; 100+PTX: code for it, and PTX that a driver compiles for later ones."""
+    """90a: code for that chip; 100+PTX: code for that chip, and PTX that a driver compiles for later chips."""
     number = arch.removesuffix("+PTX")
     code = f"[sm_{number},compute_{number}]" if arch.endswith("+PTX") else f"sm_{number}"
     return f"-gencode=arch=compute_{number},code={code}"
 
 
 def dry_run(nvcc: str, arch: str) -> str | None:
-    """What nvcc would do to compile for an architecture, or None where it does not know it. (Its --list-gpu-code leaves
-    out the likes of 90a.)"""
+    """nvcc's commands to compile for an architecture, or None if it does not know the architecture. (--list-gpu-code
+    leaves out variants such as 90a.)"""
     command = [nvcc, "--dryrun", gencode(arch), "-c", "-x", "cu", os.devnull, "-o", os.devnull]
     done = subprocess.run(command, capture_output=True, text=True)
     return done.stdout + done.stderr if done.returncode == 0 else None
@@ -100,7 +100,7 @@ def known_archs(nvcc: str) -> str:
 
 
 def find_archs(nvcc: str, asked: list[str]) -> tuple[list[str], list[str]]:
-    """The architectures to build, and those of the default that this nvcc does not know."""
+    """The architectures to build, and the default architectures that this nvcc does not know."""
     if not asked:
         archs = [arch for arch in CUDA_ARCHS if dry_run(nvcc, arch)]
         left_out = [arch for arch in CUDA_ARCHS if arch not in archs]
@@ -112,49 +112,50 @@ def find_archs(nvcc: str, asked: list[str]) -> tuple[list[str], list[str]]:
     for arch in asked:
         if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch) or not dry_run(nvcc, arch):
             raise ValueError(
-                f"KDKERNELS_CUDA_ARCHS: expected architectures that nvcc knows, as {' '.join(CUDA_ARCHS)!r}; got "
-                f"{arch!r}; {nvcc} knows {known_archs(nvcc)} (and of those from 90 on the variant a, as 90a)"
+                f"KDKERNELS_CUDA_ARCHS: expected architectures that nvcc knows, such as {' '.join(CUDA_ARCHS)!r}; got "
+                f"{arch!r}; {nvcc} knows {known_archs(nvcc)} (and, from 90 on, the variant a of each, such as 90a)"
             )
     return list(dict.fromkeys(asked)), []
 
 
 def find_cuda(archs: str) -> Cuda:
-    """What to build with, for architectures as KDKERNELS_CUDA_ARCHS names them; "" for the default."""
+    """The CUDA build's tools, for architectures in the form of KDKERNELS_CUDA_ARCHS; "" means the default."""
     if os.environ.get("KDKERNELS_NO_CUDA") == "1":
-        raise Unavailable("KDKERNELS_NO_CUDA=1 was set when it was installed")
+        raise Unavailable("KDKERNELS_NO_CUDA=1 was set at installation")
     nvcc = find_nvcc()
     try:
         version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise Unavailable(f"{nvcc} could not be started ({error})") from error
-    found, left_out = find_archs(nvcc, re.findall(r"[^;,\s]+", archs))
-    folders = re.search(r"^#\$ LIBRARIES=(.*)$", dry_run(nvcc, found[0]), re.MULTILINE)
+    to_build, left_out = find_archs(nvcc, re.findall(r"[^;,\s]+", archs))
+    folders = re.search(r"^#\$ LIBRARIES=(.*)$", dry_run(nvcc, to_build[0]), re.MULTILINE)
     libraries = [part.removeprefix("-L") for part in shlex.split(folders[1])] if folders else []
     number = re.search(r"V([\d.]+)", version)
-    return Cuda(nvcc, number[1] if number else version.strip(), libraries, found, left_out)
+    return Cuda(nvcc, number[1] if number else version.strip(), libraries, to_build, left_out)
 
 
-# ---- what ninja is told
+# ---- the file that ninja reads
 
 
 def escaped(path: Path) -> str:
-    """A path as ninja reads it."""
+    """A path, escaped for ninja."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def in_command(word: str | Path) -> str:
-    """A word of a command as ninja and the shell read it."""
+    """A word of a command, escaped for ninja and the shell."""
     return shlex.quote(str(word)).replace("$", "$$")
 
 
 def cuda_objects(cuda: Cuda) -> dict[str, Path]:
-    """Objects and what they are made of."""
+    """The object files of the CUDA kernels, and their sources."""
     names = (*FAMILIES, "refusal")
     return {f"{name}_cuda_{'_'.join(cuda.archs)}.o": CSRC / "cuda" / f"{name}.cu" for name in names}
 
 
 def cuda_lines(cuda: Cuda) -> list[str]:
-    """One compilation of each of cuda/*.cu for all architectures; the compiler's output is kept beside the object."""
+    """One compilation of each cuda/*.cu for all architectures; the compiler's output stays in a log next to the
+    object."""
     compiler = os.environ.get("CXX", "")
     host = f"-ccbin {in_command(compiler)}" if compiler and not compiler.split()[1:] else ""  # nvcc takes no more
     codes = " ".join(in_command(gencode(arch)) for arch in cuda.archs)
@@ -169,7 +170,7 @@ def cuda_lines(cuda: Cuda) -> list[str]:
 
 
 def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
-    """One compilation of each of cpu/*.cpp per instruction set, the bindings, and the link."""
+    """One compilation of each cpu/*.cpp per instruction set, the bindings, and the link."""
     import pybind11
 
     compiler = os.environ.get("CXX", "g++")
@@ -207,7 +208,7 @@ def ninja_command() -> list[str]:
 
 
 def run_ninja(lines: list[str], *targets: str) -> str | None:
-    """Returns why it failed, or None."""
+    """Runs ninja. Returns the reason of a failure, or None."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / "build.ninja").write_text("\n".join([*lines, ""]))
     try:
@@ -236,7 +237,7 @@ class BuildNative(build_ext):
             cuda_reason = str(missing)
 
         if os.environ.get("KDKERNELS_NO_NATIVE") == "1":
-            reason = "KDKERNELS_NO_NATIVE=1 was set when it was installed"
+            reason = "KDKERNELS_NO_NATIVE=1 was set at installation"
         else:
             reason = run_ninja(module_lines(module, cuda) + (cuda_lines(cuda) if cuda else []))
             if reason and cuda:

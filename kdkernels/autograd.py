@@ -1,8 +1,8 @@
-"""Runs a family's problem: the one autograd Function, and the choice between it, the operator alone and the reference.
+"""Runs a family's problem: the one autograd Function, and the choice between it, the bare operator and the reference.
 
 A family's operator returns its losses, its gradients (empty if not wanted), tensors that another sweep takes, and
-detached results. A gradient comes in one of two modes. "forward": the call that finds the loss finds the gradients, and
-backward scales them. "backward": the inputs are saved, and backward computes the gradients from them.
+detached results. A gradient comes in one of two modes. "forward": the call that computes the loss computes the
+gradients, and backward scales them. "backward": the inputs are saved, and backward computes the gradients from them.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph",
 
 
 class Family:
-    """A family's operator, what autograd has to know of its results, and the autograd Function made of both.
+    """A family's operator, the facts about its results that autograd needs, and the autograd Function made from both.
 
     Args:
-        name: of the family's function in the reference.
+        name: the name of the family's function in the reference.
         operator: (problem, wanted, backend) -> loss, gradients, kept, detached results.
-        gradients: how many results are gradients of problem.tracked(); the first has a factor for each row.
+        gradients: how many results are gradients of problem.tracked(); the first gradient has one factor per row.
         kept: how many results `again` takes.
         again: (problem, kept, grad_loss, wanted, backend) -> the gradients, in backward. None: the mode is "forward".
     """
@@ -48,22 +48,22 @@ def _uld_again(problem, kept, grad_loss, wanted, backend):
 def _sinkhorn_kd_again(problem, kept, grad_loss, wanted, backend):
     grad_costs, dot, floats = kept
     row_mass = problem.clouds.row_mass
-    # A cloud without rows stays 0, whatever comes back for its loss.
+    # A cloud without rows keeps gradient 0, whatever the gradient of its loss is.
     factor = torch.where((row_mass != 0).any(1), grad_loss, 0).to(row_mass.dtype)[:, None]
     return (ops.sinkhorn_kd_gradient(problem, grad_costs * factor[..., None], dot * factor, floats, backend),)
 
 
 def _function(family: Family) -> type[torch.autograd.Function]:
-    """The autograd Function of a family. (Generated: Dynamo traces no backward that delegates.)"""
+    """The autograd Function of a family. It is generated, since Dynamo traces no backward that delegates."""
     operator, fields = family.operator.flat, family.operator.fields
 
     class Loss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, problem, wanted, mode, reduce, backend, *tracked):
             values = fields.flatten(problem)
-            # A family without gradients of its own is asked for what it keeps.
-            found = wanted if mode == "forward" or not family.gradients else [False] * len(wanted)
-            loss, *results = operator(*values, found, backend)
+            # A family without gradients in forward is still asked: backward needs the tensors that it keeps.
+            in_forward = wanted if mode == "forward" or not family.gradients else [False] * len(wanted)
+            loss, *results = operator(*values, in_forward, backend)
             gradients, kept = results[: family.gradients], results[family.gradients :][: family.kept]
             detached = results[family.gradients + family.kept :]
             if mode == "forward":
@@ -95,8 +95,8 @@ def _function(family: Family) -> type[torch.autograd.Function]:
                 pairs = zip(ctx.values, ctx.is_tensor, strict=True)
                 problem = fields.unflatten([tensors.pop() if is_saved else x for x, is_saved in pairs])
                 gradients = family.again(problem, kept, grad_loss, wanted, backend)
-            found = zip(gradients, wanted, dtypes, strict=True)
-            return *(None,) * 5, *(x.to(dtype) if wants else None for x, wants, dtype in found)
+            typed = zip(gradients, wanted, dtypes, strict=True)
+            return *(None,) * 5, *(x.to(dtype) if wants else None for x, wants, dtype in typed)
 
     return Loss
 
@@ -112,8 +112,8 @@ CLASS_OT = Family("class_ot", ops.class_ot, gradients=1)
 def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = False, definition=None) -> tuple:
     """The losses [rows] (their sum if `reduce`) as a node of the autograd graph, and the family's detached results.
 
-    `mode` is "forward" or "backward". `definition` says whether the reference runs in place of the operator; None: if
-    it is the backend.
+    `mode` is "forward" or "backward". `definition` says whether the reference runs instead of the operator; None means
+    that it runs if `backend` is "reference".
     """
     tracked = problem.tracked()
     if backend == "reference" if definition is None else definition:
@@ -131,33 +131,34 @@ def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = Fals
 
 
 def clone_if_inference(x: Tensor) -> Tensor:
-    """Itself, or a copy if it was made in inference mode: torch saves no such tensor for backward."""
+    """The tensor, or a copy if it was made in inference mode: torch saves no inference tensor for backward."""
     return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
 
 
 def _may_scale_in_place(grad_loss: Tensor) -> bool:
     """Whether this is the last backward that can read the saved gradient.
 
-    Batched gradients (is_grads_batched, vectorized Jacobians) read it once each: torch runs an operator without a
-    batching rule in a loop, if it returns its result.
+    Batched gradients (is_grads_batched, vectorized Jacobians) read the saved gradient once each: torch runs an operator
+    without a batching rule in a loop, if the operator returns its result.
     """
     batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
     return not batched and _keeps_graph is not None and not _keeps_graph()
 
 
 def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_row: bool, backend: str) -> Tensor:
-    """A gradient that the forward call found, times the gradient of the loss.
+    """A gradient from the forward call, times the gradient of the loss.
 
-    A skipped row stays 0, whatever (NaN, say) comes back for its loss; so does a weight that no row reaches.
+    A skipped row keeps gradient 0, whatever the gradient of its loss is (NaN, say); so does a weight that no row
+    reaches.
     """
     factor, rows = grad_loss, gradient
     if row_scale is None:
-        rows = gradient.flatten(1)  # of problems, whose gradients may have two dimensions
+        rows = gradient.flatten(1)  # one row per problem, whose gradient may have two dimensions
     else:
         skipped = row_scale == 0
         factor = torch.where(skipped if by_row else skipped.all(), 1, grad_loss)
     factor = factor.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
-    if backend == "reference":  # which has no kernels
+    if backend == "reference":  # it has no kernels
         return gradient * factor.view(*gradient.shape[:-1], 1)
     if torch.compiler.is_compiling() or not _may_scale_in_place(grad_loss):
         return ops.scale(rows, factor, backend).view(gradient.shape)
@@ -169,12 +170,12 @@ def _refuse_second_derivatives(backend: str):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"second derivatives: the {backend!r} backend has first derivatives only; "
-            'backend="reference" is twice differentiable (of transport with gradient="unrolled")'
+            'backend="reference" is twice differentiable (transport with gradient="unrolled" only)'
         )
 
 
 def _refuse_transforms(x: Tensor, backend: str):
-    """torch.func's transforms and forward-mode AD would find no derivative in an operator, and say nothing."""
+    """Raises under torch.func's transforms and forward-mode AD. An operator would silently give them no derivative."""
     if torch.compiler.is_compiling():
         return
     forward_ad = torch.autograd.forward_ad
@@ -182,5 +183,5 @@ def _refuse_transforms(x: Tensor, backend: str):
     if dual or torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"forward-mode AD and torch.func transforms: the {backend!r} backend has reverse-mode derivatives only; "
-            'backend="reference" goes through torch.func.grad and vmap, and leading dimensions take the place of vmap'
+            'backend="reference" works under torch.func.grad and vmap; leading dimensions can replace vmap'
         )

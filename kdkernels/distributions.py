@@ -1,6 +1,7 @@
-"""What may stand in the place of logits: a leaf module, of which a loss takes the tensors.
+"""Distributions that a loss accepts in place of a tensor of logits. A leaf module.
 
-A distribution has the leading shape, dtype, device and requires_grad of the logits that it stands for.
+`LinearLogits` stands for logits, and has their leading shape, dtype, device and requires_grad. `SparseLogProbs` stands
+for a teacher's log-probabilities.
 """
 
 import math
@@ -14,41 +15,42 @@ _REGISTER = (
     "'method') names, so that its parameters are gathered first"
 )
 
-# What transformers' models do with what their head gives, by names in their configs.
+# Settings in a transformers config that multiply, divide or cap the logits.
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Models that scale by other rules: T5's family by its width where weights are tied, MPT's own code by logit_scale.
+# Models that scale by other rules: T5's family by its width if weights are tied, MPT's own code by logit_scale.
 _BY_OTHER_RULES = ("longt5", "mpt", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 
 
 @dataclass(frozen=True, eq=False)
 class LinearLogits:
-    """Logits that a head makes of hidden states, and that are never stored.
+    """Logits as hidden states and a head: the loss computes them a few rows at a time and never stores them whole.
 
     ::
 
         logits = softcap * tanh(scale * (hidden weight^T + bias) / softcap)      with softcap
         logits = scale * (hidden weight^T + bias)                                without
 
-    It may stand for the student, the teacher or both, in every loss that takes logits; the loss makes the logits of
-    some rows at a time, within a memory budget (`kdkernels.chunk_budget`). As the student it gets the gradients of
-    hidden, weight and bias, of those that require grad; the weight's is summed over chunks in fp32. The products follow
-    autocast's dtype where it is on (for which each call casts the whole weight once); otherwise hidden and weight must
-    have one dtype when the loss is called. The weight of a module that FSDP2 shards may be passed as it is: the loss
-    casts it to the products' dtype and gathers it, once a call. A row that is NaN makes the weight's gradient NaN,
-    which is of all rows.
+    `fused_divergence`, `fused_kl` and `fused_js` take it as the student, the teacher or both; `topk_log_probs` and
+    `sampled_log_probs` take it as their logits. The other losses need a tensor of logits. The logits of a chunk of rows
+    fit a memory budget (`kdkernels.chunk_budget`). A student's hidden, weight and bias get gradients if they require
+    grad; the weight's gradient is summed over chunks in fp32. The products follow autocast's dtype when autocast is on,
+    and each call then casts the whole weight once. Without autocast, hidden and weight must have one dtype when the
+    loss is called. The weight may be the sharded parameter of an FSDP2 module: once a call, the loss casts it to the
+    products' dtype and gathers it. A row that is NaN makes the weight's gradient NaN, since the gradient sums over all
+    rows.
 
     Args:
         hidden: the last hidden states [..., H], after the model's final norm; fp32, bf16, fp16 or fp64.
-        weight: [V, H]; `lm_head.weight`, or the embedding's where the two are tied (their gradients add up).
-        bias: [V], of the weight's dtype.
-        scale: multiplies the product (Cohere's logit_scale, Falcon-H1's lm_head_multiplier, one over Granite's
+        weight: [V, H]; `lm_head.weight`, or the embedding's weight if the model ties both (their gradients add up).
+        bias: [V], in the weight's dtype.
+        scale: multiplies the product (Cohere's logit_scale, Falcon-H1's lm_head_multiplier, 1 / Granite's
             logits_scaling). A constant of the model: finite, not 0.
         softcap: > 0 (Gemma 2 and later, final_logit_softcapping).
 
     Raises:
-        TypeError, ValueError: for what does not fit, saying what was expected and what came.
+        TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came.
     """
 
     hidden: Tensor
@@ -66,7 +68,7 @@ class LinearLogits:
             if not isinstance(x, Tensor):
                 raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
             if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                hint = "; the weight of a quantised head has to be dequantised" if name == "weight" else ""
+                hint = "; dequantise the weight of a quantised head" if name == "weight" else ""
                 raise TypeError(f"{name}: expected fp32, bf16, fp16 or fp64; got {x.dtype}{hint}")
             if x.layout != torch.strided:
                 raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
@@ -77,12 +79,12 @@ class LinearLogits:
         if weight.dim() != 2 or (weight.numel() == 0 and hidden.shape[-1] > 0):
             hint = ""
             if weight.dim() == 1 or weight.numel() == 0:
-                hint = f"; where it is a parameter that is sharded outside of its module's forward, {_REGISTER}"
+                hint = f"; for a parameter that is sharded outside of its module's forward, {_REGISTER}"
             raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}]; got {list(weight.shape)}{hint}")
         if _is_freed(weight):
             raise ValueError(
-                f"weight: expected a tensor with its memory; that of {list(weight.shape)} was freed, as FSDP does "
-                f"after a forward; {_REGISTER}"
+                f"weight: expected a tensor with its memory; the memory of this weight {list(weight.shape)} was freed, "
+                f"as FSDP does after a forward; {_REGISTER}"
             )
         if weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
@@ -90,9 +92,7 @@ class LinearLogits:
                 f"{list(weight.shape)}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"bias: expected shape [{weight.shape[0]}], a number of each class; got {list(bias.shape)}"
-            )
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], one number per class; got {list(bias.shape)}")
         if bias is not None and bias.dtype != weight.dtype:
             raise TypeError(f"bias: expected the weight's dtype {weight.dtype}; got {bias.dtype}")
         for name, x in (("weight", weight), ("bias", bias)):
@@ -108,22 +108,22 @@ class LinearLogits:
 
     @classmethod
     def from_module(cls, hidden: Tensor, lm_head: torch.nn.Linear, config) -> "LinearLogits":
-        """Of a head, with the scale and cap that a transformers config gives its logits.
+        """Makes it from a head, with the scale and cap that a transformers config gives its logits.
 
-        Reads logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1), which multiply; logits_scaling
-        (Granite, MiniCPM3; in HyperCLOVA X it multiplies) and logits_mup_width_multiplier (Inkling), which divide;
-        final_logit_softcapping (Gemma 2 and later), logits_soft_cap (RecurrentGemma) and output_logit_soft_cap (xLSTM),
-        which cap. What is absent or None does nothing. A model from outside transformers that scales or caps its
-        logits by other names needs LinearLogits(..., scale=, softcap=).
+        Settings that multiply: logit_scale (Cohere), output_multiplier, lm_head_multiplier (Falcon-H1). Settings that
+        divide: logits_scaling (Granite, MiniCPM3; in HyperCLOVA X it multiplies) and logits_mup_width_multiplier
+        (Inkling). Settings that cap: final_logit_softcapping (Gemma 2 and later), logits_soft_cap (RecurrentGemma) and
+        output_logit_soft_cap (xLSTM). A setting that is absent or None does nothing. A model from outside transformers
+        that scales or caps its logits by other names needs LinearLogits(..., scale=, softcap=).
 
-        `hidden` is the backbone's last hidden state, after the final norm: what a model scales on the way to its head
-        is in the names above. Hooks of the head are not run.
+        `hidden` is the backbone's last hidden state, after the final norm. The settings above include any scale that
+        the model applies on the way to its head. Hooks of the head do not run.
 
         Raises:
-            TypeError: for a head that is more than a linear map: one wrapped by PEFT, whose weight is that of the base
-                alone, a quantised one, any with a forward of its own; for a config that is none.
-            ValueError: where the config does not tell: of T5's family and MPT, and where the scale or cap stands in the
-                config of a text model within another, which many (Llava around Cohere, say) do not heed.
+            TypeError: for a head that is more than a linear map: a head wrapped by PEFT, whose weight is the base
+                layer's alone, a quantised head, or a head with its own forward. Also for a config that is no config.
+            ValueError: if the config does not decide the scale: T5's family and MPT. Also if the scale or cap stands in
+                the config of a text model inside another model: many such models (Llava around Cohere, say) ignore it.
         """
         _check_linear(lm_head)
         scale, softcap = _scale_and_cap(config)
@@ -150,59 +150,62 @@ class LinearLogits:
         return LinearLogits(self.hidden.detach(), self.weight.detach(), bias, scale=self.scale, softcap=self.softcap)
 
 
-# What becomes of the classes that a sparse teacher does not name: see SparseLogProbs.
+# How a sparse teacher treats the classes that it does not name: see SparseLogProbs.
 TAILS = ("bucket", "renormalize", "support", "uniform", "truncate")
 HAVE_TAIL_MASS = ("bucket", "uniform")
 
 
 @dataclass(frozen=True, eq=False)
 class SparseLogProbs:
-    """A teacher of which some classes are known: its top k, what a server returned of it, or samples.
+    """A teacher that gives only some classes of each row: its top k, a server's answer, or samples.
 
-    Of each row: K classes and their log-probabilities, in any order. An entry whose index is negative or whose
-    log-probability is -inf is padding. With S the classes of a row, t_c = exp(log_probs) of c in S, q the student's
-    distribution, and a divergence's value of a row as in `kdkernels.divergences.CATALOGUE`, `tail` says what becomes of
-    the others. The gradient with respect to the student's logits s at temperature T is given for kl:
+    `fused_divergence`, `fused_kl` and `fused_js` take it as the teacher; the other losses need logits. Each row has K
+    classes and their log-probabilities, in any order. An entry with a negative index or log-probability -inf is
+    padding. Let S be the classes of a row, t_c = exp(log_probs) for c in S, and q the student's distribution. A
+    divergence's value of a row is that of `kdkernels.divergences.CATALOGUE`. `tail` decides how the loss treats the
+    classes outside S. The gradients below are those of kl with respect to the student's logits, at temperature T:
 
     "bucket"
-        All other classes are one more class R on both sides, whose probability is exp(tail_log_prob) for the teacher
-        and q_R, the sum of q outside of S, for the student: found as a log-sum-exp over those classes, and exact where
-        1 - sum q rounds to 0. Every divergence. Gradient (q_c - t_c) / T in S, (q_R - t_R) (q_c / q_R) / T outside.
+        All classes outside S form one more class R on both sides. The teacher's probability of R is exp(tail_log_prob);
+        the student's is q_R, the sum of q outside S. The loss computes q_R as a log-sum-exp over those classes, so it
+        is exact even if 1 - sum q rounds to 0. Every divergence. Gradient (q_c - t_c) / T in S, (q_R - t_R) (q_c / q_R)
+        / T outside.
     "renormalize"
         The teacher is t / sum t in S and 0 outside; the student is whole. Gradient (q - t / sum t) / T.
     "support"
-        Both are renormalised in S, and the student's other logits are neither read nor given a gradient (but for the
-        label's cross-entropy and the student's statistics, which are of all classes). Every divergence. Gradient
-        (q_c / q_S - t_c / sum t) / T in S, 0 outside.
+        Both sides are renormalised over S. The loss neither reads the student's other logits nor gives them a gradient,
+        except for the label's cross-entropy and the student's statistics, which use all classes. Every divergence.
+        Gradient (q_c / q_S - t_c / sum t) / T in S, 0 outside.
     "uniform"
-        The missing mass is spread evenly over the other classes: t_c = exp(tail_log_prob) / (V - |S|) outside of S.
-        Every divergence. Gradient (q - t) / T. The loss makes the teacher's row, some rows at a time.
+        The other classes share the missing mass evenly: t_c = exp(tail_log_prob) / (V - |S|) outside S. Every
+        divergence. Gradient (q - t) / T. The loss makes the teacher's whole rows, a few at a time.
     "truncate"
-        The mass as it is given, M = sum t, with 0 outside of S: sum t (log t - log q), whose gradient is (M q - t) / T.
-        For teachers that are samples (`sampled_log_probs`). Indices that repeat add up, and M may be above 1.
+        The mass as given, M = sum t, and 0 outside S: sum t (log t - log q), with the gradient (M q - t) / T. For
+        teachers made of samples (`sampled_log_probs`). Repeated indices add up, and M may be above 1.
 
-    Where the teacher has no mass outside ("renormalize", "truncate"), reverse_kl, mixed_kl with a weight below 1 and
-    alpha below 0 are infinite, and raise.
+    Under "renormalize" and "truncate" the teacher has no mass outside S. There reverse_kl, mixed_kl with a weight below
+    1 and alpha below 0 are infinite, and raise.
 
-    A row without any entry: in "bucket" the loss of the tail alone, which is 0 without a tail_log_prob; in the others
-    it is masked, and not counted. "support" and "renormalize" take values that are not normalised (the top k logits)
-    too.
+    A row without entries: under "bucket" it has the loss of the tail alone, which is 0 without a tail_log_prob; under
+    the other tails it is masked and not counted. "support" and "renormalize" also take values that are not normalised
+    (the top k logits).
 
     Args:
-        indices: [..., K] int32 or int64, below the vocabulary's size. On a CPU, one that repeats in a row raises but in
-            "truncate"; on a GPU it is counted once.
+        indices: [..., K] int32 or int64, below the vocabulary's size. Except under "truncate", an index that repeats in
+            a row raises on a CPU; a GPU counts it once.
         log_probs: [..., K] fp32, fp16, bf16 or fp64, natural logarithms.
-        tail: one of the above.
-        tail_log_prob: [...], of "bucket" and "uniform": the log-probability of all other classes together. None: what
-            log_probs leave of 1, as -expm1 of the largest less the others, in fp64: exact as far as log_probs are, and
-            0 where no more is left than their rounding (reverse_kl of "bucket" is +inf there).
-        source_temperature: the temperature at which the teacher's logits were taken. At another temperature of the
-            loss, "support" and "renormalize" are tempered anew, exactly; in the others the loss raises.
+        tail: one of the five names above.
+        tail_log_prob: [...], for "bucket" and "uniform": the log-probability of all other classes together. None: the
+            mass that log_probs leave of 1, computed in fp64 as -expm1(largest) minus the other probabilities. That is
+            as exact as log_probs are, and is 0 if the rest is within their rounding (reverse_kl of "bucket" is +inf
+            there).
+        source_temperature: the temperature of the teacher's log-probabilities. If the loss has another temperature,
+            "support" and "renormalize" temper the teacher again, exactly; with the other tails the loss raises.
 
     Raises:
-        TypeError, ValueError: for what does not fit, saying what was expected and what came. What is wrong with the
-            values (an index out of range, mass above 1 beyond rounding) is raised by the loss on a CPU; on a GPU it
-            makes the row NaN, unless `kdkernels.checks(True)`.
+        TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. The loss
+            raises for bad values (an index out of range, mass above 1 beyond rounding) on a CPU; on a GPU such a value
+            makes its row NaN, unless `kdkernels.checks(True)` is set.
 
     Source: "bucket" is the ghost token of Sparse Logit Sampling (arXiv:2503.16870), and "truncate" its sampled teacher.
     """
@@ -239,7 +242,7 @@ class SparseLogProbs:
             raise ValueError(f"tail: expected one of {', '.join(map(repr, TAILS))}; got {self.tail!r}")
         if tail_log_prob is not None and self.tail not in HAVE_TAIL_MASS:
             raise ValueError(
-                f"tail_log_prob is of tail='bucket' and 'uniform': {self.tail!r} gives the other classes no mass; "
+                f"tail_log_prob goes with tail='bucket' and 'uniform': {self.tail!r} gives the other classes no mass; "
                 "pass tail_log_prob=None"
             )
         if tail_log_prob is not None and tail_log_prob.shape != indices.shape[:-1]:
@@ -252,7 +255,7 @@ class SparseLogProbs:
 
     @property
     def shape(self) -> torch.Size:
-        """[..., K]: the leading shape is that of the logits."""
+        """[..., K]; the leading shape is the logits' leading shape."""
         return self.indices.shape
 
     @property
@@ -272,21 +275,21 @@ class SparseLogProbs:
         return replace(self, log_probs=self.log_probs.detach(), tail_log_prob=tail_log_prob)
 
     def with_tail(self, tail: str) -> "SparseLogProbs":
-        """The same entries under another `tail`, without tail_log_prob where that has no use for it."""
+        """The same entries under another `tail`; drops tail_log_prob if that tail has no use for it."""
         return replace(self, tail=tail, tail_log_prob=self.tail_log_prob if tail in HAVE_TAIL_MASS else None)
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a DTensor, without importing what makes one."""
+    """Whether the tensor is a DTensor. Does not import torch.distributed."""
     return hasattr(x, "device_mesh")
 
 
 def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A DTensor as a whole and plain tensor of `dtype`; another tensor as it is.
+    """A DTensor as a whole, plain tensor of `dtype`; any other tensor unchanged.
 
-    The whole is used with rows of this rank alone, so that what comes back is a part of its gradient, and the gradient
-    is the mean of the ranks' parts, as it is in FSDP2's own forward. Without that, full_tensor() takes it for the same
-    on all ranks.
+    Each rank uses the whole tensor with its own rows, so the gradient that comes back is one rank's part.
+    Partial("avg") makes the gradient the mean of the ranks' parts, as FSDP2's own forward does. Without
+    grad_placements, full_tensor() would assume that all ranks have the same gradient.
     """
     if not is_sharded(x):
         return x
@@ -298,12 +301,12 @@ def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_freed(x: Tensor) -> bool:
-    """Whether it has outlived its memory, as an FSDP module's parameters do after its forward."""
+    """Whether the tensor's memory was freed, as FSDP frees a module's parameters after its forward."""
     if torch.compiler.is_compiling() or is_sharded(x):
         return False
     try:
         return x.numel() > 0 and x.untyped_storage().size() == 0
-    except NotImplementedError:  # the wrappers of torch.func have no storage
+    except NotImplementedError:  # torch.func's wrappers have no storage
         return False
 
 
@@ -315,37 +318,37 @@ def _check_number(name: str, value):
 def _check_linear(lm_head):
     if hasattr(lm_head, "base_layer"):
         raise TypeError(
-            f"lm_head: {type(lm_head).__name__} wraps a base layer, whose weight lacks the adapter; merge it "
-            "(merge_and_unload), or leave the head out of target_modules"
+            f"lm_head: {type(lm_head).__name__} wraps a base layer, whose weight lacks the adapter; pass logits to the "
+            "loss, merge the adapter (merge_and_unload), or leave the head out of target_modules"
         )
     if hasattr(lm_head, "modules_to_save"):
         raise TypeError(
-            f"lm_head: {type(lm_head).__name__} holds a module of each adapter beside the original; pass "
+            f"lm_head: {type(lm_head).__name__} holds the original module and one for each adapter; pass "
             "lm_head.modules_to_save[<adapter>]"
         )
     if not isinstance(lm_head, torch.nn.Linear):
         raise TypeError(f"lm_head: expected a torch.nn.Linear; got {type(lm_head).__name__}")
-    # Hooks are not refused: FSDP2 and Accelerate have theirs on every module, which change no logits. Accelerate's are
-    # in the instance's forward, around the one that it had.
+    # Hooks are not refused: FSDP2 and Accelerate hook every module, and their hooks change no logits. Accelerate puts
+    # its hooks into the instance's forward, and keeps the old forward in _old_forward.
     own = vars(lm_head)
     own_forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
     replaced = own_forward is not None and getattr(own_forward, "__func__", None) is not torch.nn.Linear.forward
     if type(lm_head).forward is not torch.nn.Linear.forward or replaced:
         raise TypeError(
             f"lm_head: expected a plain torch.nn.Linear; {type(lm_head).__name__} has a forward of its own, which "
-            "LinearLogits(hidden, weight, bias) would leave out"
+            "LinearLogits(hidden, weight, bias) would not run"
         )
 
 
 def _scale_and_cap(config) -> tuple[float, float | None]:
-    """What a transformers config says of the logits: see `LinearLogits.from_module`."""
+    """The logits' scale and softcap from a transformers config: see `LinearLogits.from_module`."""
     if config is None or isinstance(config, (dict, torch.nn.Module)):
-        raise TypeError(f"config: expected a transformers config, of attributes; got {type(config).__name__}")
+        raise TypeError(f"config: expected a transformers config, with attributes; got {type(config).__name__}")
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     model_type = getattr(text, "model_type", None)
     if model_type in _BY_OTHER_RULES:
         raise ValueError(
-            f"config: what {model_type} does to its logits stands in its code; give LinearLogits scale and softcap"
+            f"config: {model_type} scales its logits by a rule in its code; give LinearLogits scale and softcap"
         )
 
     def read(names: tuple[str, ...]) -> dict[str, float]:
@@ -364,7 +367,7 @@ def _scale_and_cap(config) -> tuple[float, float | None]:
     softcap = next(iter(cap.values()), None)
     if text is not config and (scale != 1 or softcap is not None):
         raise ValueError(
-            f"config: {type(config).__name__} holds {multiply | divide | cap} of a text model, and not all such models "
-            "heed that; pass config.get_text_config() if this one does, else LinearLogits(hidden, weight, bias)"
+            f"config: {type(config).__name__} holds {multiply | divide | cap} for a text model, which some such models "
+            "ignore; pass config.get_text_config() if this model applies it, else LinearLogits(hidden, weight, bias)"
         )
     return scale, softcap

@@ -1,8 +1,8 @@
 """The catalogue of divergences: names, parameters, formulas, sources. No tensors here.
 
-Throughout, p is the teacher's and q the student's distribution over the classes of a row, and the direction follows
-GKD (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). To add one: an entry here, and its pointwise value and slope in
-backends/reference.py, backends/triton/table.py and csrc/divergences.h.
+Throughout, p is the teacher's and q the student's distribution over the classes of a row. Directions follow GKD
+(Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). A new divergence needs an entry here, its value and slope of one class
+in csrc/divergences.h and backends/triton/table.py, and its value in backends/reference/table.py.
 """
 
 import difflib
@@ -17,10 +17,10 @@ _MARGIN = 0.001
 class Entry:
     """One divergence of the catalogue.
 
-    `low` and `high` bound its parameter; `closed` admits the bounds themselves. What lies within 0.001 of an `excluded`
-    value is refused. Of the parameter, `infinite` says whether the divergence is +inf where the teacher has no mass and
-    the student has, and `slack` is c of the pointwise value, which is the formula's term plus c (q − p): a sparse
-    teacher's mass may differ from 1.
+    `low` and `high` bound its parameter; `closed` admits the bounds themselves. A parameter within 0.001 of an
+    `excluded` value is refused. `infinite(parameter)` says whether the divergence is +inf if the student has mass on a
+    class without teacher mass. `slack(parameter)` is c in the value of one class: the formula's term plus c (q − p). Σ
+    c (q − p) is 0 unless a sparse teacher's mass differs from 1.
     """
 
     formula: str
@@ -62,7 +62,7 @@ CATALOGUE: dict[str, Entry] = {
         default=0.5,
         low=0.0,
         high=1.0,
-        hint='at 0 and 1 it vanishes; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
+        hint='at 0 and 1 js is 0; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
     ),
     "skew_kl": Entry(
         "KL(p‖αp + (1−α)q)",
@@ -71,7 +71,7 @@ CATALOGUE: dict[str, Entry] = {
         default=0.1,
         low=0.0,
         high=1.0,
-        hint='at 0 it is "kl"',
+        hint='at 0 skew_kl is "kl"',
         slack=lambda alpha: 1 - alpha,
     ),
     "skew_reverse_kl": Entry(
@@ -81,7 +81,7 @@ CATALOGUE: dict[str, Entry] = {
         default=0.1,
         low=0.0,
         high=1.0,
-        hint='at 0 it is "reverse_kl"',
+        hint='at 0 skew_reverse_kl is "reverse_kl"',
         slack=lambda alpha: alpha - 1,
     ),
     "tv": Entry("½ Σ |p − q|", "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"),
@@ -102,8 +102,9 @@ CATALOGUE: dict[str, Entry] = {
 class Divergence:
     """A divergence with its parameter: `Divergence("skew_kl", alpha=0.1)`, `Divergence("tv")`.
 
-    The parameter is a run-time number: changing it between calls recompiles nothing. Raises ValueError for an unknown
-    name (with the nearest known one), an unknown parameter, and a parameter outside its range.
+    The parameter is a run-time number: a change between calls recompiles nothing. Raises ValueError for an unknown name
+    (with the nearest known one), an unknown parameter, and a parameter outside its range; TypeError for a parameter
+    that is no number.
     """
 
     __slots__ = ("name", "parameter")
@@ -123,9 +124,10 @@ class Divergence:
 
     @staticmethod
     def gkd(beta: float) -> "Divergence":
-        """GKD's family: "kl" at beta = 0, "reverse_kl" at beta = 1, "js" with that beta between.
+        """GKD's family: "kl" at beta = 0, "reverse_kl" at beta = 1, and "js" with that beta between them.
 
-        Not continuous at its ends: js tends to 0 there (trainers that offer 0 and 1 jump in the same way).
+        The family is not continuous at its ends: js tends to 0 there (trainers that offer 0 and 1 jump in the same
+        way).
         """
         if beta == 0:
             return Divergence("kl")
@@ -135,7 +137,7 @@ class Divergence:
 
     @property
     def is_infinite_without_mass(self) -> bool:
-        """Whether it is +inf where the teacher has no mass and the student has."""
+        """Whether the divergence is +inf if the student has mass on a class without teacher mass."""
         return CATALOGUE[self.name].infinite(self.parameter)
 
     def __repr__(self):

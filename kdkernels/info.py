@@ -1,4 +1,4 @@
-"""`python -m kdkernels.info`: which backends are here and, for one that is not, why."""
+"""`python -m kdkernels.info`: says which backends serve this machine and, for every other backend, the reason."""
 
 import platform
 import sys
@@ -17,7 +17,9 @@ def version(package: str) -> str:
 
 
 def backend_lines() -> list[tuple[str, str]]:
-    """Each backend with "available" or the reason it is not, for CPU tensors and, where there is a GPU, for its own."""
+    """Each backend with "available" or the reason that it is not, for CPU tensors and, on a machine with a GPU, for GPU
+    tensors.
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
     for name in backends.NAMES:
@@ -29,7 +31,7 @@ def backend_lines() -> list[tuple[str, str]]:
 
 
 def native_lines() -> list[tuple[str, str]]:
-    """What the compiled module was built with, or why it is not there."""
+    """How the compiled module was built, or why it is missing."""
     from .backends import native
 
     built = native.build_record()

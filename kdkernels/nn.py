@@ -1,4 +1,4 @@
-"""Modules over the functional losses."""
+"""The functional losses as torch modules."""
 
 import inspect
 
@@ -10,15 +10,15 @@ from .distributions import LinearLogits, SparseLogProbs
 from .losses.class_ot import fused_class_ot
 from .losses.divergence import fused_divergence
 from .losses.options import LossOutput
-from .losses.sinkhorn import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_kd
+from .losses.sinkhorn import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd
 from .losses.uld import fused_uld
 
 
 class _Loss(torch.nn.Module):
-    """A function with the options that stay the same from call to call.
+    """A loss function together with options that stay the same from call to call.
 
-    Options are those of the function, and one that is given in a call replaces the module's own. Holds no parameters
-    and no state.
+    The module takes the function's options. An option given in a call replaces the module's own for that call. The
+    module has no parameters and no state.
     """
 
     function = staticmethod(lambda: None)
@@ -88,8 +88,29 @@ class Sinkhorn(_Loss):
         return self._call(cost, a, b, **options)
 
 
+class SinkhornDivergence(_Loss):
+    """`fused_sinkhorn_divergence` with static options; epsilon is one of them, or goes with each call.
+
+    >>> loss = kdkernels.nn.SinkhornDivergence(epsilon=0.1)
+    >>> loss(cost_xy, cost_xx, cost_yy)
+    """
+
+    function = staticmethod(fused_sinkhorn_divergence)
+
+    def forward(
+        self,
+        cost_xy: Tensor,
+        cost_xx: Tensor,
+        cost_yy: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        **options,
+    ) -> Tensor:
+        return self._call(cost_xy, cost_xx, cost_yy, a, b, **options)
+
+
 class ClassOT(_Loss):
-    """`fused_class_ot` with static options; the costs of classes are given in the call.
+    """`fused_class_ot` with static options; each call passes the costs of classes.
 
     >>> loss = kdkernels.nn.ClassOT(temperature=10.0, epsilon=0.05)
     >>> loss(student, teacher, class_cost, exclude_labels=labels)

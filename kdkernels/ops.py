@@ -1,12 +1,12 @@
 """torch.library operators of every family: schema, fake, and dispatch to a backend's function.
 
 An operator takes a family's problem flat (families/problem.py), then its own arguments, then the backend's name. It
-mutates nothing and returns fresh tensors (`scale_` excepted), takes no float that changes from call to call (a float
-argument recompiles at every new value), and knows nothing of autograd.
+mutates no input and returns fresh tensors (`scale_` excepted). It takes no float that changes from call to call, since
+a float argument recompiles at every new value. It knows nothing of autograd.
 
 Shapes: student and teacher are [outer, inner, columns] views with unit stride in the last dimension; rows = outer *
 inner; every per-row tensor is contiguous [rows], or [1] for one number that serves all rows, in the compute dtype.
-A row whose row_scale is 0 is skipped before any load, and its results are 0.
+A row with row_scale 0 is skipped before any load, and its results are 0.
 """
 
 from collections.abc import Callable
@@ -35,8 +35,9 @@ class Operator(NamedTuple):
 
 
 def _define(name: str, problem: type, arguments: str, results: int, implementation, fake) -> Operator:
-    """Registers an operator. The implementation gets the backend's kernels and the problem, the fake the problem, and
-    both the arguments."""
+    """Registers an operator. The implementation gets the backend's kernels and the problem, the fake gets the problem,
+    and both get the arguments.
+    """
     fields = Fields(problem)
     count = len(fields)
     schema = ", ".join(filter(None, (fields.schema, arguments, "str backend")))
@@ -66,7 +67,7 @@ def _new(like: Tensor, *shape, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _if(wanted: bool, like: Tensor, shape=None, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor of the shape (`like`'s own, if None) where it is wanted, else an empty one."""
+    """A tensor of the shape (`like`'s own, if None) if it is wanted, else an empty one."""
     shape = like.shape if shape is None else shape
     return _new(like, *(shape if wanted else (0,)), dtype=dtype)
 
@@ -114,9 +115,9 @@ def _row_sums_fake(problem: Rows, floats: Tensor):
 # row sums, statistics and top-1 (or empty).
 rows = _define("rows", Rows, "bool[] wanted", 6, _rows, _rows_fake)
 
-# The sweeps one by one, for callers that work between two of them. phi and psi are a divergence's value and slope of
-# one class (csrc/divergences.h). Row floats are the maxima and log-sums of a row's softmaxes. row_floats finds the
-# floats; row_sums the sums, statistics and top-1 (or empty).
+# The sweeps one by one, for callers that work between two sweeps. phi and psi are a divergence's value and slope of
+# one class (csrc/divergences.h). Row floats are the maxima and log-sums of a row's softmaxes. row_floats returns the
+# floats; row_sums returns the sums, statistics and top-1 (or empty).
 row_floats = _define("row_floats", Rows, "", 1, lambda kernels, *given: kernels.row_floats(*given), _row_floats_fake)
 row_sums = _define(
     "row_sums", Rows, "Tensor floats", 3, lambda kernels, *given: kernels.row_sums(*given), _row_sums_fake
@@ -158,7 +159,7 @@ chunked_rows = _define(
     "chunked_rows", families.linear.ChunkedRows, "bool[] wanted", 6, families.linear.chunked_rows, _chunked_rows_fake
 )
 # The k most probable classes of each row: indices int32 and log-probabilities [rows, k], descending, and the
-# log-sum-exp of the others' [rows]. A skipped row has indices -1, log-probabilities -inf, and 0 for the others.
+# log-sum-exp of the other classes [rows]. A skipped row has indices -1, log-probabilities -inf, and 0 for the rest.
 topk_log_probs = _define(
     "topk_log_probs", families.linear.TopK, "", 3, families.linear.topk_log_probs, _topk_log_probs_fake
 )
@@ -179,7 +180,7 @@ def _sinkhorn_fake(problem: families.sinkhorn.Sinkhorn, wanted: list[bool]):
     )
 
 
-# Sinkhorn's iterations: value [problems], its gradients with respect to cost, a and b (all three where one is wanted,
+# Sinkhorn's iterations: value [problems], its gradients with respect to cost, a and b (all three if any is wanted,
 # else empty), potentials f and g, errors, rounds done. csrc/calls/sinkhorn.h has the formulas.
 sinkhorn = _define(
     "sinkhorn", families.sinkhorn.Sinkhorn, "bool[] wanted", 8, families.sinkhorn.checked_sinkhorn, _sinkhorn_fake
@@ -197,7 +198,8 @@ def _sinkhorn_kd_fake(problem: families.sinkhorn.SinkhornKD, wanted: list[bool])
     )
 
 
-# SinKD: losses [clouds], and the three tensors that its gradient is made of (families/sinkhorn.py).
+# SinKD: losses [clouds], and the three tensors from which sinkhorn_kd_gradient makes the gradient
+# (families/sinkhorn.py).
 sinkhorn_kd = _define(
     "sinkhorn_kd", families.sinkhorn.SinkhornKD, "bool[] wanted", 4, families.sinkhorn.sinkhorn_kd, _sinkhorn_kd_fake
 )
@@ -236,10 +238,10 @@ def _uld_fake(problem: families.uld.Uld, wanted: list[bool]):
 
 
 # Universal Logit Distillation of two vocabularies: loss [rows], gradient (the student's shape, or empty), divergence
-# [rows], and by how much the divergence may be off (0 unless k ranks alone are compared).
+# [rows], and a bound on the divergence's error (0 unless only k ranks are compared).
 uld = _define("uld", families.uld.Uld, "bool[] wanted", 4, families.uld.uld, _uld_fake)
 
-# ---- gradients that were found before backward
+# ---- gradients computed before backward
 
 # gradient[..., r, :] *= factor[r], in place; rows whose factor is 1 are left alone.
 scale_ = _register(
@@ -255,7 +257,7 @@ def _scaled(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
     return gradient
 
 
-# The same into a fresh tensor.
+# `scale_` into a fresh tensor.
 scale = _register(
     "scale(Tensor gradient, Tensor factor, str backend) -> Tensor",
     _scaled,

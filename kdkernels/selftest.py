@@ -1,7 +1,7 @@
-"""`python -m kdkernels.selftest [--device cuda]`: every kernel of every backend here against the reference in fp64.
+"""`python -m kdkernels.selftest [--device cuda]`: checks every kernel of every backend here against the fp64 reference.
 
-One table; exit code 1 when a kernel is wrong, or when there was none to check. It needs torch alone, so it can be run
-wherever the package is installed.
+Prints one table. The exit code is 1 if a kernel is wrong, or if no kernel could be checked. It needs torch alone, so it
+runs wherever the package is installed.
 """
 
 import argparse
@@ -24,25 +24,26 @@ from .losses.uld import fused_uld
 from .teachers.extract import topk_log_probs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# (rows, classes): widths that are odd and that are aligned, one tile and many. A GPU gets more rows than it holds at
-# once, and rows that take a cluster of blocks. Every fifth row is dropped and holds NaN.
+# (rows, classes): odd and aligned widths, one tile and many. A GPU gets more rows than it holds at once, and rows that
+# take a cluster of blocks. Every fifth row is dropped and holds NaN.
 SHAPES = ((5, 1), (5, 1000), (5, 50_001))
 GPU_SHAPES = ((5, 1), (8000, 1000), (500, 50_001), (250, 128_256))
 INTERPRETED_SHAPES = ((5, 1), (5, 1000), (5, 5001))
-# (rows, classes, width) of heads: several chunks.
+# (rows, classes, width) of heads, in several chunks.
 HEAD_SHAPE, GPU_HEAD_SHAPE = (30, 1001, 64), (1500, 32_001, 256)
 # (clouds, rows, classes) of SinKD, and (problems, n, m).
 CLOUD_SHAPE, GPU_CLOUD_SHAPE = (2, 10, 501), (3, 100, 32_001)
 PROBLEM_SHAPE, GPU_PROBLEM_SHAPE = (3, 9, 12), (300, 64, 70)
 TOPK_ENTRIES = 100
-# (rows, classes) of transport, whose reference has plans [rows, classes, classes].
+# (rows, classes) of transport between classes. The reference has plans [rows, classes, classes].
 CLASS_OT_SHAPE, GPU_CLASS_OT_SHAPE = (10, 50), (20, 200)
-PADDING = 8  # columns past the classes, which hold NaN
+PADDING = 8  # columns past the classes; they hold NaN
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """Of a gradient, relative to the largest element of its row: fp32 arithmetic, and two roundings to the dtype (a
-    gradient kept from the forward call is rounded again where it is scaled)."""
+    """The allowed error of a gradient, relative to the largest element of its row: fp32 arithmetic, and two roundings
+    to the dtype (backward rounds a gradient kept from the forward call again when it scales the gradient).
+    """
     return {torch.float32: 1e-5, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-10}[dtype]
 
 
@@ -54,9 +55,9 @@ def one_call(student, teacher, divergence, options, backend, gradient):
 
 
 def undecided_signs(student, teacher, temperature, closeness) -> torch.Tensor:
-    """Bound on the error of tv's gradient where rounding decides the sign of p - q, in fp64 of the logits' shape.
+    """Bound on the error of tv's gradient from signs of p - q that rounding decides, in fp64 of the logits' shape.
 
-    A class is undecided where abs(log p - log q) <= closeness. Its error is at most q, and every class's error at most
+    A class is undecided if abs(log p - log q) <= closeness. Its own error is at most q, and every class's error at most
     q times the mass of the undecided classes. The bound excludes the slope's factors (1 / temperature, row weights).
     `temperature` and `closeness` broadcast to the logits. NaN rows, which are dropped, get 0.
     """
@@ -69,7 +70,7 @@ def undecided_signs(student, teacher, temperature, closeness) -> torch.Tensor:
 def undecided_ranks(student, teacher, temperature, closeness, topk: int | None = None) -> torch.Tensor:
     """The same bound for ULD, whose gradient has the sign of p - q of each rank: [..., V], at the student's classes.
 
-    A wrong sign of a rank is an error of 2, which ULD's gradient spreads over the run of equal logits. Only the first
+    A wrong sign of a rank is an error of 2. ULD's gradient spreads it over the run of equal logits. Only the first
     `topk` ranks count.
     """
     (s, order), (t, _) = (x.double().sort(dim=-1, descending=True, stable=True) for x in (student, teacher))
@@ -84,7 +85,7 @@ def undecided_ranks(student, teacher, temperature, closeness, topk: int | None =
 
 
 def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
-    """Largest errors of loss, gradient and statistics, with every row option in use, as parts of the tolerance."""
+    """Largest errors of loss, gradient and statistics, with every row option in use, as fractions of the tolerance."""
     rows, width = shape
     generator = torch.Generator().manual_seed(width)
 
@@ -112,7 +113,7 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
     double = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
               for name, x in options.items()}  # fmt: skip
     want = one_call(student.double(), teacher.double(), divergence, double, "reference", "auto")
-    # A slope is made of log-ratios of order 10, whose rounding stays where they cancel.
+    # A slope consists of log-ratios of order 10. Their rounding remains when the log-ratios cancel.
     allowed = tolerance(dtype) * want[1].abs().amax(-1, keepdim=True) + 4e-6
     if divergence == "tv":
         signs = undecided_signs(student[:, :width], teacher[:, :width], options["temperature"][:, None], 1e-5)
@@ -121,18 +122,19 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
     worst = [0.0, 0.0, 0.0]
     for gradient in ("forward", "backward"):
         got = one_call(student, teacher, divergence, options, backend, gradient)
-        found = (
+        result = (
             ((got[0] - want[0]).abs() / (1e-5 + 1e-6 * want[0].abs())).max(),
             ((got[1].double() - want[1]).abs() / allowed).nan_to_num(torch.inf).max(),
             max(((got[2][s] - want[2][s]).abs() / (1e-4 + 1e-5 * want[2][s].abs())).max() for s in STATISTICS),
         )
-        worst = [max(a, float(b)) for a, b in zip(worst, found, strict=True)]
+        worst = [max(a, float(b)) for a, b in zip(worst, result, strict=True)]
     return tuple(worst)
 
 
 def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, backend: str, logits_dtype=None):
-    """Of heads with a bias, scale and cap, in chunks: errors of the loss and of all gradients, in norm, as parts of
-    those of eager PyTorch in the same dtype (that of fp32 logits being another rounding of the gradient alone)."""
+    """Heads with a bias, scale and cap, in chunks: errors of the loss and of all gradients, in norm, as fractions of
+    eager PyTorch's errors in the same dtype. (With fp32 logits the rounding of the gradient alone is allowed.)
+    """
     rows, classes, width = shape
     generator = torch.Generator().manual_seed(width)
 
@@ -163,14 +165,15 @@ def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, ba
     for gradient in ("forward", "backward"):
         got = one_call(tensors, backend=backend, gradient=gradient, chunk_rows=rows // 3, logits_dtype=logits_dtype)
         for i, (x, y, z) in enumerate(zip(got, want, eager, strict=True)):
-            of_eager = 0 if logits_dtype else 1.5 * (z - y).norm()
-            part = (x - y).norm() / (of_eager + 2 * rounding * y.norm())
+            eager_error = 0 if logits_dtype else 1.5 * (z - y).norm()
+            part = (x - y).norm() / (eager_error + 2 * rounding * y.norm())
             worst[min(i, 1)] = max(worst[min(i, 1)], float(part.nan_to_num(torch.inf)))
     return tuple(worst)
 
 
 def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
-    """Of the loss and gradient against a sparse teacher, and of its extraction, as parts of the tolerance."""
+    """Errors of the loss and gradient against a sparse teacher, and of its extraction, as fractions of the
+    tolerance."""
     rows, width = shape
     generator = torch.Generator().manual_seed(width)
     student, whole = ((3 * torch.randn(rows, width + PADDING, generator=generator)).to(device, dtype) for _ in range(2))
@@ -200,17 +203,18 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     right = one_call(student.double(), "reference", "auto")
     allowed = tolerance(dtype) * right[1].abs().amax(-1, keepdim=True) + 4e-6
     for gradient in ("forward", "backward"):
-        found = one_call(student, backend, gradient)
+        result = one_call(student, backend, gradient)
         errors = (
-            ((found[0] - right[0]).abs() / (1e-5 + 1e-6 * right[0].abs())).max(),
-            ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+            ((result[0] - right[0]).abs() / (1e-5 + 1e-6 * right[0].abs())).max(),
+            ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
         )
         worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
     return (*worst, extraction)
 
 
 def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], device: str):
-    """Of transport between classes, whose products are torch's: of loss and gradient, as parts of the tolerance."""
+    """Errors of loss and gradient of transport between classes, as fractions of the tolerance. torch computes its
+    products."""
     rows, classes = shape
     generator = torch.Generator().manual_seed(classes)
     student, teacher = ((2 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
@@ -229,7 +233,7 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
 
     want = one_call(student.double(), teacher.double(), cost.double(), "reference")
     got = one_call(student, teacher, cost, "auto")
-    # A masked class has no derivative in the reference's softmax but 0 * -inf.
+    # The reference's softmax gives a masked class the derivative 0 * -inf, which is NaN.
     right = want[1].nan_to_num(0)
     allowed = tolerance(dtype) * right.abs().amax(-1, keepdim=True) + 4e-7
     errors = (
@@ -240,7 +244,7 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
 
 
 def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
-    """Of loss and gradient between two vocabularies, as parts of the tolerance."""
+    """Errors of loss and gradient between two vocabularies, as fractions of the tolerance."""
     rows, width = shape
     generator = torch.Generator().manual_seed(width)
     widths = width, width // 2 + 1
@@ -268,17 +272,18 @@ def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend:
     allowed = allowed + torch.nn.functional.pad(2 * signs, (0, PADDING))
     worst = [0.0, 0.0]
     for gradient in ("forward", "backward"):
-        found = one_call(student, teacher, temperature, backend, gradient)
+        result = one_call(student, teacher, temperature, backend, gradient)
         errors = (
-            ((found[0] - right[0]).abs() / 1e-5).max(),
-            ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+            ((result[0] - right[0]).abs() / 1e-5).max(),
+            ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
         )
         worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
     return tuple(worst)
 
 
 def sinkhorn_kd_errors(cost: str, dtype: torch.dtype, shape: tuple[int, int, int], device: str, backend: str):
-    """Of SinKD between clouds [clouds, rows, classes], every fifth row dropped: as parts of the tolerance."""
+    """Errors of SinKD between clouds [clouds, rows, classes], every fifth row dropped, as fractions of the
+    tolerance."""
     generator = torch.Generator().manual_seed(shape[2])
     student, teacher = ((2 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in range(2))
     student[:, 4::5], teacher[:, 4::5] = torch.nan, torch.nan
@@ -290,18 +295,19 @@ def sinkhorn_kd_errors(cost: str, dtype: torch.dtype, shape: tuple[int, int, int
         (2 * loss).sum().backward()
         return loss.detach(), student.grad
 
-    right, found = one_call(student.double(), teacher.double(), "reference"), one_call(student, teacher, backend)
+    right, result = one_call(student.double(), teacher.double(), "reference"), one_call(student, teacher, backend)
     allowed = tolerance(dtype) * right[1].abs().amax((1, 2), keepdim=True) + 4e-6
     errors = (
-        ((found[0] - right[0]).abs() / (1e-5 * right[0].abs() + 1e-6 * shape[1])).max(),
-        ((found[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+        ((result[0] - right[0]).abs() / (1e-5 * right[0].abs() + 1e-6 * shape[1])).max(),
+        ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
     )
     return tuple(float(x) for x in errors)
 
 
 def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], device: str, backend: str):
-    """Of problems [problems, n, m] with points without mass: of the values, and of their derivatives with respect to
-    the costs, as parts of the tolerance. Twenty rounds, of which the rounding of cost / epsilon is carried along."""
+    """Errors of the values of problems [problems, n, m] with points without mass, and of their derivatives with respect
+    to the costs, as fractions of the tolerance. Twenty rounds carry the rounding of cost / epsilon along.
+    """
     generator = torch.Generator().manual_seed(shape[2])
     cost = torch.rand(shape, generator=generator).to(device)
     a, b = ((torch.rand(shape[0], n, generator=generator) + 0.1).to(device) for n in shape[1:])
@@ -315,11 +321,11 @@ def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], 
         return value.detach(), cost.grad
 
     right = one_call(cost.double(), a.double(), b.double(), "reference")
-    found = one_call(cost, a, b, backend)
+    result = one_call(cost, a, b, backend)
     rounding = 1e-6 * (4 + 1 / epsilon)
     errors = (
-        ((found[0] - right[0]).abs() / (rounding * right[0].abs())).max(),
-        ((found[1] - right[1]).abs() / (4 * rounding * right[1].abs().amax((1, 2), keepdim=True))).max(),
+        ((result[0] - right[0]).abs() / (rounding * right[0].abs())).max(),
+        ((result[1] - right[1]).abs() / (4 * rounding * right[1].abs().amax((1, 2), keepdim=True))).max(),
     )
     return tuple(float(x) for x in errors)
 
@@ -335,23 +341,23 @@ def check(device: str) -> bool:
         if reason is None:
             served.append(name)
     if not served:
-        print("no backend but the reference serves here: nothing was checked")
+        print("only the reference serves here: nothing was checked")
         return False
-    print(f"\nerrors on {device}, in parts of what is allowed (1.00 fails)")
+    print(f"\nerrors on {device}, as fractions of the allowed error (1.00 fails)")
     print(
         f"{'backend':8} {'divergence':17} {'dtype':9} {'N':>5} {'V':>7} {'loss':>6} {'gradient':>9} {'statistics':>11}"
     )
-    print(f"{'':>66} or, of a top k, its extraction")
+    print(f"{'':>66} or extraction, for a top k")
     right = True
 
-    def show(backend: str, what: str, dtype: torch.dtype, shape: tuple[int, ...], found: tuple[float, ...]):
-        """Prints a row; an error of 1 or more, or NaN, is wrong."""
+    def show(backend: str, case: str, dtype: torch.dtype, shape: tuple[int, ...], result: tuple[float, ...]):
+        """Prints a row of the table; an error of 1 or more, or NaN, is wrong."""
         nonlocal right
-        is_wrong = not all(e < 1 for e in found)
+        is_wrong = not all(e < 1 for e in result)
         right &= not is_wrong
-        columns = [f"{x:{width}.2f}" for x, width in zip(found, (6, 9, 11), strict=False)]
-        columns += ["" if is_wrong else " " * 11] * (len(found) == 2)
-        print(f"{backend:8} {what:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7}", *columns, "  WRONG" * is_wrong)
+        columns = [f"{x:{width}.2f}" for x, width in zip(result, (6, 9, 11), strict=False)]
+        columns += ["" if is_wrong else " " * 11] * (len(result) == 2)
+        print(f"{backend:8} {case:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7}", *columns, "  WRONG" * is_wrong)
 
     on_gpu = device != "cpu"
     for backend in served:
@@ -372,8 +378,8 @@ def check(device: str) -> bool:
             show(backend, f"sinkd, {cost}", dtype, shape[1:], sinkhorn_kd_errors(cost, dtype, shape, device, backend))
         for gradient, epsilon in itertools.product(transport.GRADIENTS, (0.1, 0.01)):
             shape = GPU_PROBLEM_SHAPE if on_gpu else PROBLEM_SHAPE
-            found = sinkhorn_errors(gradient, epsilon, shape, device, backend)
-            show(backend, f"{gradient} at {epsilon}", torch.float32, shape[1:], found)
+            result = sinkhorn_errors(gradient, epsilon, shape, device, backend)
+            show(backend, f"{gradient} at {epsilon}", torch.float32, shape[1:], result)
     for gradient, dtype in itertools.product(class_ot.GRADIENTS, DTYPES):
         shape = GPU_CLASS_OT_SHAPE if on_gpu else CLASS_OT_SHAPE
         show("torch", f"ot, {gradient}", dtype, shape, class_ot_errors(gradient, dtype, shape, device))

@@ -20,6 +20,11 @@ def per_row(grad=False):
 
 LABELS = torch.zeros(ROWS, dtype=torch.int64)
 
+
+def class_ot(student, teacher):
+    return kdkernels.fused_class_ot(student, teacher, torch.zeros(VOCAB, VOCAB))
+
+
 # call, exception, what its message must hold
 BAD = {
     "not a tensor": (lambda: fused_kl([1.0, 2.0], logits()), TypeError, ["student", "tensor", "list"]),
@@ -150,6 +155,19 @@ def test_bad_input_is_named(name):
     assert type(raised.value) is exception
     for part in holds:
         assert part in str(raised.value), f"{part!r} not in: {raised.value}"
+
+
+@pytest.mark.parametrize("loss", [kdkernels.fused_sinkhorn_kd, kdkernels.fused_uld, class_ot])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_losses_that_take_logits_alone_say_so(loss, side):
+    head = kdkernels.LinearLogits(torch.randn(ROWS, 3), torch.randn(VOCAB, 3))
+    sparse = kdkernels.SparseLogProbs(LABELS[:, None], logits(ROWS, 1))
+    sides = {"student": logits(), "teacher": logits()}
+    for bad, kind in ((head, "LinearLogits"), (sparse, "SparseLogProbs")):
+        with pytest.raises(TypeError, match=rf"^{side}: expected a tensor of logits; got {kind}; .* take a {kind}"):
+            loss(**(sides | {side: bad}))
+    with pytest.raises(TypeError, match=rf"^{side}: expected a tensor of logits; got list$"):
+        loss(**(sides | {side: [1.0]}))
 
 
 def test_devices_that_differ():

@@ -392,7 +392,7 @@ def test_other_settings_are_refused_by_name(tmp_path, other, named):
         ({"tokenizer_hash": 5}, TypeError, "tokenizer_hash: expected a str or None; got int"),
         ({"samples": -1}, ValueError, "samples: expected at least 0; got -1"),
         ({"samples": 6, "tail": "truncate"}, ValueError, "samples: expected at most k, 5; got 6"),
-        ({"samples": 2}, ValueError, "samples: expected 0 with tail 'bucket'; got 2, which 'truncate' takes"),
+        ({"samples": 2}, ValueError, "samples: expected 0 with tail 'bucket'; got 2, which needs 'truncate'"),
         ({"sequences_per_shard": 0}, ValueError, "sequences_per_shard: expected at least 1; got 0"),
     ],
 )
@@ -474,7 +474,7 @@ def flip(data, at):
         (lambda data: flip(data, 0), "expected a safetensors header", True),
         (lambda data: data[:-1], r"expected [\d,]+ bytes, as manifest.json says; got [\d,]+", True),
         (lambda data: data + b"0", r"expected [\d,]+ bytes", True),
-        (lambda data: None, "there is no such file", True),
+        (lambda data: None, "got no such file", True),
         (lambda data: data.replace(b'"F16"', b'"I16"'), "expected the tensors .*'F16'.*; got .*'I16'", True),
     ],
     ids=("last byte", "middle byte", "header", "header's size", "truncated", "longer", "missing", "other tensors"),
@@ -549,7 +549,7 @@ def test_a_lost_manifest_costs_no_shard(tmp_path):
     with pytest.raises(ValueError, match=r"has shards but no manifest.json"):
         CacheWriter(tmp_path, **SETTINGS)
     assert (tmp_path / "shard-00000.safetensors").exists()
-    with pytest.raises(ValueError, match=r"expected a cache of teachers; there is no manifest\.json"):
+    with pytest.raises(ValueError, match=r"expected a cache of teachers; got a directory without manifest\.json"):
         TopKCache(tmp_path)
 
 
@@ -629,7 +629,7 @@ def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
     cache.write_teacher(model, blocks, tmp_path / "killed", **options)  # nothing is left to do: two looks at 8 tokens
     assert model.base_model.calls == before + 2 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
     for text, expected in (
-        (blocks[:3], "at most the text's 3 sequences; it holds 7"),
+        (blocks[:3], "at most the text's 3 sequences; got 7"),
         (blocks + 1, "sequence 0 differs"),
     ):
         with pytest.raises(ValueError, match=expected):
@@ -655,7 +655,7 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
 
     want, sampled = gradients(whole)[0], gradients_from("sampled", samples=2)
     drawn = TopKCache(tmp_path / "sampled")
-    with pytest.raises(ValueError, match="expected 'truncate' of a teacher that is drawn; got 'support'"):
+    with pytest.raises(ValueError, match="expected 'truncate' for a teacher with drawn entries; got 'support'"):
         drawn.teacher(default_collate([drawn[0]]), tail="support")
     error = (sampled.mean(0) - want).abs()
     assert (error < 5 * sampled.std(0) / 600**0.5 + 1e-4).all()  # fp16 leaves up to so much of a mass of 1

@@ -47,15 +47,15 @@ REGISTER = r"register_fsdp_forward_method\(model, 'method'\)"
         ((torch.tensor(1.0), WEIGHT), {}, ValueError, r"hidden.*\[\.\.\., H\]; got a 0-d tensor"),
         ((HIDDEN, torch.randn(7, 5)), {}, ValueError, r"agree in their last dimension; got \[2, 3, 4\] and \[7, 5\]"),
         ((HIDDEN, torch.randn(7, 4, 1)), {}, ValueError, r"weight: expected shape \[V, 4\]; got \[7, 4, 1\]"),
-        ((HIDDEN, torch.randn(28)), {}, ValueError, rf"\[V, 4\]; got \[28\]; where it is a param.*{REGISTER}"),
-        ((HIDDEN, torch.randn(0)), {}, ValueError, rf"got \[0\]; where it is a parameter that is sharded.*{REGISTER}"),
-        ((HIDDEN, torch.randn(0, 4)), {}, ValueError, rf"got \[0, 4\]; where.*{REGISTER}"),
+        ((HIDDEN, torch.randn(28)), {}, ValueError, rf"\[V, 4\]; got \[28\]; for a parameter.*{REGISTER}"),
+        ((HIDDEN, torch.randn(0)), {}, ValueError, rf"got \[0\]; for a parameter that is sharded.*{REGISTER}"),
+        ((HIDDEN, torch.randn(0, 4)), {}, ValueError, rf"got \[0, 4\]; for a parameter.*{REGISTER}"),
         ((HIDDEN, WEIGHT, torch.randn(8)), {}, ValueError, r"bias: expected shape \[7\].*got \[8\]"),
         ((HIDDEN, WEIGHT, torch.randn(7, 1)), {}, ValueError, r"bias: expected shape \[7\].*got \[7, 1\]"),
         ((HIDDEN, WEIGHT, torch.randn(7).half()), {}, TypeError, "bias: expected the weight's dtype.*float16"),
         ((HIDDEN, WEIGHT.to("meta")), {}, ValueError, "weight: expected on the hidden states' device cpu; got meta"),
         ((HIDDEN, WEIGHT, torch.randn(7, device="meta")), {}, ValueError, "bias: expected on.*cpu; got meta"),
-        ((HIDDEN, torch.ones(7, 4, dtype=torch.int8)), {}, TypeError, "weight.*torch.int8.*dequantised"),
+        ((HIDDEN, torch.ones(7, 4, dtype=torch.int8)), {}, TypeError, "weight.*torch.int8.*dequantise"),
         ((torch.ones(3, 4, dtype=torch.int64), WEIGHT), {}, TypeError, "hidden: expected fp32.*torch.int64"),
         ((HIDDEN, WEIGHT.to(torch.float8_e4m3fn)), {}, TypeError, "weight: expected fp32.*float8"),
         ((HIDDEN, WEIGHT.to_sparse()), {}, TypeError, "weight: expected a dense tensor; got layout torch.sparse_coo"),
@@ -115,7 +115,7 @@ def test_from_module_reads_scale_and_cap(config, scale, softcap):
     if (scale, softcap) == (1.0, None):
         assert LinearLogits.from_module(HIDDEN, lm_head, around).scale == 1
     else:
-        with pytest.raises(ValueError, match=r"of a text model, and not all such models heed that; pass config\.get"):
+        with pytest.raises(ValueError, match=r"for a text model, which some such models ignore; pass config\.get"):
             LinearLogits.from_module(HIDDEN, lm_head, around)
     assert LinearLogits.from_module(HIDDEN, nn.Linear(4, 7, bias=False), text).bias is None
 
@@ -139,7 +139,7 @@ def test_from_module_refuses_what_is_more_than_a_linear_map():
     linear, patched = nn.Linear(4, 7), nn.Linear(4, 7)
     patched.forward = lambda x: 2 * x
     for head, expected in (
-        (Adapter(base_layer=linear), "lacks the adapter; merge it"),
+        (Adapter(base_layer=linear), "lacks the adapter; pass logits.*merge_and_unload"),
         (Adapter(original_module=linear, modules_to_save=nn.ModuleDict()), r"modules_to_save\[<adapter>\]"),
         (ScaledHead(4, 7), "ScaledHead has a forward of its own"),
         (nn.Embedding(7, 4), "expected a torch.nn.Linear; got Embedding"),
@@ -156,7 +156,7 @@ def test_from_module_refuses_what_is_more_than_a_linear_map():
         ({"logit_scale": float("inf")}, ValueError, "config.logit_scale: expected finite.*got inf"),
         ({"logit_scale": "inv_sqrt_d_model"}, TypeError, "config.logit_scale: expected a number.*str"),
         ({"final_logit_softcapping": 30.0, "logits_soft_cap": 20.0}, ValueError, "expected one cap.*30.0.*20.0"),
-        ({"model_type": "t5"}, ValueError, "what t5 does to its logits stands in its code"),
+        ({"model_type": "t5"}, ValueError, "t5 scales its logits by a rule in its code"),
     ):
         with pytest.raises(error, match=expected):
             LinearLogits.from_module(HIDDEN, linear, SimpleNamespace(**config))
@@ -177,7 +177,9 @@ def test_from_module_looks_through_the_hooks_of_accelerate():
 def test_a_weight_whose_memory_was_freed_is_refused():
     weight = torch.randn(7, 4)
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=rf"that of \[7, 4\] was freed, as FSDP does after a forward; .*{REGISTER}"):
+    with pytest.raises(
+        ValueError, match=rf"of this weight \[7, 4\] was freed, as FSDP does after a forward; .*{REGISTER}"
+    ):
         LinearLogits(HIDDEN, weight)
 
 

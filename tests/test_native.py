@@ -360,7 +360,7 @@ def test_cuda_refuses_in_words(stand_in, monkeypatch):
     monkeypatch.setattr(native, "cuda_missing_because", "no nvcc was found")
     assert "built without CUDA kernels (no nvcc was found)" in refusal()
     monkeypatch.setattr(native, "_native", None)
-    assert "the native module is not there" in refusal()
+    assert "the native module is missing" in refusal()
 
 
 def test_auto_chooses_no_cuda_for_a_cpu(stand_in, monkeypatch):

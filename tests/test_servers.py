@@ -484,7 +484,7 @@ def test_sglang_takes_the_entry_of_the_top_k_where_the_token_was_renamed():
 def test_tokens_that_were_scored_are_in_their_rows(form):
     assert same(form(prompt_token_ids=TOKENS), form())
     assert same(form(prompt_token_ids=torch.tensor(TOKENS)), form())
-    with pytest.raises(ValueError, match=r"the row of token 1 .*its rows are shifted, or of another prompt"):
+    with pytest.raises(ValueError, match=r"the row of token 1 .*the rows are shifted, or belong to another prompt"):
         form(prompt_token_ids=[*TOKENS[1:], 0])
     with pytest.raises(ValueError, match=r"prompt_token_ids: expected the 6 tokens of the rows; got shape \[5\]"):
         form(prompt_token_ids=TOKENS[:-1])

@@ -764,6 +764,20 @@ def test_composes():
     assert torch.equal(module(cost).value, fused_sinkhorn(cost, epsilon=0.2, value="entropic").value)
 
 
+def test_module_of_the_divergence():
+    x, y = torch.rand(2, 3, 4, 2, dtype=torch.float64)
+    costs = [torch.cdist(*pair) for pair in ((x, y), (x, x), (y, y))]
+    a, b = torch.rand(2, 3, 4, dtype=torch.float64).softmax(-1)
+    module = kdkernels.nn.SinkhornDivergence(epsilon=0.2, iterations=7)
+    assert torch.equal(module(*costs), fused_sinkhorn_divergence(*costs, epsilon=0.2, iterations=7))
+    weighted = fused_sinkhorn_divergence(*costs, a, b, epsilon=0.5, iterations=7)
+    assert torch.equal(module(*costs, a, b, epsilon=0.5), weighted)
+    assert not torch.equal(weighted, module(*costs, epsilon=0.5))
+    assert "epsilon=0.2" in repr(module)
+    with pytest.raises(TypeError, match="tolerence"):
+        kdkernels.nn.SinkhornDivergence(tolerence=1e-3)
+
+
 def test_reference_has_second_derivatives():
     cost, a, b = problems(1, 3, 3)
 

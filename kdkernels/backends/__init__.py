@@ -1,7 +1,7 @@
-"""Chooses the backend that serves a call, and says why another does not.
+"""Chooses the backend that serves a call, and says why another backend does not.
 
 A backend says why it cannot serve a call's tensors (`refuse`), and has one function per operator (`kernels`; see
-ops.py). Nothing here imports a backend before it is needed.
+ops.py). This module imports a backend only when a call needs it.
 """
 
 import torch
@@ -42,7 +42,7 @@ def select(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int 
 
 
 def kernels(name: str):
-    """The functions that implement a backend's operators; of "reference", its function of each family."""
+    """The functions that implement a backend's operators; for "reference", its function of each family."""
     if name in ("cpu", "cuda"):
         from . import native
 

@@ -1,10 +1,10 @@
 """Teachers on disk, for offline distillation: the top k of each token, written once and read in every epoch.
 
     python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64 [--samples 32]
-    python -m kdkernels.cache info DIRECTORY      # what is in it, and its bytes a token beside other formats
-    python -m kdkernels.cache verify DIRECTORY    # every checksum
+    python -m kdkernels.cache info DIRECTORY      # the contents, and the bytes per token next to other formats
+    python -m kdkernels.cache verify DIRECTORY    # compares every checksum
 
-From Python, `write_teacher` runs a model over token ids and `CacheWriter` takes teachers from anywhere; `TopKCache` is
+In Python, `write_teacher` runs a model over token ids, `CacheWriter` takes teachers from any source, and `TopKCache` is
 a memory-mapped Dataset::
 
     cache = TopKCache(directory)
@@ -13,21 +13,21 @@ a memory-mapped Dataset::
         labels = kdkernels.next_token_labels(batch["input_ids"])
         loss = kdkernels.fused_kl(logits, cache.teacher(batch), labels=labels, temperature=cache.settings.temperature)
 
-Row t of the teacher is what it gives at token t: its prediction of token t + 1, which is the label that
-`next_token_labels` gives row t. The last row predicts a token that is not in the sequence.
+Row t of the teacher is its output at token t: the prediction of token t + 1, which is also the label of row t from
+`next_token_labels`. The last row predicts a token that is not in the sequence.
 
-The top k alone are a biased teacher: of what lies past them the student learns only how much it is, and in long runs
-falls behind. With `samples` so many of the k are drawn from the classes past the others instead (`sampled_log_probs`),
-which is unbiased for kl: the expectation of a row's gradient is that of the whole teacher. For the other divergences it
-is not, and the top k may serve them better.
+The top k alone are a biased teacher: the student learns the total probability of the other classes and nothing more
+about them, and falls behind in long runs. With `samples`, that many of the k entries are drawn from the classes past
+the most probable ones (`sampled_log_probs`). This teacher is unbiased for kl: the expectation of a row's gradient is
+the whole teacher's gradient. It is biased for the other divergences, for which the top k may be better.
 
-A row is the packed indices (`kdkernels.cache.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
-Rounding to fp16 moves a probability by at most 0.05 % from 1/7 up, 0.4 % from 2e-7 up.
+A row holds packed indices (`kdkernels.cache.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
+Rounding to fp16 changes a probability by at most 0.05 % from 1/7 up, and 0.4 % from 2e-7 up.
 
-Shards are safetensors files rather than Parquet: rows are of one size, so that a file is mapped and a slice read
-without decoding what was not asked for, and whoever uses transformers has the package already. A writer that is killed
-loses the sequences that no shard held yet, and nothing else: the next one says in `sequences` where to go on, and
-without kills the same files would have come out.
+Shards are safetensors files, not Parquet: all rows have one size, so a mapped file gives a slice without decoding other
+rows, and users of transformers already have the package. A writer that is killed loses only the sequences that no shard
+held yet. The next writer's `sequences` says where to continue, and the files come out as they would have without the
+kill.
 """
 
 import hashlib
@@ -59,15 +59,17 @@ class TopKCache(torch.utils.data.Dataset):
     """The sequences of a cache and their teachers, read from memory-mapped files.
 
     An item is a dict of plain tensors, which the default collate function batches: input_ids int64 [T], indices int32
-    [T, K], ascending, log_probs fp16 [T, K] (-inf where a row has fewer entries) and, with tail "bucket" or "uniform",
-    tail_log_prob fp16 [T]. `teacher` makes the distribution of a batch of them. Worker processes map the files anew.
+    [T, K], ascending, log_probs fp16 [T, K] (-inf in the unused entries of a row) and, with tail "bucket" or "uniform",
+    tail_log_prob fp16 [T]. `teacher` makes the distribution of a batch of items. Each worker process maps the files
+    again.
 
     Args:
-        directory: what a `CacheWriter` wrote, or is writing: what it had named when this is opened.
-        verify: whether the checksums are compared too, for which all of the files are read once.
+        directory: the directory of a `CacheWriter`, finished or still writing. The dataset has the shards that the
+            manifest names when this object is made.
+        verify: whether to compare the checksums too, which reads all of the files once.
 
     Raises:
-        ValueError: where there is no cache, or its version is another; for a shard that is damaged, with its path.
+        ValueError: if there is no cache, or a cache of another version; for a damaged shard, with its path.
     """
 
     def __init__(self, directory: str | os.PathLike, *, verify: bool = True):
@@ -92,29 +94,29 @@ class TopKCache(torch.utils.data.Dataset):
         item["input_ids"] = item["input_ids"].astype(np.int64)
         try:
             item["indices"] = packing.unpack(item["indices"], settings.vocab_size, settings.k)
-        except ValueError as error:  # not verified, or damaged since
+        except ValueError as error:  # opened without verify, or damaged since then
             raise ValueError(f"{self.directory / self.shards[number].name}, sequence {row}: {error}") from error
         return {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in item.items()}
 
     def teacher(self, batch: dict[str, Tensor], tail: str | None = None) -> SparseLogProbs:
-        """The distribution of a batch of items, on the batch's device, for the losses.
+        """The teacher's distribution for a batch of items, on the batch's device, for the losses.
 
-        `tail` is the one that was written unless another is asked for. With a tail's log-prob the probabilities of a
-        row are scaled, in fp32, to sum to 1 with it, of which rounding to fp16 had left them 1e-4 or so off.
+        `tail` is the cache's own tail unless given. If the cache has the tail's log-probability, the probabilities of a
+        row are scaled, in fp32, so that they and the tail sum to 1: rounding to fp16 had changed the sum by about 1e-4.
 
         Raises:
-            ValueError: for a tail that needs its log-prob, where none was written; for another than "truncate" where
-                entries are drawn.
+            ValueError: for a tail that needs its log-probability, if the cache has none; for a tail other than
+                "truncate", if entries are drawn.
         """
         tail = self.settings.tail if tail is None else tail
         if self.settings.samples and tail != "truncate":
-            raise ValueError(f"tail: expected 'truncate' of a teacher that is drawn; got {tail!r}")
+            raise ValueError(f"tail: expected 'truncate' for a teacher with drawn entries; got {tail!r}")
         log_probs, tail_log_prob = batch["log_probs"].float(), batch.get("tail_log_prob")
         if tail in HAVE_TAIL_MASS and tail_log_prob is None:
             raise ValueError(f"tail: {tail!r} needs the tail's log-prob, which {self.settings.tail!r} did not keep")
         if tail_log_prob is not None:
             mass = torch.cat([log_probs, tail_log_prob.float()[..., None]], dim=-1).logsumexp(-1)
-            mass = torch.where(mass.isfinite(), mass, 0)  # a row without any
+            mass = torch.where(mass.isfinite(), mass, 0)  # a row without mass
             log_probs, tail_log_prob = log_probs - mass[..., None], tail_log_prob.float() - mass
         return SparseLogProbs(
             batch["indices"],
@@ -144,27 +146,27 @@ def write_teacher(
     sequences_per_shard: int | None = None,
     progress: bool = True,
 ) -> TopKCache:
-    """Writes the top k of a model over token ids, or the rest of it where that was begun, with a progress bar.
+    """Writes the top k of a model over token ids, with a progress bar; continues a cache that an earlier call began.
 
-    The logits are made from hidden states and never stored whole where `LinearLogits.from_module` can read the model
-    and gives what the model gives on the first tokens; else they are the model's own.
+    If `LinearLogits.from_module` can read the model, and gives the model's own logits on the first tokens, the logits
+    come from hidden states and are never stored whole. Otherwise they are the model's own.
 
     Args:
-        model: a causal language model of transformers, or what is called and answers as one.
+        model: a causal language model of transformers, or a module with the same call and result.
         blocks: int64 [sequences, T].
-        samples: how many of the k entries are drawn from the classes past the k - samples most probable. The cache is
-            then of tail "truncate", an unbiased teacher for kl; divergences that are infinite where the teacher has no
-            mass refuse it. Each sequence has a seed of its own, its number: what is drawn does not depend on when, or
-            in what company, it is written, but for the rounding of the model's logits.
+        samples: how many of the k entries are drawn from the classes past the k - samples most probable. The cache then
+            has the tail "truncate", an unbiased teacher for kl; divergences that are infinite without teacher mass
+            refuse it. The seed of each sequence is its number: the drawn entries depend neither on the run nor on
+            the batch that wrote them, but for the rounding of the model's logits.
         directory, k, temperature, tokenizer_hash, teacher: see `CacheWriter`.
-        batch: sequences a forward.
-        vocab_size: classes that count, where the model's logits are padded; None: all.
-        sequences_per_shard: rounded up to whole batches, so that a resumed run meets the same batches and, on the same
+        batch: sequences per forward.
+        vocab_size: the number of classes that count, if the model's logits are padded; None: all.
+        sequences_per_shard: rounded up to whole batches, so that a resumed run has the same batches and, on the same
             machine, gives the same bits.
 
     Raises:
-        ValueError, RuntimeError: those of `CacheWriter`, and where the sequences that are there already are not the
-            first of `blocks`.
+        ValueError, RuntimeError: those of `CacheWriter`; and if the sequences on disk are not the first ones of
+            `blocks`.
     """
     if blocks.dim() != 2 or blocks.dtype != torch.int64 or blocks.numel() == 0:
         raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
@@ -176,7 +178,7 @@ def write_teacher(
     model.eval()
     try:
         logits_of, width = _logits_of(model, blocks[:1, :8].to(device))
-        if vocab_size is not None and vocab_size > width:  # before anything is on disk
+        if vocab_size is not None and vocab_size > width:  # raises before the writer makes a file
             raise ValueError(f"vocab_size: expected at most {width}, the classes of the model; got {vocab_size}")
         settings = {
             "vocab_size": width if vocab_size is None else vocab_size, "k": k, "length": blocks.shape[1],
@@ -205,11 +207,11 @@ def write_teacher(
 
 
 def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first: int) -> SparseLogProbs:
-    """What is kept of the logits [B, T, V] of some sequences, of which `first` is the number of the first."""
+    """The stored teacher of the logits [B, T, V] of some sequences; `first` is the number of the first sequence."""
     k, samples, temperature = settings.k, settings.samples, settings.temperature
     if not samples:
         return topk_log_probs(logits, k, temperature=temperature, vocab_size=settings.vocab_size)
-    of_sequences = [
+    sequences = [
         sampled_log_probs(
             replace(logits, hidden=logits.hidden[i]) if isinstance(logits, LinearLogits) else logits[i],
             samples, exact=k - samples, temperature=temperature, proposal_temperature=temperature,
@@ -217,19 +219,19 @@ def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first:
         )
         for i in range(logits.shape[0])
     ]  # fmt: skip
-    indices, log_probs = (torch.stack([getattr(x, name) for x in of_sequences]) for name in ("indices", "log_probs"))
+    indices, log_probs = (torch.stack([getattr(x, name) for x in sequences]) for name in ("indices", "log_probs"))
     return SparseLogProbs(indices, log_probs, tail="truncate", source_temperature=temperature)
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 over a tokenizer's vocabulary, ids included, and its special tokens: whether two give the same ids."""
+    """SHA-256 of a tokenizer's vocabulary with its ids, and of its special tokens. Equal hashes: the same ids."""
     special = sorted(map(str, tokenizer.all_special_tokens))
     vocabulary = sorted((token, int(index)) for token, index in tokenizer.get_vocab().items())
     return hashlib.sha256(json.dumps([vocabulary, special]).encode()).hexdigest()
 
 
 def report(directory: str | os.PathLike) -> str:
-    """What is in a cache, and its bytes a token beside those of other formats."""
+    """A cache's contents, and its bytes per token next to other formats."""
     settings, named = manifest_of(Path(directory))
     sequences = sum(shard.sequences for shard in named)
     tokens, size = sequences * settings.length, sum(shard.bytes for shard in named)
@@ -247,8 +249,8 @@ def report(directory: str | os.PathLike) -> str:
         f"temperature {settings.temperature:g}, tail {settings.tail}",
         "tokenizer": settings.tokenizer_hash or "not named",
         "bytes a token": f"{settings.row_bytes} = {settings.index_bytes} of indices + {2 * settings.k} of fp16 "
-        f"log-probs{tail}; 4 more of the token id",
-        "bits an index": f"{bits:.2f} ({by_itself} if each were packed by itself)",
+        f"log-probs{tail}; 4 more for the token id",
+        "bits an index": f"{bits:.2f} ({by_itself} if each index were packed alone)",
         "on disk": f"{size:,} bytes" + (f", {size / tokens:.1f} a token" if tokens else ""),
         "DistillKit": "344 bytes a token at k = 128, 127 at k = 50 (18 bits an index; most log-probs by a polynomial)",
         "Megatron-LM": f"{megatron} bytes a token at this k (40 bits an entry, before compression, no tail; "
@@ -259,12 +261,14 @@ def report(directory: str | os.PathLike) -> str:
 
 def manifest_of(directory: Path) -> tuple[shards.Settings, list[shards.Shard]]:
     if (manifest := shards.read_manifest(directory)) is None:
-        raise ValueError(f"{directory}: expected a cache of teachers; there is no {shards.MANIFEST}")
+        raise ValueError(f"{directory}: expected a cache of teachers; got a directory without {shards.MANIFEST}")
     return manifest
 
 
 def _logits_of(model, sample: Tensor):
-    """What makes ids [B, T] into logits, or a `LinearLogits` where that gives what the model gives; and their width."""
+    """The function from ids [B, T] to logits, and the logits' width. The function gives a `LinearLogits` if that gives
+    the model's own logits.
+    """
 
     def whole(ids: Tensor) -> Tensor:
         return model(ids, use_cache=False).logits
@@ -287,10 +291,10 @@ def _logits_of(model, sample: Tensor):
 
 
 def _check_text(writer: CacheWriter, blocks: Tensor) -> None:
-    """Whether the sequences on disk are the first of `blocks`."""
+    """Raises unless the sequences on disk are the first ones of `blocks`."""
     if writer.sequences > len(blocks):
         raise ValueError(
-            f"{writer.directory}: expected at most the text's {len(blocks)} sequences; it holds {writer.sequences}"
+            f"{writer.directory}: expected at most the text's {len(blocks)} sequences; got {writer.sequences}"
         )
     ids, first = blocks.cpu().numpy(), 0
     for shard in writer.shards:

@@ -1,4 +1,4 @@
-"""The command line of `kdkernels.cache`: write a cache, describe one, verify one."""
+"""The command line of `kdkernels.cache`: writes, describes or verifies a cache."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ from . import import_extra, manifest_of, report, shards, tokenizer_hash, write_t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; the exit code is 1 where a shard is damaged."""
+    """Runs the command line. The exit code is 1 if a shard is damaged."""
     options = _parse(arguments)
     try:
         if options.command == "write":
@@ -28,23 +28,23 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m kdkernels.cache", description=usage.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    write = commands.add_parser("write", help="run a model over a text; goes on where an earlier run stopped")
+    write = commands.add_parser("write", help="run a model over a text, or continue an earlier run")
     write.add_argument("--model", required=True, help="a name or folder that transformers loads")
-    write.add_argument("--gguf-file", help="the GGUF file in it")
+    write.add_argument("--gguf-file", help="the GGUF file in the model's folder")
     write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
     write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
-    write.add_argument("--k", type=int, default=64, help="classes kept of each token (default 64)")
-    write.add_argument("--samples", type=int, default=0, help="of these so many drawn from the rest, which makes the "
-                       "teacher unbiased for kl (default 0)")  # fmt: skip
+    write.add_argument("--k", type=int, default=64, help="classes kept for each token (default 64)")
+    write.add_argument("--samples", type=int, default=0, help="how many of the k are drawn from the other classes, "
+                       "which makes the teacher unbiased for kl (default 0)")  # fmt: skip
     write.add_argument("--temperature", type=float, default=1.0)
-    write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; the last ones of the text that "
-                       "fill none are left out (default 1024)")  # fmt: skip
-    write.add_argument("--batch", type=int, default=4, help="sequences a forward (default 4)")
-    write.add_argument("--vocab-size", type=int, help="classes that count, where the model's logits are padded")
-    write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB a shard")
+    write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; tokens at the end of the text "
+                       "that fill no sequence are left out (default 1024)")  # fmt: skip
+    write.add_argument("--batch", type=int, default=4, help="sequences per forward (default 4)")
+    write.add_argument("--vocab-size", type=int, help="classes that count, if the model's logits are padded")
+    write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB per shard")
     write.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     write.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for name, purpose in (("info", "what a cache holds, and its bytes a token"), ("verify", "compare every checksum")):
+    for name, purpose in (("info", "describe a cache, with its bytes per token"), ("verify", "compare every checksum")):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("directory", type=Path)
     return parser.parse_args(arguments)
@@ -55,7 +55,7 @@ def _write(options: argparse.Namespace) -> None:
     loading = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, **loading)
     blocks = _blocks(tokenizer, options.text, options.length)
-    if loading and hasattr(transformers, "GgufConfig"):  # newer ones can keep the weights packed
+    if loading and hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights packed
         loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         options.model, dtype=getattr(torch, options.dtype), **loading
@@ -70,7 +70,7 @@ def _write(options: argparse.Namespace) -> None:
 
 
 def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:
-    """The files' tokens [sequences, length], one file after the other, with the end of a text between them."""
+    """The files' tokens [sequences, length], one file after the other, with the end-of-text token between them."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [tokenizer(path.read_text(encoding="utf-8")).input_ids + end for path in paths]
     ids = torch.cat([torch.tensor(text, dtype=torch.int64) for text in texts])
@@ -80,7 +80,7 @@ def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:
 
 
 def _verify(directory: Path) -> int:
-    """Prints a line a shard; 1 where one is damaged."""
+    """Prints a line for each shard; returns 1 if any is damaged."""
     settings, named = manifest_of(directory)
     damaged = 0
     for shard in named:

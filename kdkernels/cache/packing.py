@@ -1,29 +1,29 @@
-"""Rows of sorted class indices in few bits: Elias-Fano coding, in numpy, whole batches at a time.
+"""Packs rows of sorted class indices into few bits: Elias-Fano coding, in numpy, a whole batch at a time.
 
-K sorted indices below V are split at bit l = floor(log2(V / K)). The low l bits of each are stored as they are. The
-high parts, of which the largest is (V - 1) >> l < 2K, are sorted too, so that they are stored in unary: bit high_i + i
-is set for the i-th index, and the others are not. That takes ::
+K sorted indices below V are split at bit l = floor(log2(V / K)). The low l bits of each index are stored as they are.
+The high parts, at most (V - 1) >> l < 2K, are sorted too, so they are stored in unary: bit high_i + i is set for the
+i-th index, and the other bits are 0. That takes ::
 
     K l + K + ((V - 1) >> l)    bits a row, l + 2 to l + 3 bits an index
 
-whatever the indices are, so that the rows of one V and K are of one size, and a slice of a file is decoded without what
-stands before it. Packing each index by itself takes ceil(log2 V) bits; nothing takes less than log2 C(V, K) / K, which
-is half a bit below this.
+for any indices. So all rows of one V and K have one size, and a slice of a file decodes without the rows before it.
+Packing each index alone takes ceil(log2 V) bits; no coding takes less than log2 C(V, K) / K bits, half a bit below this
+one.
 
-A packed row [row_bytes] begins with the lowest 8 (l // 8) of the low bits as bytes, K of each significance; then come
-K bits of each significance that is left, and then the unary bits. Indices may repeat.
+A packed row [row_bytes] has three parts: the lowest 8 (l // 8) of the low bits as bytes, K bytes of each significance;
+K bits of each remaining significance; and the unary bits. Indices may repeat.
 """
 
 import numpy as np
 
 
 def low_bits(vocab_size: int, k: int) -> int:
-    """l: how many bits of an index are stored as they are. No other choice takes less room."""
+    """l: the number of bits of an index that are stored as they are. No other choice takes less room."""
     return (vocab_size // k).bit_length() - 1
 
 
 def row_bits(vocab_size: int, k: int) -> int:
-    """Bits of a row before it is filled up to whole bytes."""
+    """Bits of a row before padding to whole bytes."""
     return k * low_bits(vocab_size, k) + _unary_bits(vocab_size, k)
 
 
@@ -32,7 +32,8 @@ def row_bytes(vocab_size: int, k: int) -> int:
 
 
 def pack(indices: np.ndarray, vocab_size: int) -> np.ndarray:
-    """uint8 [N, row_bytes] of indices [N, K], each row ascending and within [0, vocab_size): neither is checked."""
+    """uint8 [N, row_bytes] from indices [N, K]. Each row must be ascending and within [0, vocab_size); neither is
+    checked."""
     rows, k = indices.shape
     low = low_bits(vocab_size, k)
     whole, odd = divmod(low, 8)
@@ -45,10 +46,10 @@ def pack(indices: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, vocab_size: int, k: int) -> np.ndarray:
-    """int32 [N, K], what `pack` took.
+    """int32 [N, K]: the indices that `pack` took.
 
     Raises:
-        ValueError: for rows that `pack` did not make, where that shows.
+        ValueError: for rows that `pack` did not make, if the number or place of their set bits shows it.
     """
     rows, low, unary = len(packed), low_bits(vocab_size, k), _unary_bits(vocab_size, k)
     whole, odd = divmod(low, 8)
@@ -74,10 +75,10 @@ def unpack(packed: np.ndarray, vocab_size: int, k: int) -> np.ndarray:
 
 
 def sort_rows(indices: np.ndarray, log_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both [N, K] in the ascending order of the indices, with the entries that are padding at the end.
+    """Sorts both [N, K] by ascending index, with the padding entries at the end.
 
-    Padding has an index below 0 or a log-probability of -inf. It comes out with the row's largest other index, or 0
-    where there is none, so that the row stays sorted, and with -inf.
+    Padding has an index below 0 or a log-probability of -inf. It comes out with log-probability -inf and the row's
+    largest other index (0 if the row has none), so that the row stays sorted.
     """
     padding = (indices < 0) | np.isneginf(log_probs)
     order = np.argsort(np.where(padding, np.int64(2**62), indices), axis=1, kind="stable")
@@ -87,7 +88,7 @@ def sort_rows(indices: np.ndarray, log_probs: np.ndarray) -> tuple[np.ndarray, n
 
 
 def to_half(log_probs: np.ndarray) -> np.ndarray:
-    """fp16, to the nearest; what is finite stays finite (at least -65,504), and -inf stays -inf."""
+    """Rounds to the nearest fp16. A finite value stays finite (at least -65,504), and -inf stays -inf."""
     return np.where(np.isneginf(log_probs), -np.inf, np.maximum(log_probs, -65504)).astype(np.float16)
 
 

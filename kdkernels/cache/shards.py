@@ -1,8 +1,8 @@
-"""What a cache of teachers is on disk: shards, the manifest that names them, and the lock of its writer.
+"""The files of a cache of teachers: shards, the manifest that names them, and the writer's lock.
 
-A file appears whole or not at all: it is written under a temporary name, flushed to the disk and renamed. A shard is
-named in the manifest after that, and the manifest is replaced as a whole, so that what it names is there, whenever the
-writer is killed. What it does not name is a leftover.
+A file appears whole or not at all: it is written under a temporary name, flushed to the disk and renamed. Then the
+manifest, replaced as a whole, names the shard. So every file that the manifest names exists, whenever the writer is
+killed. A file that it does not name is a leftover.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from . import packing
 
 try:
     import fcntl
-except ImportError:  # no such locks on Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None
 
 FORMAT, VERSION = "kdkernels top-k cache", 2
@@ -34,7 +34,7 @@ _LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
 
 @dataclass(frozen=True)
 class Settings:
-    """What all rows of a cache have in common; see `kdkernels.cache.CacheWriter`."""
+    """The settings that all rows of a cache share; see `kdkernels.cache.CacheWriter`."""
 
     vocab_size: int
     k: int
@@ -65,19 +65,20 @@ class Settings:
         if self.samples > self.k:
             raise ValueError(f"samples: expected at most k, {self.k}; got {self.samples}")
         if self.samples and self.tail != "truncate":
-            raise ValueError(f"samples: expected 0 with tail {self.tail!r}; got {self.samples}, which 'truncate' takes")
+            raise ValueError(f"samples: expected 0 with tail {self.tail!r}; got {self.samples}, which needs 'truncate'")
         for name in ("tokenizer_hash", "teacher"):
             if not isinstance(getattr(self, name), str | None):
                 raise TypeError(f"{name}: expected a str or None; got {type(getattr(self, name)).__name__}")
 
     @property
     def index_bytes(self) -> int:
-        """Of the packed indices of a row."""
+        """Bytes of a row's packed indices."""
         return packing.row_bytes(self.vocab_size, self.k)
 
     @property
     def row_bytes(self) -> int:
-        """Of a token's teacher: packed indices, fp16 log-probs and, where there is one, the tail's fp16 log-prob."""
+        """Bytes of a token's teacher: packed indices, fp16 log-probabilities and, for some tails, the tail's in
+        fp16."""
         return self.index_bytes + 2 * self.k + 2 * self.has_tail_mass
 
     @property
@@ -85,7 +86,7 @@ class Settings:
         return self.tail in HAVE_TAIL_MASS
 
     def layout(self, sequences: int) -> dict[str, tuple[str, list[int]]]:
-        """Each tensor of a shard: its dtype, by its name in safetensors, and its shape."""
+        """The dtype (by its name in safetensors) and shape of each tensor of a shard."""
         leading = [sequences, self.length]
         tensors = {
             "input_ids": ("I32", leading),
@@ -95,14 +96,14 @@ class Settings:
         return tensors | {"tail_log_prob": ("F16", leading)} if self.has_tail_mass else tensors
 
     def differences(self, other: "Settings") -> str:
-        """Which settings are not those of `other`, and both values; empty when all are the same."""
+        """The settings that differ from those of `other`, with both values; empty if all are equal."""
         mine, others = asdict(self), asdict(other)
         return ", ".join(f"{name} {mine[name]} and not {others[name]}" for name in mine if mine[name] != others[name])
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest says of a file."""
+    """The manifest's entry for a shard's file."""
 
     name: str
     sequences: int
@@ -110,7 +111,7 @@ class Shard:
     sha256: str
 
     def __post_init__(self):
-        # A name is joined to the folder, and must not lead out of it.
+        # The directory and the name make the path, so the name must not lead out of the directory.
         if not (isinstance(self.name, str) and _SHARD.fullmatch(self.name)):
             raise ValueError(f"name of a shard: expected {_SHARD.pattern}; got {self.name!r}")
         if not (isinstance(self.sequences, int) and isinstance(self.bytes, int) and self.sequences > 0):
@@ -118,10 +119,10 @@ class Shard:
 
 
 def read_manifest(directory: Path) -> tuple[Settings, list[Shard]] | None:
-    """What the manifest says; None where there is none.
+    """The settings and shards of the manifest; None if the directory has no manifest.
 
     Raises:
-        ValueError: for one that is damaged, or of another version.
+        ValueError: for a damaged manifest, or one of another version.
     """
     path = directory / MANIFEST
     try:
@@ -130,9 +131,9 @@ def read_manifest(directory: Path) -> tuple[Settings, list[Shard]] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    found = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"{path}: expected a {FORMAT} of version {VERSION}; got {found}")
+    version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if version != (FORMAT, VERSION):
+        raise ValueError(f"{path}: expected a {FORMAT} of version {VERSION}; got {version}")
     try:
         names = {field.name for field in fields(Settings)}
         if set(manifest["settings"]) != names:
@@ -149,8 +150,8 @@ def write_manifest(directory: Path, settings: Settings, shards: list[Shard]) -> 
 
 
 def write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> Shard:
-    """Writes the shard of that number, which the caller names in the manifest."""
-    # One entry: the order of several is not always the same, and equal rows are to give equal bytes.
+    """Writes the shard of that number. The caller then names it in the manifest."""
+    # One metadata entry: the order of several can change, and equal rows must give equal bytes.
     data = safetensors.numpy.save(tensors, metadata={"format": f"{FORMAT} {VERSION}"})
     name = f"shard-{number:05d}.safetensors"
     _write_whole(directory / name, data)
@@ -158,35 +159,35 @@ def write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) ->
 
 
 def open_shard(path: Path):
-    """The memory-mapped file: get_slice(name)[a:b] reads those rows alone, as numpy arrays."""
+    """The memory-mapped file: get_slice(name)[a:b] reads only those rows, as numpy arrays."""
     return safetensors.safe_open(path, framework="numpy")
 
 
 def check_shard(directory: Path, shard: Shard, settings: Settings, *, checksum: bool) -> None:
-    """Whether the file is what the manifest says: its size, its header and, if asked for, its SHA-256.
+    """Compares a file with the manifest: its size, its header and, with `checksum`, its SHA-256.
 
     Raises:
         ValueError: with the file's path, what was expected and what came.
     """
     path = directory / shard.name
     if not path.exists():
-        raise ValueError(f"{path}: expected {shard.bytes:,} bytes, as {MANIFEST} says; there is no such file")
+        raise ValueError(f"{path}: expected {shard.bytes:,} bytes, as {MANIFEST} says; got no such file")
     if (size := path.stat().st_size) != shard.bytes:
         raise ValueError(f"{path} is damaged: expected {shard.bytes:,} bytes, as {MANIFEST} says; got {size:,}")
     try:
         with open_shard(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
-            found = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+            layout = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: expected a safetensors header; got {error}") from error
-    if found != (expected := settings.layout(shard.sequences)):
-        raise ValueError(f"{path} is damaged: expected the tensors {expected}; got {found}")
+    if layout != (expected := settings.layout(shard.sequences)):
+        raise ValueError(f"{path} is damaged: expected the tensors {expected}; got {layout}")
     if checksum and (digest := _sha256(path)) != shard.sha256:
         raise ValueError(f"{path} is damaged: expected SHA-256 {shard.sha256}, as {MANIFEST} says; got {digest}")
 
 
 def remove_leftovers(directory: Path, shards: list[Shard]) -> None:
-    """Removes what a writer that was killed has left: temporary files, and shards that the manifest does not name."""
+    """Removes the leftovers of a killed writer: temporary files, and shards that the manifest does not name."""
     named = {shard.name for shard in shards}
     for path in directory.iterdir():
         if _LEFTOVER.fullmatch(path.name) and path.name not in named:
@@ -198,10 +199,11 @@ def has_shards(directory: Path) -> bool:
 
 
 def lock(directory: Path):
-    """The open file that holds the lock of the directory's writer; closing it, or the end of the process, frees it.
+    """The open file that holds the lock of the directory's writer; closing it, or the end of the process, frees the
+    lock.
 
     Raises:
-        RuntimeError: where another writer has it.
+        RuntimeError: if another writer holds the lock.
     """
     file = open(directory / LOCK, "ab")  # noqa: SIM115, kept open
     if fcntl is None:
@@ -212,7 +214,7 @@ def lock(directory: Path):
         file.close()
         raise RuntimeError(f"{directory}: another writer is at work; expected one at a time") from None
     except OSError as error:  # some network file systems have no locks
-        warnings.warn(f"{directory} cannot be locked ({error}); see to it that nobody else writes", stacklevel=3)
+        warnings.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", stacklevel=3)
     return file
 
 

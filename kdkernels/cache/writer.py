@@ -1,4 +1,4 @@
-"""Writing a cache of teachers: sequences are checked, packed, and put into shards; see `kdkernels.cache`."""
+"""Writes a cache of teachers: checks and packs sequences, and puts them into shards; see `kdkernels.cache`."""
 
 import os
 from pathlib import Path
@@ -10,36 +10,37 @@ from torch import Tensor
 from ..distributions import SparseLogProbs
 from . import packing, shards
 
-SHARD_BYTES = 64 * 2**20  # about; small enough that little is lost to a kill
+SHARD_BYTES = 64 * 2**20  # approximate; small enough that a killed writer loses little
 
 
 class CacheWriter:
-    """Writes sequences and their teachers into a directory, or goes on where an earlier writer stopped.
+    """Writes sequences and their teachers into a directory, or continues where an earlier writer stopped.
 
     >>> with CacheWriter(directory, vocab_size=49_152, k=64, length=1024) as writer:
     ...     for ids in blocks[writer.sequences :].split(4):
     ...         writer.append(ids, kdkernels.topk_log_probs(model(ids).logits, 64))
 
-    What was appended is on disk once a shard is full, or at `close`. A with-block that an exception leaves does not
-    write what no shard held: the next writer's `sequences` is where to go on.
+    Appended sequences are on disk once their shard is full, or after `close`. If an exception leaves the with-block,
+    the sequences that no shard holds are not written; the next writer's `sequences` says where to continue.
 
     Args:
-        directory: made if it is not there.
-        vocab_size: V, classes that the teacher's indices are of.
-        k: K, entries a row has room for.
-        length: T, tokens of each sequence.
+        directory: made if it does not exist.
+        vocab_size: V, the number of classes that the teacher's indices can name.
+        k: K, the number of entries that a row has room for.
+        length: T, the number of tokens of each sequence.
         temperature: the teacher's `source_temperature`.
-        tail: the teachers' `tail`. With "bucket" and "uniform" the tail's log-prob is kept, and readers may ask for
-            any other; the others have none.
-        tokenizer_hash: of the tokenizer that made the ids (`tokenizer_hash`), for readers to compare.
-        teacher: a name for the model, kept for readers too.
-        samples: how many of the K entries are drawn (`sampled_log_probs`), with tail "truncate"; kept for readers too.
+        tail: the teachers' `tail`. "bucket" and "uniform" keep the tail's log-probability, and readers may ask for any
+            other tail; the other tails keep none.
+        tokenizer_hash: the hash of the tokenizer that made the ids (`tokenizer_hash`), for readers to compare.
+        teacher: a name for the model, stored for readers too.
+        samples: how many of the K entries are drawn (`sampled_log_probs`), with tail "truncate"; stored for readers
+            too.
         sequences_per_shard: None: about 64 MiB.
 
     Raises:
-        ValueError: where the directory holds a cache of other settings, naming those that differ; a cache that is
-            damaged; shards without a manifest. Nothing is changed then.
-        RuntimeError: where another writer is at work in the directory.
+        ValueError: for a directory with a cache of other settings (the message names those that differ), a damaged
+            cache, or shards without a manifest. These errors change no file.
+        RuntimeError: if another writer uses the directory.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class CacheWriter:
         if sequences_per_shard < 1:
             raise ValueError(f"sequences_per_shard: expected at least 1; got {sequences_per_shard}")
         self.sequences_per_shard = sequences_per_shard
-        self._pending: list[dict[str, np.ndarray]] = []  # a sequence each
+        self._pending: list[dict[str, np.ndarray]] = []  # one dict per sequence
 
-        self._named_shards()  # raises before anything is made
+        self._named_shards()  # raises before the writer makes a file
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = shards.lock(self.directory)
         try:
-            self.shards = self._named_shards()  # again: another writer may have gone on until it was locked
+            self.shards = self._named_shards()  # again: another writer may have added shards before the lock
             if self.shards is None:
                 self.shards = []
                 shards.write_manifest(self.directory, self.settings, self.shards)
@@ -82,7 +83,7 @@ class CacheWriter:
 
     @property
     def sequences(self) -> int:
-        """How many there are: on disk and appended since."""
+        """The number of sequences: those on disk, and those appended since."""
         return sum(shard.sequences for shard in self.shards) + len(self._pending)
 
     def append(self, input_ids: Tensor, teacher: SparseLogProbs) -> None:
@@ -90,13 +91,13 @@ class CacheWriter:
 
         Args:
             input_ids: integers [B, T].
-            teacher: [B, T, up to K]; row t is the teacher's prediction of token t + 1. Rows are sorted by index here,
-                and filled up to K entries with padding.
+            teacher: [B, T, up to K]; row t is the teacher's prediction of token t + 1. This function sorts each row by
+                index and pads it to K entries.
 
         Raises:
-            TypeError, ValueError: for what does not fit the settings; for indices out of range or repeated (samples may
-                repeat), NaN, and, where there is a tail_log_prob, rows whose mass is not 1. None of the sequences is
-                taken then.
+            TypeError, ValueError: for arguments that do not fit the settings; for indices out of range or repeated
+                (samples may repeat), NaN, and, with a tail_log_prob, rows whose mass is not 1. Then none of the
+                sequences is added.
         """
         if self._lock.closed:
             raise ValueError(f"{self.directory}: expected an open writer; this one was closed")
@@ -107,7 +108,7 @@ class CacheWriter:
             self._write_shard(self.sequences_per_shard)
 
     def close(self) -> None:
-        """Writes what no shard holds yet, and lets another writer in."""
+        """Writes the sequences that no shard holds yet, and frees the lock for another writer."""
         try:
             if self._pending and not self._lock.closed:
                 self._write_shard(len(self._pending))
@@ -123,7 +124,8 @@ class CacheWriter:
         self.close()
 
     def _named_shards(self) -> list[shards.Shard] | None:
-        """Those of the manifest, whose settings are these and whose files are there; None without a manifest."""
+        """The manifest's shards; None without a manifest. Raises for other settings, or if a shard's file does not
+        fit."""
         if (manifest := shards.read_manifest(self.directory)) is None:
             if shards.has_shards(self.directory):
                 raise ValueError(f"{self.directory} has shards but no {shards.MANIFEST}; expected both, or neither")
@@ -144,14 +146,14 @@ class CacheWriter:
 
 
 def default_sequences_per_shard(settings: shards.Settings) -> int:
-    """As many as are of `SHARD_BYTES`, and at least one."""
+    """As many sequences as fit `SHARD_BYTES`, and at least one."""
     return max(1, SHARD_BYTES // (settings.length * (settings.row_bytes + 4)))
 
 
 def pack_sequences(
     input_ids: Tensor, teacher: SparseLogProbs, settings: shards.Settings
 ) -> list[dict[str, np.ndarray]]:
-    """The tensors of each sequence as a shard holds them; raises as `CacheWriter.append` says."""
+    """The tensors of each sequence as a shard stores them; raises as `CacheWriter.append` says."""
     _check_shapes(input_ids, teacher, settings)
     entries, leading = teacher.indices.shape[-1], tuple(input_ids.shape)
     missing = ((0, 0), (0, settings.k - entries))
@@ -181,7 +183,7 @@ def _check_shapes(input_ids: Tensor, teacher: SparseLogProbs, settings: shards.S
     length, k = settings.length, settings.k
     if not isinstance(teacher, SparseLogProbs):
         raise TypeError(
-            f"teacher: expected SparseLogProbs, which topk_log_probs makes of logits; got {type(teacher).__name__}"
+            f"teacher: expected SparseLogProbs, which topk_log_probs makes from logits; got {type(teacher).__name__}"
         )
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -194,16 +196,14 @@ def _check_shapes(input_ids: Tensor, teacher: SparseLogProbs, settings: shards.S
             f"teacher: expected shape [{len(input_ids)}, {length}, at most {k}], as the ids have; got {list(shape)}"
         )
     if teacher.tail != settings.tail:
-        raise ValueError(
-            f"teacher: expected tail {settings.tail!r}, as this cache was opened for; got {teacher.tail!r}"
-        )
+        raise ValueError(f"teacher: expected tail {settings.tail!r}, the tail of this cache; got {teacher.tail!r}")
     if settings.has_tail_mass and teacher.tail_log_prob is None:
         raise ValueError(
-            f"teacher: expected a tail_log_prob with tail {settings.tail!r}, as topk_log_probs finds it; got None"
+            f"teacher: expected a tail_log_prob with tail {settings.tail!r}, as topk_log_probs gives it; got None"
         )
     if teacher.source_temperature != settings.temperature:
         raise ValueError(
-            f"teacher: expected source_temperature {settings.temperature}, as this cache was opened for; got "
+            f"teacher: expected source_temperature {settings.temperature}, the temperature of this cache; got "
             f"{teacher.source_temperature}"
         )
 
@@ -216,7 +216,8 @@ def _check_ids(ids: np.ndarray, settings: shards.Settings) -> None:
 def _check_entries(
     indices: np.ndarray, log_probs: np.ndarray, tail, teacher: SparseLogProbs, settings: shards.Settings
 ) -> None:
-    """Of sorted entries [B, T, K], whose padding is -inf, and tails [B, T]: what the loss would raise for later."""
+    """Raises for values that the loss would refuse later: sorted entries [B, T, K], whose padding is -inf, and tails
+    [B, T]."""
     _refuse(
         "teacher.indices", f"expected below vocab_size, {settings.vocab_size}", indices, indices >= settings.vocab_size
     )
@@ -225,7 +226,7 @@ def _check_entries(
         repeated = (indices[..., 1:] == indices[..., :-1]) & there[..., 1:]
         _refuse(
             "teacher.indices",
-            "expected each once in a row, but for samples, tail 'truncate'",
+            "expected each class once in a row (only tail 'truncate' takes repeats)",
             indices[..., 1:],
             repeated,
         )
@@ -233,11 +234,11 @@ def _check_entries(
         largest = np.finfo(np.float16).max
         _refuse("teacher.log_probs", f"expected at most {largest}", log_probs, ~(log_probs <= largest))
         return
-    # A log-softmax may come out above 0 by its rounding.
+    # Rounding may put a log-softmax slightly above 0.
     tolerance = 1e-3 if teacher.log_probs.dtype in (torch.float32, torch.float64) else 0.1
     for name, values in (("teacher.log_probs", log_probs), ("teacher.tail_log_prob", tail)):
         _refuse(name, "expected log-probabilities, at most 0", values, ~(values <= tolerance))
-    # `TopKCache.teacher` scales what rounding to fp16 leaves off, and would hide what was wrong before.
+    # `TopKCache.teacher` scales the mass to 1 again after fp16 rounding, which would hide a wrong mass here.
     mass = np.exp(log_probs, dtype=np.float64).sum(axis=-1) + np.exp(tail, dtype=np.float64)
     wrong = (abs(mass - 1) > tolerance) & there.any(axis=-1)
     _refuse("teacher", "expected a mass of 1 in log_probs and tail_log_prob together", mass, wrong)

@@ -1,4 +1,4 @@
-"""A family's problem, and what every backend shares of it."""
+"""The families of losses: each family's problem, and the code that all backends share."""
 
 from . import class_ot, linear, rows, sinkhorn, topk, uld
 

@@ -1,4 +1,4 @@
-"""Optimal transport between the classes of two distributions of each row, under one cost of classes.
+"""Optimal transport between the classes of two distributions of each row, with one class cost for all rows.
 
 Let a be the student's and b the teacher's distribution of a row, and M the cost. From u = 1 / V::
 
@@ -6,14 +6,14 @@ Let a be the student's and b the teacher's distribution of a row, and M the cost
     v = b / (K^T u),  u = a / (K v)                       `iterations` times, columns first
     P = diag(u) K diag(v),  loss = <P, M> = sum_c u_c ((K * M) v)_c
 
-Every half step is one matrix product of [rows, V] and [V, V]. The products are torch's, so this serves every backend.
-Rows go in chunks whose vectors fit the budget; K and K * M exist once, outside the budget.
+Every half step is one matrix product of [rows, V] and [V, V]. torch computes the products, so this code serves every
+backend. Rows go in chunks whose vectors fit the budget; K and K * M exist once, outside the budget.
 
-Numbers. P does not change if K and u get a factor and v its inverse, and the next half step removes any factor of the
-last one. So K is exp((m - M) / epsilon) with m in the middle of the costs, and u and v are divided by their largest
-element. With R = (max M - min M) / epsilon, every K v and K^T u then lies between exp(-R / 2) and V exp(R / 2),
-whatever the logits are. The code keeps 1 / (K v) and 1 / (K^T u): u = a / (K v) is 0 for a class without mass, and no
-quotient of two zeros is formed. K * M uses M - min M, which moves the loss by min M.
+Numbers. P does not change if a factor multiplies K and u and divides v, and the next half step removes any factor of
+the last one. So K is exp((m - M) / epsilon) with m in the middle of the costs, and u and v are divided by their largest
+element. With R = (max M - min M) / epsilon, every K v and K^T u then lies between exp(-R / 2) and V exp(R / 2), for any
+logits. The code keeps 1 / (K v) and 1 / (K^T u): u = a / (K v) is 0 for a class without mass, and no quotient of two
+zeros is formed. K * M uses M - min M, so the loss adds min M at the end.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ from torch import Tensor
 from .options import RowOptions, bad_rows, bad_values_raise, check_values, per_row, rows_of, slices
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
-NO_LABEL = torch.iinfo(torch.int64).min  # in exclude_labels: no class of the row is left out
-# The largest range (max M - min M) / epsilon of costs: v of two classes of equal mass may be exp(R) apart.
+NO_LABEL = torch.iinfo(torch.int64).min  # in exclude_labels: the row keeps all classes
+# The largest range R = (max M - min M) / epsilon of costs: v of two classes of equal mass may differ by exp(R).
 RANGE = {torch.float32: 80.0, torch.float64: 600.0}
 # Conjugate gradients: maximum steps, relative residual at which they stop, and the relative residual above which a
 # warning is raised (about 1e-4 of the gradient).
@@ -43,7 +43,7 @@ class ClassOT(NamedTuple):
     teacher: Tensor  # [outer, inner, V]
     class_cost: Tensor  # [V, V]
     row_scale: Tensor  # [rows]; 0 skips the row
-    exclude_labels: Tensor | None  # [rows] int64, a class that is left out, or NO_LABEL
+    exclude_labels: Tensor | None  # [rows] int64: the class that the row leaves out, or NO_LABEL
     temperature: Tensor  # [rows] or [1]
     epsilon: Tensor  # [1] fp64
     iterations: int
@@ -61,7 +61,7 @@ class Kernel(NamedTuple):
     """The kernel matrix of the costs, in the dtype of the arithmetic."""
 
     plain: Tensor  # exp((m - M) / epsilon)
-    times_cost: Tensor  # that times M - min M
+    times_cost: Tensor  # plain * (M - min M)
     min_cost: Tensor
     epsilon: Tensor
 
@@ -70,8 +70,8 @@ class Kernel(NamedTuple):
         cost, epsilon = class_cost.to(dtype), epsilon.to(dtype)
         least, most = cost.aminmax()
         plain = (torch.lerp(least, most, 0.5) - cost).div_(epsilon).exp_()
-        # A GPU did not check the costs' range: where it is too wide, every row becomes NaN. 1.001: a CPU's check rounds
-        # otherwise.
+        # A GPU did not check the costs' range: if it is too wide, every row becomes NaN. 1.001: the CPU's check rounds
+        # differently.
         fits = (most - least) / epsilon <= 1.001 * RANGE[dtype]
         return Kernel(plain, (cost - least).mul_(plain), torch.where(fits, least, torch.nan), epsilon)
 
@@ -97,7 +97,7 @@ class Plan(NamedTuple):
 
 @torch.no_grad()
 def class_ot(problem: ClassOT, wanted: list[bool]):
-    """Losses [rows] with row_scale folded in, and their gradient of the student's shape, or empty: `ops.class_ot`."""
+    """Losses [rows] with row_scale folded in, and their gradient (the student's shape, or empty): `ops.class_ot`."""
     student, row_scale = problem.student, problem.row_scale
     rows, classes, wanted = row_scale.shape[0], student.shape[-1], any(wanted)
     reads_values, working = _reads_values(row_scale.device), row_scale.dtype
@@ -107,7 +107,7 @@ def class_ot(problem: ClassOT, wanted: list[bool]):
     poison = _poison(problem)
     kernel = Kernel.of(problem.class_cost, problem.epsilon, working)
 
-    # A GPU would have to wait for the count of the kept rows, so there all rows are computed.
+    # Counting the kept rows would make the host wait for a GPU, so a GPU computes all rows.
     kept_rows = row_scale.nonzero()[:, 0] if reads_values else None
     if kept_rows is not None and kept_rows.shape[0] == rows:
         kept_rows = None
@@ -129,9 +129,9 @@ def class_ot(problem: ClassOT, wanted: list[bool]):
                 distribution(rows_of(x, chunk), scale, excluded, temperature, working)
                 for x in (student, problem.teacher)
             )
-            found, slope = _row_losses(kernel, a, b, excluded, problem.iterations, gradient)
-            # 0 of a skipped row, and not 0 * NaN where the costs have no answer.
-            loss[chunk] = torch.where(scale == 0, 0, found * (scale * poison[chunk])).to(loss.dtype)
+            row_loss, slope = _row_losses(kernel, a, b, excluded, problem.iterations, gradient)
+            # A skipped row has loss 0, not 0 * NaN, even if the costs make every row NaN.
+            loss[chunk] = torch.where(scale == 0, 0, row_loss * (scale * poison[chunk])).to(loss.dtype)
             if wanted:
                 factor = scale * poison[chunk] / temperature
                 slopes[chunk] = torch.where((scale == 0)[:, None], 0, slope.mul_(factor[:, None])).to(slope_dtype)
@@ -139,19 +139,21 @@ def class_ot(problem: ClassOT, wanted: list[bool]):
 
 
 def _reads_values(device: torch.device) -> bool:
-    """Whether values may be read: on a GPU that would be a synchronisation."""
+    """Whether the code may read values: on a GPU that would be a synchronisation."""
     return device.type == "cpu"
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the kept gradient. Until backward multiplies it by the loss scale, fp16 would round it to 0."""
+    """The dtype of the kept gradient: fp32 for fp16, which would round small gradients to 0 until backward multiplies
+    them by the loss scale.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def working_dtype(class_cost: Tensor, epsilon: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that holds the kernel matrix of these costs: `dtype` or fp64. Raises if none does. Reads values."""
+    """The dtype that holds the kernel matrix of these costs: `dtype` or fp64. Raises if neither does. Reads values."""
     least, most = (x.item() for x in class_cost.aminmax())
-    if not (-torch.inf < least and most < torch.inf):  # NaN is in both
+    if not (-torch.inf < least and most < torch.inf):  # a NaN makes both NaN
         raise ValueError(f"class_cost: expected finite costs; got from {least} to {most}")
     spread, largest = most - least, RANGE[torch.float64]
     if spread / epsilon.item() > largest:
@@ -163,7 +165,7 @@ def working_dtype(class_cost: Tensor, epsilon: Tensor, dtype: torch.dtype) -> to
 
 
 def check_row_values(problem: ClassOT) -> None:
-    """Raises ValueError for the first kept row with a value that no loss has. Reads values."""
+    """Raises ValueError for the first kept row with an invalid value. Reads values."""
     exclude_labels, classes = problem.exclude_labels, problem.student.shape[-1]
     check_values(problem.options(), classes)
     if exclude_labels is None:
@@ -183,7 +185,7 @@ def _bad_labels(row_scale: Tensor, exclude_labels: Tensor, classes: int) -> Tens
 
 
 def _poison(problem: ClassOT) -> Tensor:
-    """[rows]: NaN in rows with a value that no loss has, where no check has raised, else 1."""
+    """[rows]: NaN for rows with an invalid value (if no check has raised for it), else 1."""
     row_scale, classes = problem.row_scale, problem.student.shape[-1]
     bad = bad_rows(problem.options(), classes)["temperature"]
     if problem.exclude_labels is not None:
@@ -194,14 +196,15 @@ def _poison(problem: ClassOT) -> Tensor:
 def distribution(
     logits: Tensor, row_scale: Tensor, excluded: Tensor | None, temperature: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """softmax(logits / T) over the classes that are not excluded. A skipped row may hold anything; zeros replace it."""
+    """softmax(logits / T) without the excluded class. Zeros replace the logits of a skipped row, which may hold
+    anything."""
     tempered = torch.where((row_scale != 0)[:, None], logits.to(dtype), 0) / temperature[:, None].to(dtype)
     if excluded is not None:
-        tempered = tempered.masked_fill(of_class(excluded, tempered.shape[-1]), -torch.inf)
+        tempered = tempered.masked_fill(is_class(excluded, tempered.shape[-1]), -torch.inf)
     return torch.softmax(tempered, -1)
 
 
-def of_class(labels: Tensor, classes: int) -> Tensor:
+def is_class(labels: Tensor, classes: int) -> Tensor:
     """[rows, V] bool: whether the class is the row's label."""
     return labels[:, None] == torch.arange(classes, device=labels.device)
 
@@ -222,7 +225,7 @@ def _whole_products(device: str, dtype: torch.dtype):
 
 
 def _row_losses(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, iterations: int, gradient: str | None):
-    """<P, M> [rows], and a (x - sum a x) with x its gradient with respect to a [rows, V], or None."""
+    """<P, M> [rows], and a (x - sum a x) [rows, V] or None, where x is the gradient of <P, M> with respect to a."""
     plan = _plan(kernel, a, b, excluded, iterations, keep=gradient == "unrolled")
     costs = plan.v @ kernel.times_cost.t()  # (K * M) v
     loss = (plan.u * costs).sum(-1) + kernel.min_cost
@@ -234,16 +237,16 @@ def _row_losses(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, i
         x = _implicit(kernel, plan, costs)
     else:
         x = kernel.epsilon * plan.over_rows[-1].log()
-    # x of the most probable class becomes 0, so that nothing cancels in rows that are sure of it.
+    # Subtracts x of the most probable class, so that nothing cancels in rows where that class has nearly all mass.
     x = torch.where(a == 0, 0, x - x.gather(-1, a.argmax(-1, keepdim=True)))
     slope = a * (x - (a * x).sum(-1, keepdim=True))
-    return loss, slope + (kernel.min_cost - kernel.min_cost)  # NaN where the loss is
+    return loss, slope + (kernel.min_cost - kernel.min_cost)  # NaN if the costs made the loss NaN
 
 
 def _plan(kernel: Kernel, a: Tensor, b: Tensor, excluded: Tensor | None, iterations: int, keep: bool) -> Plan:
     u = torch.ones_like(a)
     if excluded is not None:
-        u.masked_fill_(of_class(excluded, a.shape[-1]), 0)
+        u.masked_fill_(is_class(excluded, a.shape[-1]), 0)
     over_columns, over_rows = [], []
     for _ in range(iterations):
         if not keep:
@@ -263,15 +266,15 @@ def _scaled(mass: Tensor, over: Tensor) -> Tensor:
 
 
 def _unrolled(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
-    """The exact gradient of this many iterations' loss with respect to a: the iterations in reverse.
+    """The exact gradient of the loss of these iterations with respect to a: the iterations in reverse.
 
-    grad_u and grad_v are the adjoints of log u and log v, which factors of u and v do not change::
+    grad_u and grad_v are the adjoints of log u and log v. Factors of u and v do not change them::
 
         loss = u (K * M) v         grad_u = u * ((K * M) v),   grad_v = v * ((K * M)^T u)
         u = a / (K v)              grad_a += grad_u / a,       grad_v -= v * (K^T (grad_u / (K v)))
         v = b / (K^T u)            grad_u = -u * (K (grad_v / (K^T u)))      with the u of the iteration before
 
-    The code finds grad_u / a first, without a quotient: u / a = 1 / (K v).
+    The code computes grad_u / a first, without a quotient: u / a = 1 / (K v).
     """
     a, b, v = plan.a, plan.b, plan.v
     grad_v = v * (plan.u @ kernel.times_cost)
@@ -279,7 +282,7 @@ def _unrolled(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
     grad_a = grad_u_over_a.clone()
     for t in range(len(plan.over_rows) - 1, 0, -1):
         grad_v = grad_v - v * kernel.columns((a * grad_u_over_a).mul_(plan.over_rows[t]))
-        largest = (a * plan.over_rows[t - 1]).amax(-1, keepdim=True)  # by which u was divided
+        largest = (a * plan.over_rows[t - 1]).amax(-1, keepdim=True)  # the divisor of u
         grad_u_over_a = kernel.rows(grad_v.mul_(plan.over_columns[t])).mul_(plan.over_rows[t - 1] / -largest)
         grad_a += grad_u_over_a
         grad_v, v = 0, _scaled(b, plan.over_columns[t - 1])
@@ -287,15 +290,16 @@ def _unrolled(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
 
 
 def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
-    """The gradient x of the converged plan's cost with respect to a: of P that is a function of its marginals, ::
+    """The gradient x of the converged plan's cost with respect to a. P is a function of its marginals, so ::
 
         [diag(P 1)  P          ] [x]   [(P * M) 1  ]
         [P^T        diag(P^T 1)] [y] = [(P * M)^T 1]
 
-    Without x = ((P * M) 1 - P y) / a, and with y = z / sqrt(P^T 1), this is (1 - B) z = r with
-    B = D P^T diag(1 / a) P D, D = diag(1 / sqrt(P^T 1)): symmetric, its eigenvalues within [0, 1], singular along
-    sqrt(P^T 1) (a constant may go from x to y). Conjugate gradients; a row stands still once its residual has vanished,
-    which costs a device no synchronisation. Classes without mass: P / a is K v / (K v), and y there is 0.
+    Elimination of x = ((P * M) 1 - P y) / a and the substitution y = z / sqrt(P^T 1) give (1 - B) z = r with
+    B = D P^T diag(1 / a) P D, D = diag(1 / sqrt(P^T 1)). The matrix 1 - B is symmetric, has eigenvalues in [0, 1], and
+    is singular along sqrt(P^T 1) (a constant may move from x to y). Conjugate gradients solve the system. A row stops
+    changing once its residual is 0; the loop runs on, so that a GPU needs no synchronisation. For classes without mass,
+    P / a is K v / (K v), and y is 0.
     """
     u, v, over_rows = plan.u, plan.v, plan.over_rows[-1]
     column_sums = v * kernel.columns(u)
@@ -316,11 +320,11 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
     def spread(x):  # D P^T x
         return v_over_root * kernel.columns(u * x)
 
-    of_columns, rounding = v_over_root * (u @ kernel.times_cost), 8 * torch.finfo(u.dtype).eps
-    residual = projected(of_columns - spread(mean_costs))
+    column_costs, rounding = v_over_root * (u @ kernel.times_cost), 8 * torch.finfo(u.dtype).eps
+    residual = projected(column_costs - spread(mean_costs))
     z, direction = torch.zeros_like(residual), residual
     first = square = dot(residual, residual)
-    noise = dot(of_columns, of_columns) * rounding**2  # what rounding leaves of a residual that is 0
+    noise = dot(column_costs, column_costs) * rounding**2  # the size of a zero residual after rounding
     reads_values = _reads_values(square.device)
     for _ in range(CONJUGATE_STEPS):
         moves = square > torch.maximum(first * RESIDUAL[square.dtype] ** 2, noise)
@@ -328,7 +332,7 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
             break
         image = projected(direction - spread(averaged(direction)))
         curvature = dot(direction, image)
-        moves &= curvature > rounding * dot(direction, direction)  # else singular, but for rounding
+        moves &= curvature > rounding * dot(direction, direction)  # else the direction is singular up to rounding
         step = torch.where(moves, square / torch.where(moves, curvature, 1), 0)
         z = z + step * direction
         residual = residual - step * image
@@ -340,7 +344,7 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
         left = (square / first).nan_to_num(0).max().sqrt().item()
         warnings.warn(
             f"gradient='implicit': {CONJUGATE_STEPS} steps of conjugate gradients left a residual of {left:.1e} of the "
-            "first, for the plan is too sharp; expected a larger epsilon, or gradient='unrolled'",
+            "first one, since the plan is too sharp; expected a larger epsilon, or gradient='unrolled'",
             RuntimeWarning,
             stacklevel=2,
         )

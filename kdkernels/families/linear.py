@@ -1,21 +1,21 @@
 """Chunked rows: makes logits that are not stored a few rows at a time, and runs the row kernels on them.
 
-Heads: a matrix product makes the logits, the sweeps overwrite them with their gradients, and products turn those into
-the gradients of the hidden states and the weight. Sparse teachers: the sweeps take the entries of a chunk; with the
-tail "uniform", where every class has a probability of its own, logits are made of them.
+Heads: a matrix product makes the logits, the sweeps overwrite them with their gradients, and products turn these into
+the gradients of the hidden states and the weight. Sparse teachers: the sweeps take the entries of a chunk. Under the
+tail "uniform", which gives every class a probability, the chunk's entries become logits.
 
 For each chunk of rows::
 
-    logits   = softcap(scale * (hidden weight^T + bias))     of each side that is a head
+    logits   = softcap(scale * (hidden weight^T + bias))     for each side that is a head
     dlogits                                                  the row sweeps of the dense family, in the logits' place
     dhidden  = scale * dlogits weight
     dweight += scale * dlogits^T hidden                      summed in fp32
     dbias   += scale * the sum of dlogits over the rows      summed in fp32
 
-The products are torch's and the sweeps are a backend's, so one loop serves every backend. The product of factors of 16
-bits is summed over chunks in fp32. Where the library writes products in fp32 (CUDA), it adds them too. Elsewhere it
-rounds the product of each chunk to 16 bits, a slab at a time, and the slab is added while it lies in a cache. (oneDNN
-writes fp32 from fp32 factors alone. When it rounds those to bf16 itself, it takes 2.3 times as long.)
+torch computes the products and a backend runs the sweeps, so one loop serves every backend. Products of 16-bit factors
+are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too. Otherwise the library
+rounds each chunk's product to 16 bits, one slab at a time, and the slab is added while it is in the cache. (oneDNN
+writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3 times as long.)
 """
 
 import warnings
@@ -30,17 +30,17 @@ from .options import RowOptions, at_one_stride, bad_values_raise, check_values, 
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
 _budget = 256 << 20  # bytes of a chunk's buffers
-_SLAB = 2 << 20  # bytes of a product that is added while it lies in a cache
+_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache
 _ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
-_ROUND = 64  # a chunk's rows are a multiple of it, where the budget holds as many
+_ROUND = 64  # a chunk has a multiple of 64 rows, if the budget holds 64
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 class chunk_budget:
-    """Sets the bytes that a call's chunk buffers may take where `chunk_rows` is None: 256 MiB unless set.
+    """Sets the bytes that a call's chunk buffers may take if `chunk_rows` is None: 256 MiB unless set.
 
-    ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` for a block.
-    Raises TypeError for what is no int, ValueError below 1 and past 63 bits.
+    ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` sets it for a block.
+    Raises TypeError for a value that is no int, ValueError below 1 and from 2**63 on.
     """
 
     def __init__(self, bytes: int):
@@ -54,7 +54,7 @@ class chunk_budget:
 
     def __enter__(self):
         global _budget
-        _budget = self._bytes  # again, where the block is not the first
+        _budget = self._bytes  # again, for an object that enters a second block
         return self
 
     def __exit__(self, *_):
@@ -67,7 +67,7 @@ def current_budget() -> int:
 
 
 def product_dtype(dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """Of the factors of the products of hidden states of `dtype`. Autocast casts all but fp64."""
+    """The dtype of the factors in products of hidden states of `dtype`. Autocast casts every dtype but fp64."""
     return dtype if autocast_dtype is None or dtype == torch.float64 else autocast_dtype
 
 
@@ -82,13 +82,13 @@ class LogitsSource(NamedTuple):
 
 
 class Chunking(NamedTuple):
-    """How logits are made in chunks, decided when the call is made."""
+    """How the loss makes logits in chunks, decided at the call."""
 
     autocast_dtype: torch.dtype | None
     logits_dtype: torch.dtype | None
     chunk_rows: int  # 0: as many as the budget holds
     budget: int  # bytes
-    compact_rows: bool  # whether skipped rows are left out of the products
+    compact_rows: bool  # whether the products leave out skipped rows
 
 
 class ChunkedRows(NamedTuple):
@@ -96,7 +96,7 @@ class ChunkedRows(NamedTuple):
 
     student: LogitsSource
     teacher: LogitsSource | None
-    sparse: topk.Sparse | None  # in the teacher's place
+    sparse: topk.Sparse | None  # the teacher, if `teacher` is None
     options: RowOptions
     divergence: str
     parameters: Tensor  # [1], the divergence's, in the compute dtype
@@ -116,7 +116,7 @@ class ChunkedRows(NamedTuple):
 
 
 class TopK(NamedTuple):
-    """Logits, or a head, whose k most probable classes are wanted."""
+    """Logits, or a head, and the number k of classes to extract from each row."""
 
     source: LogitsSource
     options: RowOptions  # row_scale and temperature
@@ -126,7 +126,7 @@ class TopK(NamedTuple):
 
 
 class NeedsGrad(NamedTuple):
-    """Which gradients to find: of the student's data (logits or hidden states), its weight and its bias."""
+    """The gradients to compute: of the student's data (logits or hidden states), its weight and its bias."""
 
     data: bool = False
     weight: bool = False
@@ -143,7 +143,7 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
         check_values(options, problem.vocab_size)
     entries = None
     if sparse is not None:
-        sort = getattr(kernels, "sorted_entries", None)  # of the CPU's
+        sort = getattr(kernels, "sorted_entries", None)  # the CPU backend has this kernel
         entries, row_scale = topk.entries_of(sparse, options, problem.vocab_size, checked, sort)
         options = options._replace(row_scale=row_scale)
     row_scale = options.row_scale
@@ -173,7 +173,7 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
     row_statistics = new(len(ROW_STATISTICS) if statistics else 0, rows, dtype=dtype, device=device)
     top1 = new(len(ROW_TOP1) if statistics else 0, rows, dtype=torch.int64, device=device)
 
-    def sweep(chunk):  # a function, so that nothing of a chunk outlives it
+    def sweep(chunk):  # a function, so that a chunk's tensors are freed before the next chunk
         own = options.of(chunk)
         logits = [x.logits(chunk, own.row_scale) for x in sources]
         out = sources[0].gradient_target(chunk) if gradient else None
@@ -199,7 +199,8 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
 
 @torch.no_grad()
 def topk_log_probs(kernels, problem: TopK):
-    """Indices and log-probabilities [rows, k] and the rest's [rows]: `ops.topk_log_probs`."""
+    """Indices and log-probabilities [rows, k], and the log-probability of the other classes [rows]:
+    `ops.topk_log_probs`."""
     options, k, row_scale = problem.options, problem.k, problem.options.row_scale
     if bad_values_raise(row_scale.device):
         check_values(options, problem.vocab_size)
@@ -219,24 +220,24 @@ def logits_in_chunks(
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows, their logits [1, n, columns]) a chunk at a time; the next chunk overwrites the logits of a head.
 
-    `row_bytes`: what the caller makes of each row of a chunk, which the budget holds too.
+    `row_bytes`: the caller's own bytes for each row of a chunk, which count against the budget too.
     """
     row_scale = options.row_scale
     kept_rows = _kept_rows(row_scale, chunking.compact_rows)
     count = row_scale.shape[0] if kept_rows is None else kept_rows.shape[0]
     if source.weight is None:
-        made = _StoredLogits(kernels, source, NeedsGrad(), kept_rows is not None, only_source=True)
+        chunked = _StoredLogits(kernels, source, NeedsGrad(), kept_rows is not None, only_source=True)
     else:
-        made = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
-    made.row_bytes += row_bytes
-    size = _chunk_size(count, chunking, [made])
-    made.allocate(size, chunks=-(-count // size), all_rows_written=True)
+        chunked = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
+    chunked.row_bytes += row_bytes
+    size = _chunk_size(count, chunking, [chunked])
+    chunked.allocate(size, chunks=-(-count // size), all_rows_written=True)
     for chunk in _chunks(count, size, kept_rows):
-        yield chunk, made.logits(chunk, row_scale[chunk])
+        yield chunk, chunked.logits(chunk, row_scale[chunk])
 
 
 def _kept_rows(row_scale: Tensor, compact_rows: bool) -> Tensor | None:
-    """Indices of the rows that are not skipped; None where the chunks hold all rows."""
+    """Indices of the rows that are not skipped; None if the chunks hold all rows."""
     kept_rows = row_scale.nonzero()[:, 0] if compact_rows else None
     return None if kept_rows is None or kept_rows.shape[0] == row_scale.shape[0] else kept_rows
 
@@ -248,7 +249,7 @@ def _chunks(count: int, size: int, kept_rows: Tensor | None) -> Iterator[slice |
 
 
 def _chunk_size(count: int, chunking: Chunking, sources: list) -> int:
-    """Rows of a chunk: as asked for, or as many as the budget holds, spread evenly over the chunks."""
+    """Rows per chunk: the requested number, or as many as the budget holds, spread evenly over the chunks."""
     if chunking.chunk_rows:
         return max(min(chunking.chunk_rows, count), 1)
     budget = chunking.budget
@@ -268,7 +269,8 @@ def _chunk_size(count: int, chunking: Chunking, sources: list) -> int:
 
 class _StoredLogits:
     """Logits that the caller has. `only_source`: no other logits are made in chunks, so the tensor is used whole and
-    uncopied."""
+    uncopied.
+    """
 
     def __init__(self, kernels, source: LogitsSource, wanted: NeedsGrad, gathered: bool, only_source: bool):
         self.kernels, self.data, self.wanted, self.gathered = kernels, source.data, wanted, gathered
@@ -316,7 +318,7 @@ class _UniformTailLogits:
     def __init__(self, kernels, entries: topk.Entries, options: RowOptions, vocab_size: int):
         self.kernels, self.entries, self.vocab_size = kernels, entries, vocab_size
         self.temperature = options.temperature.expand_as(options.row_scale)
-        self.columns = -(-(vocab_size + 1) // _ALIGNMENT) * _ALIGNMENT  # one more, for padding
+        self.columns = -(-(vocab_size + 1) // _ALIGNMENT) * _ALIGNMENT  # one extra column takes the padding entries
         self.row_bytes = self.columns * entries.log_probs.element_size()
 
     def allocate(self, size: int, chunks: int, all_rows_written: bool):
@@ -333,7 +335,7 @@ class _UniformTailLogits:
 
 
 class _HeadLogits:
-    """Logits made from hidden states, in a buffer of a chunk's rows; their gradient overwrites them."""
+    """Logits made from hidden states, in a buffer for one chunk's rows. Their gradient overwrites them."""
 
     def __init__(self, kernels, source: LogitsSource, wanted: NeedsGrad, classes: int, chunking: Chunking):
         self.kernels, self.source, self.wanted, self.classes = kernels, source, wanted, classes
@@ -343,8 +345,8 @@ class _HeadLogits:
         self.weight = source.weight[:classes].to(self.dtype)
         self.bias = None if source.bias is None else source.bias[:classes].to(self.dtype)
         self.columns = -(-classes // _ALIGNMENT) * _ALIGNMENT
-        # A softcap needs the capped logits after the gradient: then the gradient has a buffer of its own. The products
-        # take an fp32 gradient rounded to their factors' dtype.
+        # The softcap's derivative needs the capped logits after the sweep, so the gradient has its own buffer then. The
+        # products take an fp32 gradient rounded to their factors' dtype.
         self.apart = any(wanted) and source.softcap is not None
         self.rounded = any(wanted) and self.logits_dtype != self.dtype
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
@@ -374,7 +376,7 @@ class _HeadLogits:
 
     def logits(self, chunk, row_scale: Tensor) -> Tensor:
         hidden = rows_of(self.source.data, chunk).to(self.dtype)
-        # A skipped row may hold anything, and so may a weight: their products with dlogits of 0 would be NaN.
+        # Hidden states of a skipped row and the weight may hold NaN or inf: their products with zero dlogits are NaN.
         self.skipped = (row_scale == 0)[:, None] if isinstance(chunk, slice) else None
         if self.wanted.weight and self.skipped is not None:
             hidden = hidden.masked_fill(self.skipped, 0)
@@ -407,10 +409,10 @@ class _HeadLogits:
         if self.weight_sum is not None:
             self.weight_sum.add(factor, self.hidden, scale)
         if self.bias_sum is not None:
-            self.bias_sum[: self.classes].add_(factor.sum(0), alpha=scale)  # sum() rounds what it added in fp32
+            self.bias_sum[: self.classes].add_(factor.sum(0), alpha=scale)  # sum() adds in fp32 and rounds its result
 
     def release(self):
-        """Drops what the chunks needed, before the gradients take the dtypes of what they are gradients of."""
+        """Frees the chunk buffers before the gradients are cast to the dtypes of their tensors."""
         self.buffer = self.gradient_buffer = self.factor = self.weight = self.hidden = None
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -427,8 +429,8 @@ class _ProductSum:
 
     def __init__(self, kernels, weight: Tensor, classes: int, dtype: torch.dtype, chunks: int):
         self.kernels, self.weight = kernels, weight
-        one = chunks == 1 and weight.dtype == dtype
-        total = dtype if one else torch.promote_types(dtype, torch.float32)
+        single_chunk = chunks == 1 and weight.dtype == dtype
+        total = dtype if single_chunk else torch.promote_types(dtype, torch.float32)
         self.total = kernels.empty(*weight.shape, dtype=total, device=weight.device)
         self.total[classes if chunks else 0 :].zero_()
         self.active = self.total[:classes]
@@ -465,7 +467,7 @@ def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
 
 
 def writes_fp32(device: torch.device) -> bool:
-    """Whether the library writes products of 16-bit factors in fp32: cuBLAS does; of ROCm's not all do."""
+    """Whether the library writes products of 16-bit factors in fp32: cuBLAS does; not all ROCm libraries do."""
     return device.type == "cuda" and torch.version.hip is None
 
 
@@ -476,7 +478,7 @@ def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, 
         torch.addmm(add, hidden, weight.t(), beta=beta, alpha=scale, out=out)
     elif writes_fp32(out.device):
         if bias is not None:
-            out.copy_(add)  # with out_dtype, addmm broadcasts nothing
+            out.copy_(add)  # addmm with out_dtype does not broadcast
         torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
     else:
         hidden = hidden.to(out.dtype)

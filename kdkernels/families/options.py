@@ -18,14 +18,14 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
 class RowOptions(NamedTuple):
     """The options of each row. Tensors are contiguous, in the compute dtype unless named otherwise."""
 
-    row_scale: Tensor  # [rows]: the row's weight over the denominator; 0 skips the row before any load
+    row_scale: Tensor  # [rows]: the row's weight divided by the denominator; 0 skips the row before any load
     temperature: Tensor  # [rows] or [1]
     labels: Tensor | None = None  # [rows] int64
     hard_weight: Tensor | None = None  # [rows] or [1]: the label term's share of the loss
     temperature_squared: bool = False  # whether the divergence is multiplied by the temperature's square
 
     def of(self, chunk) -> "RowOptions":
-        """The options of some rows: a slice or indices."""
+        """The options of some rows, given as a slice or indices."""
         return RowOptions(*(per_row(x, self.row_scale, chunk) if isinstance(x, Tensor) else x for x in self))
 
     def soft_factor(self) -> Tensor:
@@ -34,17 +34,17 @@ class RowOptions(NamedTuple):
         return factor * self.temperature**2 if self.temperature_squared else factor
 
     def scaled(self, grad_loss: Tensor) -> "RowOptions":
-        """The options of the rows times the gradient of their losses. A skipped row stays skipped, whatever comes."""
+        """The options for row losses times `grad_loss`. A skipped row stays skipped, whatever its gradient is."""
         return self._replace(row_scale=scaled_rows(self.row_scale, grad_loss))
 
 
 def per_row(x: Tensor, row_scale: Tensor, chunk) -> Tensor:
-    """Some rows of [rows]; a number for all rows, [1], as it is."""
+    """Some rows of [rows]; a number for all rows, [1], unchanged."""
     return x if x.shape[0] != row_scale.shape[0] else x[chunk]
 
 
 def scaled_rows(row_scale: Tensor, grad_loss: Tensor) -> Tensor:
-    """The row scale times the gradient of the row losses; 0 for a skipped row, also where the gradient is NaN."""
+    """The row scale times the gradient of the row losses; 0 for a skipped row, even if its gradient is NaN."""
     return torch.where(row_scale == 0, 0, row_scale * grad_loss)
 
 
@@ -56,7 +56,7 @@ def slices(count: int, bytes_each: int, budget: int) -> Iterator[slice]:
 
 
 def rows_of(x: Tensor, chunk) -> Tensor:
-    """Rows of [outer, inner, width] as [n, width]: a view where they lie at one stride, else a copy."""
+    """Rows of [outer, inner, width] as [n, width]: a view if they have one stride, else a copy."""
     if isinstance(chunk, slice):
         if at_one_stride(x):
             return x.flatten(0, 1)[chunk]
@@ -68,15 +68,16 @@ def at_one_stride(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
-# Whether values (labels, temperatures, hard weights) are checked also where that costs a synchronisation.
+# Whether values (labels, temperatures, hard weights) are checked even if that costs a synchronisation.
 _checked = os.environ.get("KDKERNELS_CHECK") == "1"
 
 
 def checks(enabled: bool) -> bool:
-    """Whether a bad value in a tensor (a label out of range, a temperature <= 0, a hard weight) raises on a GPU too.
+    """Sets whether a bad value in a tensor (a label out of range, a temperature <= 0, a hard weight) raises on a GPU
+    too.
 
-    On a CPU it always does. On a GPU it costs a synchronisation, so without this the row becomes NaN.
-    KDKERNELS_CHECK=1 sets it from outside. Returns what was set before.
+    On a CPU a bad value always raises. On a GPU the check costs a synchronisation; without it, a bad value makes its
+    row NaN. The environment variable KDKERNELS_CHECK=1 sets it for the process. Returns the setting before the call.
     """
     global _checked
     before, _checked = _checked, bool(enabled)
@@ -88,17 +89,17 @@ def values_are_checked() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a compiler or torch.func traces the call, whose values cannot be read then."""
+    """Whether a compiler or torch.func traces the call. Values cannot be read then."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def bad_values_raise(device: torch.device) -> bool:
-    """On a CPU, and elsewhere where `checks` asks for it."""
+    """Whether bad values raise: on a CPU, and on another device if `checks` asks for it."""
     return (device.type == "cpu" or _checked) and not is_transformed()
 
 
 def bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:
-    """The kept rows with a value that no loss has: a bool tensor [rows] for each option that is there."""
+    """The kept rows with an invalid value: a bool tensor [rows] for each option that is given."""
     kept, temperature = options.row_scale != 0, options.temperature
     bad = {"temperature": kept & ~((temperature > 0) & (temperature < torch.inf) & (1 / temperature < torch.inf))}
     if options.labels is not None:

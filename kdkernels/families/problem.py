@@ -1,8 +1,8 @@
-"""Problems: what a family's operator is given, as a NamedTuple whose annotations are the operator's schema.
+"""Problems: the arguments of a family's operator, as a NamedTuple whose annotations give the operator's schema.
 
-A problem travels whole in Python, and flat across torch's border, whose operators take tensors, numbers and strings. A
-field that is a problem itself is flattened in its place, and its names get the field's name in front. A nested problem
-that may be None is None in all of its fields.
+A problem stays whole in Python. It is flat across torch's border, whose operators take tensors, numbers and strings. A
+field that is itself a problem is flattened in its place, and its fields' names get its name in front. A nested problem
+that is None has None in all of its fields.
 """
 
 import types
@@ -16,7 +16,7 @@ _SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", 
 
 
 class Fields:
-    """The fields of a class of problems, read from its annotations once: a compiler cannot trace that."""
+    """The fields of a class of problems, read from its annotations once, since a compiler cannot trace that."""
 
     def __init__(self, problem: type):
         self.problem = problem
@@ -52,7 +52,7 @@ class Fields:
         return values
 
     def unflatten(self, values) -> Any:
-        """The problem that `flatten` gave these values for."""
+        """The problem for which `flatten` gave these values."""
         parts = []
         for nested, optional, (first, end) in zip(self.nested, self.optional, self.places, strict=True):
             if nested is None:

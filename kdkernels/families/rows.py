@@ -1,4 +1,4 @@
-"""The row family: losses between stored logits of one vocabulary, and the names of what its sweeps find."""
+"""The row family: losses between stored logits of one vocabulary, and the names of its sweeps' results."""
 
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ ROW_STATISTICS = (
     "student_lse",
     "teacher_lse",
 )
-# Those that are class indices, in the order of the int64 [2, rows] tensor.
+# Statistics that are class indices, in the order of the int64 [2, rows] tensor.
 ROW_TOP1 = ("student_top1", "teacher_top1")
 ROW_FLOATS = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum", "unit_log_sum")
 ROW_SUMS = ("phi", "psi")
@@ -49,5 +49,5 @@ class Rows(NamedTuple):
 
 
 def softmaxes(student: Tensor, teacher: Tensor, options: RowOptions, vocab_size: int) -> Rows:
-    """The problem whose row floats are those of two softmaxes; they depend on no divergence."""
+    """The problem whose row floats are those of the two softmaxes; the row floats do not depend on the divergence."""
     return Rows(student, teacher, options, "kl", options.temperature[:1], vocab_size, False)

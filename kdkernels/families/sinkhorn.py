@@ -17,7 +17,7 @@ from .rows import softmaxes
 
 COSTS = ("l1", "l2", "sqeuclidean", "dot")
 GRADIENTS = ("unrolled", "implicit", "envelope")
-# The costs that need the difference of each pair of rows class by class. The others are products of matrices.
+# The costs that need the difference of each pair of rows in every class. The others are matrix products.
 PAIRWISE = ("l1", "l2")
 _RIDGE = 1e-10
 
@@ -31,30 +31,31 @@ class Sinkhorn(NamedTuple):
     epsilon: Tensor  # [1]
     tolerance: Tensor  # [1]; 0: none
     iterations: int
-    entropic: bool  # whether the value is the regularised one
+    entropic: bool  # whether the value is the regularised value
     gradient: str  # one of GRADIENTS
-    chunk_budget: int  # bytes, of the implicit gradient's matrices
+    chunk_budget: int  # bytes for the implicit gradient's matrices
 
     def tracked(self) -> tuple[Tensor | None, ...]:
         return self[:3]
 
     @property
     def row_scale(self) -> None:
-        return None  # no problem is skipped
+        return None  # every problem is computed
 
 
 class Solution(NamedTuple):
-    """What the iterations found."""
+    """The results of the iterations."""
 
     value: Tensor  # [problems]
     f: Tensor  # [problems, n], a potential
     g: Tensor  # [problems, m], a potential
-    error: Tensor  # [problems], of the rows' sums
-    iterations: Tensor  # [problems] int32, done
+    error: Tensor  # [problems], the relative error of the row sums
+    iterations: Tensor  # [problems] int32, the rounds done
 
 
 class Clouds(NamedTuple):
-    """Rows of logits, [clouds, n, columns]; each row of a cloud is compared with every row of its teacher."""
+    """Rows of logits, [clouds, n, columns]; each student row of a cloud is compared with every teacher row of the
+    cloud."""
 
     student: Tensor
     teacher: Tensor
@@ -71,7 +72,7 @@ class SinkhornKD(NamedTuple):
     epsilon: Tensor  # [1]
     iterations: int
     gradient: str  # one of GRADIENTS
-    chunk_budget: int  # bytes, of the columns of probabilities that a product takes at a time
+    chunk_budget: int  # bytes for the columns of probabilities that one product takes
 
     def tracked(self) -> tuple[Tensor | None, ...]:
         return (self.clouds.student,)
@@ -88,7 +89,7 @@ def _bounded(exponents: Tensor, masses: Tensor, most: float) -> Tensor:
 
 
 def costs_times_plan(cost: Tensor, plan: Tensor) -> Tensor:
-    """P C, and 0 where an infinite cost forbids a pair."""
+    """P C elementwise, and 0 if an infinite cost forbids a pair."""
     return plan * torch.where(torch.isposinf(cost), 0, cost)
 
 
@@ -106,23 +107,24 @@ def envelope_gradient(problem: Sinkhorn, f: Tensor, g: Tensor):
 
 
 def implicit_gradient(problem: Sinkhorn, f: Tensor, g: Tensor):
-    """The gradient of <P, C> where the rounds have converged: P (1 - (C - x - y) / epsilon), x and y.
+    """The gradient of <P, C> at convergence: P (1 - (C - x - y) / epsilon), x and y.
 
     x and y solve the symmetric system of the marginals' derivatives,
 
         [diag(r) P; P^T diag(c)] [x; y] = [(P C) 1; (P C)^T 1],        r = P 1, c = P^T 1
 
-    here by its Schur complement in y, which is diag(c) times the identity less two Sinkhorn half-steps. The complement
-    is singular for y = 1, which c c^T / sum(c) mends. The system is solved in fp64, since the distance of the second
-    eigenvalue of P from 1 divides P's own rounding. A point without mass takes the x or y that its neighbours give it.
+    The code solves it by the Schur complement in y, which is diag(c) times (the identity minus two Sinkhorn
+    half-steps). The complement is singular along y = 1; adding c c^T / sum(c) makes it regular. The solve is in fp64,
+    since the distance of P's second eigenvalue from 1 divides P's rounding error. A point without mass gets the x or y
+    that its neighbours give it.
     """
     inputs, matrix = (*problem[:3], f, g), problem.cost.shape[1] * problem.cost.shape[2]
     # About eight fp64 matrices of a problem exist at once.
-    found = [
+    chunks = [
         _implicit_of_chunk(*(x[chunk].double() for x in inputs), problem.epsilon.double())
         for chunk in slices(max(problem.cost.shape[0], 1), 64 * matrix, problem.chunk_budget)
     ]
-    return tuple(torch.cat(x).to(problem.cost.dtype) for x in zip(*found, strict=True))
+    return tuple(torch.cat(x).to(problem.cost.dtype) for x in zip(*chunks, strict=True))
 
 
 def _implicit_of_chunk(cost, a, b, f, g, epsilon):
@@ -130,20 +132,20 @@ def _implicit_of_chunk(cost, a, b, f, g, epsilon):
     weights = _bounded((f[:, :, None] + g[:, None, :] - cost) / epsilon, masses, 600).exp()  # P without the masses
     plan = masses * weights
     c = plan.sum(1)
-    # The shares of a row's mass in the columns, and of a column's mass in the rows, also for points without mass.
-    of_rows = _normalized(b[:, None, :] * weights, 2)
-    of_columns = _normalized(a[:, :, None] * weights, 1)
+    # The shares of each row's mass in the columns, and of each column's mass in the rows, also for points without mass.
+    row_shares = _normalized(b[:, None, :] * weights, 2)
+    column_shares = _normalized(a[:, :, None] * weights, 1)
     finite = torch.where(torch.isposinf(cost), 0, cost)
-    x_alone = (of_rows * finite).sum(2)
+    x_alone = (row_shares * finite).sum(2)
     rhs = (plan * finite).sum(1) - torch.einsum("pij,pi->pj", plan, x_alone)
 
     total = c.sum(1)[:, None, None].clamp_min(torch.finfo(c.dtype).tiny)
-    schur = torch.diag_embed(torch.where(c == 0, 1, c * (1 + _RIDGE))) - plan.transpose(1, 2) @ of_rows
+    schur = torch.diag_embed(torch.where(c == 0, 1, c * (1 + _RIDGE))) - plan.transpose(1, 2) @ row_shares
     schur = schur + c[:, :, None] * c[:, None, :] / total
     factor, _ = torch.linalg.cholesky_ex(schur)
     y = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
-    x = x_alone - torch.einsum("pij,pj->pi", of_rows, y)
-    y = torch.where(b == 0, (of_columns * (finite - x[:, :, None])).sum(1), y)
+    x = x_alone - torch.einsum("pij,pj->pi", row_shares, y)
+    y = torch.where(b == 0, (column_shares * (finite - x[:, :, None])).sum(1), y)
     return plan * (1 - (finite - x[:, :, None] - y[:, None, :]) / epsilon), x, y
 
 
@@ -153,7 +155,7 @@ def _normalized(x: Tensor, dim: int) -> Tensor:
 
 
 def check_problems(cost: Tensor, a: Tensor, b: Tensor):
-    """Raises ValueError for values that no problem has. Reads them: a synchronisation on a GPU."""
+    """Raises ValueError for invalid costs or masses. Reads values: a synchronisation on a GPU."""
     bad = torch.isnan(cost) | torch.isneginf(cost)
     if bad.any():
         at = bad.nonzero()[0].tolist()
@@ -167,7 +169,7 @@ def check_problems(cost: Tensor, a: Tensor, b: Tensor):
     if bad.any():
         at = int(bad.nonzero()[0])
         raise ValueError(
-            f"a and b: expected equal sums (to 1e-4: masses normalised in 16 bits are not); got {a[at].sum().item()} "
+            f"a and b: expected equal sums to 1e-4 (masses normalised in 16 bits differ); got {a[at].sum().item()} "
             f"and {b[at].sum().item()} in problem {at}"
         )
 
@@ -177,7 +179,8 @@ def _differ(mass_a: Tensor, mass_b: Tensor) -> Tensor:
 
 
 def checked_sinkhorn(kernels, problem: Sinkhorn, wanted: list[bool]):
-    """Value, gradients and solution: `ops.sinkhorn`. Bad values raise where values are checked, else become NaN."""
+    """Value, gradients and solution: `ops.sinkhorn`. Bad values raise if `bad_values_raise`, else they make their
+    problem NaN."""
     if bad_values_raise(problem.cost.device):
         check_problems(*problem[:3])
     else:
@@ -189,10 +192,10 @@ def checked_sinkhorn(kernels, problem: Sinkhorn, wanted: list[bool]):
 
 
 def sinkhorn(kernels, problem: Sinkhorn, wanted: bool) -> tuple[Solution, tuple[Tensor, ...]]:
-    """A backend's solution, and the gradients with respect to cost, a and b: of shape [0] if not wanted."""
+    """A backend's solution, and the gradients with respect to cost, a and b (of shape [0] if not wanted)."""
     if wanted and problem.gradient == "unrolled":
-        found = kernels.sinkhorn(problem, True)
-        return Solution(*found[:5]), found[5:]
+        results = kernels.sinkhorn(problem, True)
+        return Solution(*results[:5]), results[5:]
     solution = Solution(*kernels.sinkhorn(problem, False)[:5])
     if not wanted:
         return solution, tuple(problem.cost.new_empty(0) for _ in range(3))
@@ -210,10 +213,10 @@ class Floats(NamedTuple):
 
 
 def sinkhorn_kd(kernels, problem: SinkhornKD, wanted: list[bool]):
-    """Losses [clouds] and what `sinkhorn_kd_gradient` needs.
+    """Losses [clouds] and the tensors that `sinkhorn_kd_gradient` needs.
 
-    That is the gradient of the costs [clouds, n, n], its products with the costs' moments [clouds, n], and the rows'
-    floats [4, clouds, n].
+    These are the gradient of the costs [clouds, n, n], the sums of its products with the costs' moments [clouds, n],
+    and the rows' floats [4, clouds, n].
     """
     clouds, wanted = problem.clouds, any(wanted)
     row_mass, shape = clouds.row_mass, clouds.row_mass.shape
@@ -232,13 +235,13 @@ def sinkhorn_kd(kernels, problem: SinkhornKD, wanted: list[bool]):
     if not wanted:
         return solution.value, pairs.new_empty(0), pairs.new_empty(0), floats
     dot = (grad_costs * moments).sum(2)
-    if clouds.cost == "l2":  # whose derivative is the difference over the cost
+    if clouds.cost == "l2":  # its derivative is the difference divided by the cost
         grad_costs = torch.where(pairs == 0, 0, grad_costs / pairs)
     return solution.value, grad_costs, dot, floats
 
 
 def sinkhorn_kd_gradient(kernels, problem: SinkhornKD, grad_costs: Tensor, dot: Tensor, floats: Tensor):
-    """The gradient of student logits: (p / T) (g - sum p g), g = sum_j grad_costs_ij d C_ij / d p_i."""
+    """The gradient of the student's logits: (p / T) (g - sum p g), g = sum_j grad_costs_ij d C_ij / d p_i."""
     clouds = problem.clouds
     if clouds.cost in PAIRWISE:
         return kernels.pairwise_gradient(clouds, floats, grad_costs, dot)
@@ -246,9 +249,9 @@ def sinkhorn_kd_gradient(kernels, problem: SinkhornKD, grad_costs: Tensor, dot: 
 
 
 def _probabilities(clouds: Clouds, floats: Floats, budget: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(columns, the student's and the teacher's probabilities in them), 0 in rows that are dropped.
+    """(columns, the student's and the teacher's probabilities in these columns), 0 in dropped rows.
 
-    Four tensors of a chunk's columns are within the budget.
+    Four tensors of a chunk's columns fit the budget.
     """
     row_mass = clouds.row_mass
 
@@ -266,9 +269,9 @@ def _probabilities(clouds: Clouds, floats: Floats, budget: int) -> Iterator[tupl
 
 
 def product_costs(clouds: Clouds, floats: Floats, budget: int):
-    """Costs out of products of probabilities, and their moments sum_v p_iv d C_ij / d p_iv.
+    """Costs from products of probabilities, and their moments sum_v p_iv d C_ij / d p_iv.
 
-    "dot": 1 - <p, q>. "sqeuclidean": |p - q|^2 = |p|^2 + |q|^2 - 2 <p, q>, right to the rounding of its terms, which
+    "dot": 1 - <p, q>. "sqeuclidean": |p - q|^2 = |p|^2 + |q|^2 - 2 <p, q>, exact up to the rounding of its terms, which
     are at most 1.
     """
     row_mass, (count, n) = clouds.row_mass, clouds.row_mass.shape

@@ -1,8 +1,8 @@
 """Sparse teachers: validates and sorts the caller's entries into the form that the kernels take.
 
-Entries are sorted by class, without duplicates, so that a kernel can walk them alongside the logits. All of this works
-on [rows, K], which is small against the logits, and waits for no device. A bad value raises on a CPU and makes its row
-NaN on a GPU.
+Entries are sorted by class, without duplicates, so that a kernel can walk them alongside the logits. All of this code
+works on [rows, K], which is small compared to the logits, and waits for no device. A bad value raises on a CPU and
+makes its row NaN on a GPU.
 """
 
 import math
@@ -16,7 +16,7 @@ from ..divergences import CATALOGUE
 from .options import RowOptions
 from .rows import ROW_STATISTICS
 
-# How far from 1 a teacher's mass may be for its rounding.
+# How far from 1 rounding may move a teacher's mass.
 _MASS_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -34,7 +34,7 @@ class Entries(NamedTuple):
     """The entries as the kernels take them: csrc/calls/topk.h."""
 
     indices: Tensor  # [rows, K] int32, ascending; an index of vocab_size or more is no entry
-    log_probs: Tensor  # [rows, K] in the compute dtype, -inf where there is no entry
+    log_probs: Tensor  # [rows, K] in the compute dtype, -inf for an absent entry
     tail_log_prob: Tensor  # [rows]
 
     def of(self, chunk) -> "Entries":
@@ -57,9 +57,9 @@ class TopkRows(NamedTuple):
 def entries_of(
     teacher: Sparse, options: RowOptions, vocab_size: int, checked: bool, sort=None
 ) -> tuple[Entries, Tensor]:
-    """The entries, and the row scale. A row whose values have no loss raises if `checked`, else its scale is NaN.
+    """The entries and the row scale. A row with invalid values raises if `checked`; otherwise its scale becomes NaN.
 
-    `sort` is a kernel that does the work of `sorted_entries`, or None.
+    `sort` is a kernel that replaces `sorted_entries`, or None.
     """
     dtype, kept = options.row_scale.dtype, options.row_scale != 0
     indices, log_probs, outside, repeated = (sort or sorted_entries)(
@@ -94,8 +94,8 @@ def entries_of(
 def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
     """Sorts each row by class: indices [rows, K] int32, log-probabilities, and two bool tensors [rows].
 
-    The first says whether a row has an index past the vocabulary, the second whether an index stands in it twice. An
-    absent entry has the index `vocab_size`. A row whose row_scale is 0 has no entries.
+    The first bool says whether a row has an index past the vocabulary, the second whether the row repeats an index. An
+    absent entry has the index `vocab_size`. A row with row_scale 0 has no entries.
     """
     given = log_probs.to(row_scale.dtype)
     absent = (indices < 0) | torch.isneginf(given) | (row_scale == 0)[:, None]
@@ -121,14 +121,15 @@ def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> t
 
 
 def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all: Tensor) -> tuple[Tensor, Tensor]:
-    """The tail's log-probability [rows], and the rows whose mass is not 1. `names_all`: rows that name every class."""
+    """The tail's log-probability [rows], and the rows whose mass is not 1. `names_all`: the rows that name every
+    class."""
     tolerance = _MASS_TOLERANCE[teacher.log_probs.dtype]
     wide = log_probs.double()
     largest, at = wide.max(-1, keepdim=True)
     others = wide.exp().scatter(-1, at, 0).sum(-1)
     left = -torch.expm1(largest[:, 0]) - others
     if teacher.tail_log_prob is None:
-        # The rest may be no more than the rounding of the log-probabilities. A clamp would hide a NaN: none here.
+        # A rest within the rounding of the log-probabilities counts as 0. A clamp would hide a NaN, so where() is used.
         units = 2 * torch.finfo(teacher.log_probs.dtype).eps
         rounding = units * torch.where(torch.isneginf(wide), 0, wide.exp() * wide.abs()).sum(-1)
         tail_log_prob = torch.where((left < rounding) | names_all, 0, left).log().to(log_probs.dtype)
@@ -152,8 +153,8 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
             there = indices[(indices >= 0) & ~torch.isneginf(log_probs)]
             values, counts = there.unique(return_counts=True)
             raise ValueError(
-                f"indices: expected each class once a row for tail={teacher.tail!r}; got "
-                f"{int(values[counts.argmax()])} twice in row {row}; tail='truncate' adds entries that repeat"
+                f"indices: expected each class once in a row for tail={teacher.tail!r}; got "
+                f"{int(values[counts.argmax()])} twice in row {row}; tail='truncate' adds up repeated entries"
             )
         if name == "temperature":
             got = options.temperature.expand_as(options.row_scale)[row].item()
@@ -170,7 +171,7 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
 
 
 def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor) -> Tensor:
-    """[rows]: the divergence's value less the row's sum of phi, for a teacher of mass M."""
+    """[rows]: the divergence's value minus the row's sum of phi, for a teacher of mass M."""
     return CATALOGUE[divergence].slack(parameters[0]) * torch.expm1(log_probs.logsumexp(-1))
 
 
@@ -196,22 +197,23 @@ def sampled(
 ) -> tuple[Tensor, Tensor]:
     """Classes [n, exact + samples] int32, each once, and the logarithms of their targets.
 
-    The `exact` most probable classes have their probabilities, the rest is drawn: `teachers.sampled_log_probs`.
+    The `exact` most probable classes have their probabilities; the others are drawn:
+    `teachers.extract.sampled_log_probs`.
     """
     log_probs = torch.log_softmax(logits / temperature, -1)
-    certain, of_certain = log_probs.topk(exact, dim=-1)
-    others = logits.scatter(-1, of_certain, -torch.inf)
-    nothing = torch.isneginf(others).all(-1, keepdim=True)  # no class is left to draw
+    certain, certain_classes = log_probs.topk(exact, dim=-1)
+    others = logits.scatter(-1, certain_classes, -torch.inf)
+    nothing = torch.isneginf(others).all(-1, keepdim=True)  # no class remains to be drawn
     log_proposal = torch.log_softmax(torch.where(nothing, 0, others) / proposal_temperature, -1)
     broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
-    # In fp64, since the sampler sums over all classes. It refuses NaN, so a broken row gets ones.
+    # In fp64, since multinomial sums over all classes. multinomial refuses NaN, so a broken row gets ones.
     proposal = torch.where(broken, 1.0, log_proposal.double().exp())
     drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator)
     targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
     targets = torch.cat([certain, torch.where(nothing, -torch.inf, targets)], -1)
     targets = torch.where(broken, torch.nan, targets)
 
-    classes, indices = logits.shape[1], torch.cat([of_certain, drawn], -1)
+    classes, indices = logits.shape[1], torch.cat([certain_classes, drawn], -1)
     indices, order = torch.where(torch.isneginf(targets), classes, indices).sort(-1)
     indices, targets = _merged(indices, targets.gather(-1, order), classes, add=True)
     return torch.where(indices < classes, indices, -1).to(torch.int32), targets
@@ -220,10 +222,10 @@ def sampled(
 def fill_uniform(entries: Entries, temperature: Tensor, vocab_size: int, out: Tensor) -> None:
     """out[:, :vocab_size] = the log-probabilities of all classes, times the temperature: logits of the teacher.
 
-    `out` has one column more, which takes the absent entries.
+    `out` has one extra column, which takes the absent entries.
     """
     count = (entries.indices < vocab_size).sum(-1)
-    # Where no other class is left, the tail's mass is rounding.
+    # If the entries name every class, the tail's mass is only rounding, and no class gets it.
     shared = entries.tail_log_prob - (vocab_size - count).to(entries.tail_log_prob.dtype).log()
     others = torch.where(count < vocab_size, shared, -torch.inf)
     out.copy_((others * temperature)[:, None].expand_as(out))

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation: sorts rows for the kernels, and compares the k largest probabilities alone."""
+"""Universal Logit Distillation: sorts rows for the kernels, and compares only the k largest probabilities for topk."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .options import RowOptions, bad_values_raise, check_values, per_row, rows_of, scaled_rows, slices
 
-_CACHE_BYTES = 2 << 20  # of a buffer that stays in a CPU's cache from one operation to the next
+_CACHE_BYTES = 2 << 20  # a buffer of this size stays in a CPU's cache from one operation to the next
 
 
 class Uld(NamedTuple):
@@ -18,7 +18,7 @@ class Uld(NamedTuple):
     teacher: Tensor  # [outer, inner, columns]
     row_scale: Tensor  # [rows]; 0 skips the row
     temperature: Tensor  # [rows] or [1]
-    k: int | None  # ranks that are compared; None: all
+    k: int | None  # the number of compared ranks; None: all
     student_vocab_size: int
     teacher_vocab_size: int
     chunk_budget: int  # bytes
@@ -31,23 +31,23 @@ class Uld(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """Rows in descending order, contiguous; torch.sort has NaN first."""
+    """Rows in descending order, contiguous; torch.sort puts NaN first."""
 
     rows: slice
     student: Tensor  # [n, student_vocab_size]
-    indices: Tensor | None  # int64, the class of each rank; with a gradient
+    indices: Tensor | None  # int64, the class of each rank; None without a gradient
     teacher: Tensor  # [n, teacher_vocab_size]
 
 
 def ranked_chunks(problem: Uld, gradient: bool) -> Iterator[Ranked]:
-    """Sorts all rows, a chunk within the budget at a time.
+    """Sorts all rows, one chunk within the budget at a time.
 
-    The logits themselves are sorted: softmax keeps their order, and a radix sort makes half as many passes over 16-bit
+    It sorts the logits themselves: softmax keeps their order, and a radix sort makes half as many passes over 16-bit
     keys as over fp32 probabilities.
     """
     student, teacher = problem.student, problem.teacher
     rows = student.shape[0] * student.shape[1]
-    # Sorted values and indices, and the sums of signs; the sort takes as much again.
+    # Sorted values and indices, and the sums of signs; the sort takes the same memory again for values and indices.
     row_bytes = problem.student_vocab_size * (2 * (student.element_size() + 8) + 4)
     row_bytes += problem.teacher_vocab_size * 2 * (teacher.element_size() + 8)
     for chunk in slices(rows, row_bytes, problem.chunk_budget):
@@ -73,7 +73,7 @@ def uld(kernels, problem: Uld, wanted: list[bool]):
 
 
 def _uld_topk(kernels, problem: Uld, wanted: bool):
-    """The same of the k largest probabilities of each side, which are exact, of whole vocabularies.
+    """`uld` for the k largest probabilities of each side; these are exact, from the softmax over the whole vocabulary.
 
     The classes past the k largest count as equal on both sides. So l_k = sum over k ranks |p - q| is off by at most
     the mass that both sides have past them. The gradient is p (s [class among the k] - sum p s) / temperature, for
@@ -82,7 +82,7 @@ def _uld_topk(kernels, problem: Uld, wanted: bool):
     student, row_scale, temperature, k = problem.student, problem.row_scale, problem.temperature, problem.k
 
     def ranked(logits, vocab_size):
-        # Where one side alone is fp64, the other is widened to it.
+        # If only one side is fp64, the other is widened to fp64.
         wide = logits.to(row_scale.dtype) if row_scale.dtype == torch.float64 else logits
         return kernels.topk(wide, row_scale, temperature, min(k, vocab_size), vocab_size)
 
@@ -102,9 +102,9 @@ def _uld_topk(kernels, problem: Uld, wanted: bool):
     p, sign = p[:, :ranks], mean_of_runs(sign[:, :ranks], rank_log_probs)
     slope = row_scale / temperature
     signed_mass = (p * sign).sum(-1)
-    # A row of NaN has no classes; signed_mass makes its gradient NaN.
+    # A NaN row has no classes; signed_mass makes its gradient NaN.
     rank_gradient = torch.where(classes >= 0, slope[:, None] * p * sign, 0)
-    # The log of the softmax's denominator, from the largest class.
+    # The log of the softmax's denominator, from the class with the largest logit.
     largest = _at(student, classes[:, 0].clamp(min=0).long()).to(row_scale.dtype)
     log_sum = largest / temperature - rank_log_probs[:, 0]
     gradient = _topk_gradient(kernels, problem, log_sum, slope * signed_mass, classes, rank_gradient)
@@ -140,7 +140,7 @@ def _at(logits: Tensor, column: Tensor) -> Tensor:
 
 
 def mean_of_runs(x: Tensor, keys: Tensor) -> Tensor:
-    """Replaces each element of x [rows, n] by the mean over the neighbours whose keys equal its own."""
+    """Replaces each element of x [rows, n] by the mean over its run: neighbours with equal keys."""
     run = torch.nn.functional.pad(keys[:, 1:] != keys[:, :-1], (1, 0)).cumsum(-1)
     total = torch.zeros_like(x).scatter_add(-1, run, x)
     number = torch.zeros_like(x).scatter_add(-1, run, torch.ones_like(x))

@@ -1,1 +1,1 @@
-"""The public losses, a file a family."""
+"""The public losses, one file per family."""

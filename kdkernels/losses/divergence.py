@@ -1,4 +1,4 @@
-"""The public functions: what a training loop calls."""
+"""The losses between two distributions over one vocabulary: `fused_divergence`, `fused_kl`, `fused_js`."""
 
 import torch
 from torch import Tensor
@@ -36,91 +36,96 @@ def fused_divergence(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor | LossOutput:
-    """A divergence between softmax(teacher / T) and softmax(student / T), row by row, with its gradient.
+    """A divergence between softmax(teacher / T) and softmax(student / T) for each row, with its gradient.
 
-    With p the teacher's and q the student's distribution of a row, D(p, q) the divergence, y the label, T the
+    Let p be the teacher's and q the student's distribution of a row, D(p, q) the divergence, y the label, T the
     temperature, lambda the hard weight and w the row weight::
 
         row loss = w * ((1 - lambda) * D(p, q) * (T**2 if temperature_squared else 1)
                         + lambda * -log softmax(student)[y])
 
-    "mean" is the sum of the row losses over the number of kept rows (or `normalizer`). Rows that are not kept are
-    neither read nor counted, and may hold anything. Without kept rows: 0, with zero gradients.
+    "mean" is the sum of the row losses over the number of kept rows (or over `normalizer`). The loss neither reads nor
+    counts the other rows, which may hold anything. Without kept rows the loss is 0, with zero gradients.
 
     Args:
-        student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Leading dimensions are free, and the last has
-            stride 1; slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient. Or a
-            `LinearLogits`, whose hidden states, weight and bias get theirs, and whose logits are never stored.
+        student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Any leading dimensions; the last dimension has
+            stride 1. Slices such as ``logits[:, :-1]`` need no copy. Gets the gradient. Or a `LinearLogits`: its hidden
+            states, weight and bias get gradients, and its logits are never stored.
         teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Or a
             `SparseLogProbs` of that leading shape: the top k of a teacher, or samples. Must not require grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
             alpha) or a `Divergence` with its parameter.
-        temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, not the label term's.
+        temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, but not the logits of the
+            label term.
         temperature_squared: multiplies the divergence by T**2, which keeps the gradient's scale as T grows
-            (Hinton et al. 2015). False: the divergence as it is, whose gradient shrinks as 1/T.
-        mask: bool, leading shape; False rows are dropped.
-        row_weight: real, leading shape; multiplies a row's loss and does not change the count. A row of weight 0 is
-            skipped as a masked one is, and is counted.
-        labels: int64, leading shape, already shifted by the caller (`next_token_labels`). Rows labelled
-            `ignore_index` are dropped, also when hard_weight is 0.
-        ignore_index: the label of rows to drop.
+            (Hinton et al. 2015). False: the divergence as it is; its gradient shrinks as 1/T.
+        mask: bool, leading shape; the loss drops rows that are False.
+        row_weight: real, leading shape; multiplies a row's loss and does not change the count. The loss skips a row of
+            weight 0 like a masked row, but counts it.
+        labels: int64, leading shape; the caller shifts them (`next_token_labels`). The loss drops rows labelled
+            `ignore_index`, even if hard_weight is 0.
+        ignore_index: the label of dropped rows.
         hard_weight: lambda in [0, 1], a number, a 0-d tensor or one per row; needs labels.
-        reduction: "mean", "sum" or "none" (row losses in the leading shape, 0 where dropped).
+        reduction: "mean", "sum" or "none" (row losses in the leading shape, 0 for dropped rows).
         normalizer: with "mean" only, replaces the count of kept rows: a number or a tensor of one element, of any
-            shape, dtype and device. "mean" is otherwise local to this call and rank. Pass the number of tokens of the
-            global batch for gradient accumulation and data parallelism (transformers' ``num_items_in_batch``; NeMo-RL's
-            global valid tokens); use reduction="sum" where the trainer divides (Megatron); for a mean of sequence
-            means pass ``row_weight = 1 / length`` of the row's sequence and ``normalizer = sequences``. The value in
-            a tensor is not checked.
-        vocab_size: classes that count; columns past it are padding in either tensor, and the widths may differ. Their
-            gradient is 0. Widths that differ without it raise.
-        statistics: names of row statistics wanted from the same sweeps, detached, in the leading shape, 0 on dropped
-            rows: divergence (D alone), cross_entropy (of the label, at temperature 1), tv, student_entropy,
-            teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
-            teacher_label_log_prob, student_lse, teacher_lse (of logits / T) in the loss's dtype (but the
-            cross-entropy all at temperature T), and student_top1, teacher_top1 (int64, the first of equals). With a
-            `SparseLogProbs` the student's are of all classes; tv and teacher_entropy are of what is compared (in
-            "bucket" the entries and one class more); teacher_top1 and teacher_max_log_prob of the entries;
-            teacher_label_log_prob is the tail's, as a whole, where no entry is the label; teacher_lse is the log of the
-            teacher's mass. "uniform" has those of the whole teacher that it stands for.
-        gradient: "forward" finds the gradient in the call that finds the loss, and keeps one tensor of the student's
-            shape; "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward"
-            for reduction="none" and for fp16 students (whose small gradients would be lost before a loss scaler
-            sees them), else "forward". Without grad no gradient is found. "forward" rounds to the
-            student's dtype a second time where the loss is multiplied by something before backward. With a
-            `LinearLogits` "forward" finds all gradients then; "backward" keeps the inputs and does the products again,
-            which reduction="none" needs for a student's head.
-        chunk_rows: of `LinearLogits`: how many rows' logits are made at a time. None: as many as `chunk_budget` holds.
-        compact_rows: of `LinearLogits`: whether dropped rows are left out of the products. On a GPU that takes a
-            synchronisation to count them. None: on a CPU.
-        logits_dtype: of `LinearLogits`: torch.float32 makes fp32 logits of 16-bit hidden states and weights. None: the
-            dtype of the factors, to which logits are rounded as a model's own are. Rounding logits is most of the
-            gradient's error then; fp32 costs twice the memory a row, and on a CPU several times the time.
+            shape, dtype and device. Without it, "mean" is local to this call and rank. Pass the number of tokens of the
+            global batch for gradient accumulation (transformers' ``num_items_in_batch``; NeMo-RL's global valid
+            tokens). If data parallelism averages gradients over W ranks (DDP, FSDP), divide that number by W, unless
+            the trainer multiplies the loss by W (as transformers does for ``compute_loss_func``). Use reduction="sum"
+            if the trainer divides (Megatron). For a mean of sequence means pass ``row_weight = 1 / length`` of the
+            row's sequence and ``normalizer = sequences``. The value in a tensor is not checked.
+        vocab_size: the number of classes that count. Columns past it are padding in either tensor, and have gradient 0.
+            The two widths may differ with vocab_size; without it, different widths raise.
+        statistics: names of row statistics, computed by the same sweeps: detached, in the leading shape, 0 for dropped
+            rows. In the loss's dtype: divergence (D alone), cross_entropy (of the label, at temperature 1), tv,
+            student_entropy, teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
+            teacher_label_log_prob, student_lse, teacher_lse (log-sum-exp of logits / T). All but cross_entropy are at
+            temperature T. In int64: student_top1, teacher_top1 (the smallest index among equals). With a
+            `SparseLogProbs`, the student's statistics cover all classes. tv and teacher_entropy cover the compared
+            distributions (under "bucket" the entries and one more class). teacher_top1 and teacher_max_log_prob cover
+            the entries. teacher_label_log_prob is the tail's whole log-probability if no entry is the label.
+            teacher_lse is the log of the teacher's mass. "uniform" has the statistics of the whole teacher that it
+            represents.
+        gradient: "forward" computes the gradient together with the loss, and keeps one tensor of the student's shape;
+            "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward" for
+            reduction="none" and for fp16 students (whose small gradients would become 0 before a loss scaler sees
+            them), else "forward". A call without grad computes no gradient. "forward" rounds the gradient to the
+            student's dtype a second time if a factor multiplies the loss before backward. With a `LinearLogits`,
+            "forward" computes all gradients together with the loss; "backward" keeps the inputs and repeats the
+            products, which reduction="none" needs for a student's head.
+        chunk_rows: for `LinearLogits`: the number of rows whose logits exist at a time. None: as many as `chunk_budget`
+            holds.
+        compact_rows: for `LinearLogits`: whether the products leave out dropped rows. On a GPU that takes a
+            synchronisation to count the rows. None: True on a CPU, else False.
+        logits_dtype: for `LinearLogits`: torch.float32 makes fp32 logits from 16-bit hidden states and weights. None:
+            the dtype of the factors, to which a model rounds its own logits too. Rounding the logits then causes most
+            of the gradient's error; fp32 costs twice the memory per row, and on a CPU several times the time.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
             PyTorch, twice differentiable).
 
     Returns:
-        The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
-        student's dtype (of a head's parts each its own); between logits and gradient all arithmetic is fp32 (fp64). In
-        fp32 the loss of a row is right to 1e-6 of itself and 4 units in the last place of its log-sum-exp. alpha
-        magnifies that: near 0 and 1 its terms are divided by alpha (alpha - 1), and outside (0, 1) they are
-        exponentials of the log-ratio, which also overflow where fp64 does not.
+        The loss in fp32 (fp64 if a side is fp64), or a `LossOutput` if `statistics` names any. The gradient has the
+        student's dtype (for a head, the dtype of each tensor); between logits and gradient all arithmetic is fp32
+        (fp64). In fp32, the error of a row's loss is at most 1e-6 of the loss plus 4 units in the last place of its
+        log-sum-exp. alpha magnifies that error: near 0 and 1, alpha (alpha - 1) divides its terms; outside (0, 1), the
+        terms are exponentials of the log-ratio, which also overflow in fp32 before they do in fp64.
 
-    Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
-    Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
-    reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. Where only the student is
-    -inf and the teacher has mass, kl and mixed_kl (weight > 0) are +inf with the finite gradient of their formula, and
-    alpha > 1 is +inf with a NaN gradient. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN, no
-    other's. A divergence of weight 0, at hard_weight = 1, is dropped by the kernels whatever it is.
+    Infinite logits: -inf is probability 0, and 0 log 0 = 0. A class that is -inf on both sides contributes nothing. A
+    class that is -inf for the teacher only: kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
+    reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. A class that is -inf for
+    the student only, with teacher mass: kl and mixed_kl (weight > 0) are +inf with the finite gradient of their
+    formula, and alpha > 1 is +inf with a NaN gradient. NaN, +inf, or a row of -inf alone make that row's loss and
+    gradient NaN, and no other row's. The kernels drop a divergence of weight 0 (hard_weight = 1), whatever its value
+    is.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of
-            range, temperatures <= 0 and hard weights outside [0, 1] in a tensor, and entries of a `SparseLogProbs` that
-            do not fit, raise on a CPU; on a GPU they make their row NaN, unless `kdkernels.checks(True)` asks for the
-            synchronisation.
-        RuntimeError: when the backend that was asked for cannot serve the call, with the reason; in backward, for
-            second derivatives outside backend="reference"; under torch.func's transforms likewise, and under
-            forward-mode AD everywhere.
+        TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. Labels
+            out of range, temperatures <= 0 and hard weights outside [0, 1] in a tensor, and bad entries of a
+            `SparseLogProbs`, raise on a CPU. On a GPU such a value makes its row NaN, unless `kdkernels.checks(True)`
+            asks for the synchronisation.
+        RuntimeError: if the requested backend cannot serve the call, with the reason; in backward, for second
+            derivatives outside backend="reference"; under torch.func's transforms outside backend="reference"; under
+            forward-mode AD with every backend.
 
     Sources of the divergences: `kdkernels.divergences.CATALOGUE`.
     """
@@ -152,8 +157,8 @@ def fused_divergence(
         problem = ChunkedRows(*_sources(student, teacher, chunking, rows.row_scale.dtype), *loss_terms, chunking)
     if gradient == "forward" and reduction == "none" and isinstance(student, LinearLogits):
         raise ValueError(
-            "gradient='forward' finds one gradient of the weight, which reduction='none' would scale row by row; "
-            "expected gradient='backward' or 'auto'"
+            "gradient='forward' computes one gradient of the weight, but reduction='none' needs to scale it for each "
+            "row; expected gradient='backward' or 'auto'"
         )
     mode = options.gradient_mode(gradient, reduction, dtype)
     loss, row_statistics, top1 = run(family, problem, backend, mode, reduce=reduction != "none")
@@ -171,7 +176,7 @@ def fused_kl(
     """KL(p‖q) = Σ p log(p/q), p = softmax(teacher / T), q = softmax(student / T): Hinton's distillation loss.
 
     The gradient with respect to the student's logits is (q − p) / T (times T**2 with temperature_squared=True).
-    Row options, shapes, what is returned and raised: `fused_divergence`. Source: arXiv:1503.02531.
+    `fused_divergence` documents the row options, shapes, returned values and errors. Source: arXiv:1503.02531.
     """
     return fused_divergence(student, teacher, "kl", **row_options)
 
@@ -185,17 +190,18 @@ def fused_js(
 ) -> Tensor | LossOutput:
     """Generalised Jensen-Shannon divergence β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv:2306.13649, Eq. 1).
 
-    p is the teacher's and q the student's distribution. 0 < beta < 1: at 0 and 1 the divergence vanishes, so they
-    raise; `Divergence.gkd(beta)` has kl and reverse_kl there. Row options, shapes, what is returned and raised:
-    `fused_divergence`.
+    p is the teacher's and q the student's distribution. 0 < beta < 1: at 0 and 1 the divergence is 0 everywhere, so
+    these values raise; `Divergence.gkd(beta)` gives kl and reverse_kl there. `fused_divergence` documents the row
+    options, shapes, returned values and errors.
     """
     return fused_divergence(student, teacher, Divergence("js", beta=beta), **row_options)
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Shifts token ids [..., T] so that row t is labelled with token t + 1; the last row gets `ignore_index`.
+    """Shifts token ids [..., T] so that row t has token t + 1 as its label; the last row gets `ignore_index`.
 
-    With these, logits [..., T, V] are taken whole: no slice of the logits, and no copy in its backward.
+    With these labels a loss takes logits [..., T, V] whole: no slice of the logits, and no copy in backward.
+    Raises TypeError or ValueError unless labels are an int64 tensor [..., T].
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels: expected a tensor; got {type(labels).__name__}")

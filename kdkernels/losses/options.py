@@ -1,7 +1,8 @@
 """The row options: checks the caller's arguments and turns them into the few tensors that every kernel takes.
 
 Mask, labels, row weights, reduction and normalizer fold into one row_scale, on the device and without synchronisation.
-Nothing here reads a tensor's values. The operators read them on a CPU, where that costs no synchronisation.
+This module reads no tensor's values (a 0-d temperature, epsilon or tolerance on a CPU excepted). The operators read
+values on a CPU, where that costs no synchronisation.
 """
 
 from dataclasses import dataclass
@@ -24,16 +25,28 @@ NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_pro
 
 @dataclass(frozen=True, eq=False)
 class LossOutput:
-    """A loss and the row statistics that were asked for, by name; each has the logits' leading shape."""
+    """A loss, and the requested row statistics by name; each statistic has the logits' leading shape."""
 
     loss: Tensor
     statistics: dict[str, Tensor]
 
 
+def check_is_tensor(name: str, x):
+    """Raises unless a side is a tensor, for a loss that takes neither a `LinearLogits` nor a `SparseLogProbs`."""
+    if isinstance(x, Tensor):
+        return
+    kind = type(x).__name__
+    hint = ""
+    if isinstance(x, (LinearLogits, SparseLogProbs)):
+        hint = f"; fused_divergence, fused_kl and fused_js take a {kind}"
+        hint += " as the teacher" if isinstance(x, SparseLogProbs) else ""
+    raise TypeError(f"{name}: expected a tensor of logits; got {kind}{hint}")
+
+
 def check_logits(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, vocab_size: int | None
 ) -> int:
-    """Raises on a student or teacher that no backend takes; returns the number of classes that count."""
+    """Raises for a student or teacher that no backend takes; returns the number of classes that count."""
     if isinstance(student, SparseLogProbs):
         raise TypeError("student: expected a tensor of logits or a LinearLogits; a SparseLogProbs is a teacher")
     sides = {"student": student} if isinstance(teacher, SparseLogProbs) else {"student": student, "teacher": teacher}
@@ -45,7 +58,7 @@ def check_logits(
     check_pair(student, teacher)
     vocab_size = check_vocab_size(vocab_size, {name: x.shape[-1] for name, x in sides.items()})
     sparse = isinstance(teacher, SparseLogProbs)
-    if sparse and teacher.tail != "truncate" and teacher.shape[-1] > vocab_size:  # where none may be there twice
+    if sparse and teacher.tail != "truncate" and teacher.shape[-1] > vocab_size:  # only "truncate" takes repeats
         raise ValueError(
             f"teacher: expected at most {vocab_size} entries a row, the vocabulary; got {teacher.shape[-1]}"
         )
@@ -53,7 +66,7 @@ def check_logits(
 
 
 def check_pair(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs):
-    """Raises where they are not of the same rows, or the teacher wants a gradient."""
+    """Raises if student and teacher have different leading shapes or devices, or if the teacher requires grad."""
     if student.shape[:-1] != teacher.shape[:-1]:
         raise ValueError(
             "student and teacher must agree in all dimensions but the last; "
@@ -72,9 +85,9 @@ def check_vocab_size(vocab_size: int | None, widths: dict[str, int]) -> int:
     first, *others = widths.values()
     if vocab_size is None:
         if any(width != first for width in others):
-            (one, its), (other, others_width) = widths.items()
+            (name, width), (other, other_width) = widths.items()
             raise ValueError(
-                f"{one} has {its} classes and {other} {others_width}; if the rest is padding, "
+                f"{name} has {width} classes and {other} {other_width}; if the rest is padding, "
                 "pass vocab_size=<classes that both have>"
             )
         vocab_size = first
@@ -112,11 +125,11 @@ def check_stored_or_head(name: str, x: Tensor | LinearLogits):
 
 
 def check_tail(divergence: Divergence, teacher: SparseLogProbs):
-    """Raises where a divergence is infinite whatever the student is."""
+    """Raises if the divergence is infinite for every student, since the tail gives some classes no teacher mass."""
     if divergence.is_infinite_without_mass and teacher.tail in ("renormalize", "truncate"):
         raise ValueError(
-            f"{divergence} is infinite where the teacher has no mass, which tail={teacher.tail!r} gives the "
-            "classes that are not named; 'bucket', 'support' and 'uniform' take every divergence"
+            f"{divergence} is infinite for a teacher without mass in some class; tail={teacher.tail!r} gives no mass "
+            "to classes that the teacher does not name; 'bucket', 'support' and 'uniform' take every divergence"
         )
 
 
@@ -129,11 +142,11 @@ class HeadOptions(NamedTuple):
 
 
 def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
-    """How the logits of the sides, by their names in the call, are made; None if no side is a head."""
+    """How the loss makes the logits of the sides, given by their names in the call; None if no side is a head."""
     heads = {name: x for name, x in sides.items() if isinstance(x, LinearLogits)}
     for name, value in given._asdict().items():
         if value is not None and not heads:
-            raise ValueError(f"{name}: expected None without a LinearLogits, whose option it is; got {value}")
+            raise ValueError(f"{name}: expected None without a LinearLogits, which alone has this option; got {value}")
     if not heads:
         return None
     if given.chunk_rows is not None:
@@ -158,12 +171,12 @@ def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
 
 
 def whole_rows() -> Chunking:
-    """How rows of stored logits go in chunks."""
+    """The chunking of stored logits."""
     return Chunking(None, None, 0, current_budget(), False)
 
 
 def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:
-    """The tensors of a side, a sharded weight gathered; the data as it came, [..., columns]."""
+    """The tensors of a side. Gathers a sharded weight; the data keeps its shape [..., columns]."""
     if isinstance(x, Tensor):
         return LogitsSource(x, None, None, 1.0, None)
     dtype = product_dtype(x.hidden.dtype, chunking.autocast_dtype)
@@ -172,8 +185,9 @@ def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:
 
 
 def gradient_mode(gradient: str, reduction: str, dtype: torch.dtype) -> str:
-    """ "auto" is "backward" for losses row by row, whose kept gradient one more product would round, and for fp16, in
-    which a small gradient would be lost before a loss scaler sees it; else "forward"."""
+    """The mode for `gradient`. "auto" is "backward" for losses per row, since scaling a kept gradient rounds it once
+    more, and for fp16, in which a small gradient would become 0 before a loss scaler sees it; else "forward".
+    """
     if gradient != "auto":
         return gradient
     return "backward" if reduction == "none" or dtype == torch.float16 else "forward"
@@ -185,7 +199,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]):
 
 
 def check_type(name: str, value, expected: type):
-    """Raises unless the value has the type; a traced int is an int, and a bool is none."""
+    """Raises unless the value has the type. A traced int is an int; a bool is no int."""
     known = (int, torch.SymInt) if expected is int else expected
     if not isinstance(value, known) or (expected is int and isinstance(value, bool)):
         raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
@@ -209,12 +223,12 @@ def check_statistics(statistics: tuple[str, ...], labels: Tensor | None, known: 
 
 
 def as_outer_inner(*logits: Tensor) -> list[Tensor]:
-    """Logits [..., V] of one leading shape as [outer, inner, V]: views where the leading dimensions collapse to two,
-    else copies."""
+    """Logits [..., V] of one leading shape as [outer, inner, V]: views if the leading dimensions collapse to two, else
+    copies."""
     leading = logits[0].shape[:-1]
     if len(leading) == 1:
         return [x[:, None] for x in logits]
-    # Where to cut the leading dimensions in two, so that as few tensors as possible need a copy.
+    # Cuts the leading dimensions in two so that as few tensors as possible need a copy.
     cut, fewest = 1, 3
     for candidate in range(1, max(len(leading), 2)):
         copies = sum(not (_collapses(x, 0, candidate) and _collapses(x, candidate, len(leading))) for x in logits)
@@ -249,7 +263,7 @@ def resolve(
     given: GivenRowOptions,
     dtype: torch.dtype | None = None,
 ) -> RowOptions:
-    """The options of each row. `dtype`: of their numbers, if more than student and teacher decide it."""
+    """The options of each row. `dtype` is the dtype of the per-row numbers; None: student and teacher decide it."""
     leading, device = student.shape[:-1], student.device
     dtype = dtype or compute_dtype(student, teacher)
     check_reduction(given.reduction)
@@ -292,8 +306,8 @@ def resolve(
 def check_reduction(reduction: str):
     if reduction == "batchmean":
         raise ValueError(
-            "reduction: expected 'mean', 'sum' or 'none'; got 'batchmean', whose batch the shape does not tell; "
-            "'mean' divides by the number of kept rows, and normalizer replaces that number"
+            "reduction: expected 'mean', 'sum' or 'none'; got 'batchmean', but the shape does not say how large the "
+            "batch is; 'mean' divides by the number of kept rows, and normalizer replaces that number"
         )
     check_choice("reduction", reduction, REDUCTIONS)
 
@@ -328,7 +342,7 @@ def _normalizer(normalizer, device, dtype):
     _check_number("normalizer", normalizer)
     if not 0 <= normalizer < float("inf"):
         raise ValueError(f"normalizer: expected finite and not negative; got {normalizer}")
-    # Division by a tensor: a normalizer of 0 is 0 rows, all of which row_scale sets to 0.
+    # A normalizer of 0 means 0 kept rows. row_scale sets all rows to 0 then, whatever the division by 0 gives.
     return torch.ones((), dtype=dtype, device=device) * normalizer
 
 
@@ -353,7 +367,7 @@ def number(value: float, device, dtype) -> Tensor:
 
 
 def positive_number(name: str, value: float | Tensor, device, dtype) -> Tensor:
-    """A number or a 0-d tensor, as [1]; of a tensor on a CPU the value is checked too."""
+    """A number or a 0-d tensor, as [1]. Also checks the value of a tensor on a CPU."""
     if not isinstance(value, Tensor):
         _check_positive(name, value, dtype)
         return number(value, device, dtype)
@@ -367,14 +381,16 @@ def positive_number(name: str, value: float | Tensor, device, dtype) -> Tensor:
 
 
 def _check_positive(name: str, value, dtype: torch.dtype):
-    """A number that is not 0 in the dtype either."""
+    """Raises unless the number is positive, also after rounding to the dtype."""
     check_temperature(name, value)
     if value < torch.finfo(dtype).tiny:
-        raise ValueError(f"{name}: expected at least {torch.finfo(dtype).tiny}, the least of {dtype}; got {value}")
+        raise ValueError(
+            f"{name}: expected at least {torch.finfo(dtype).tiny}, the smallest normal {dtype}; got {value}"
+        )
 
 
 def check_temperature(name: str, value):
-    """Of a number, not of a tensor."""
+    """Raises unless the temperature is a positive, finite number; a tensor is refused."""
     if isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a number; got {_shown(value)}")
     _check_number(name, value)
@@ -408,7 +424,7 @@ def _check_real(name: str, x: Tensor):
 
 
 def _to_device(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """To the device and dtype, without waiting if the target is a GPU."""
+    """Moves the tensor to the device and dtype, without waiting if the target is a GPU."""
     return x.to(device=device, dtype=dtype, non_blocking=device.type != "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Optimal transport: Sinkhorn's iterations for batches of problems, its divergence, and SinKD of clouds of logits."""
+"""Optimal transport: Sinkhorn's iterations for batches of problems, the Sinkhorn divergence, and SinKD."""
 
 from dataclasses import dataclass
 
@@ -18,17 +18,17 @@ VALUES = ("transport", "entropic")
 
 @dataclass(frozen=True, eq=False)
 class SinkhornOutput:
-    """What `fused_sinkhorn` found, in the problems' leading shape; all but the value is detached.
+    """The result of `fused_sinkhorn`, in the problems' leading shape. Everything but the value is detached.
 
     Attributes:
         value: [...], differentiable.
         f: [..., n] and
         g: [..., m], the potentials of the entropic problem, in units of the cost. Only f_i + g_j is determined.
-        error: [...], sum_i |sum_j P_ij - a_i| / sum a: how far the rows' sums are from their masses. The columns',
-            which are scaled last, are right but for rounding.
+        error: [...], sum_i |sum_j P_ij - a_i| / sum a: the distance of the row sums from their masses. Each round
+            scales the columns last, so the column sums are right but for rounding.
         iterations: [...] int32, the rounds done.
-        converged: [...] bool, whether the error is at the tolerance or below. None where no tolerance was given.
-        plan: [..., n, m], where it was asked for.
+        converged: [...] bool, whether the error is at most the tolerance. None without a tolerance.
+        plan: [..., n, m] if the call asked for it, else None.
     """
 
     value: Tensor
@@ -55,12 +55,12 @@ def fused_sinkhorn(
 ) -> SinkhornOutput:
     """Entropic optimal transport of many problems at once, by Sinkhorn's iterations, with gradients of cost and masses.
 
-    Of masses a and b and costs C, the plan that minimises <P, C> + epsilon KL(P | a (x) b) over plans with these
-    marginals, KL(P | a (x) b) = sum P log(P / (a b)) - P + a b, is
+    For masses a and b and costs C, the plan minimises <P, C> + epsilon KL(P | a (x) b) over plans with these marginals,
+    where KL(P | a (x) b) = sum P log(P / (a b)) - P + a b. It is
 
         P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)
 
-    From g = 0, in each of the iterations, rows first, with log-sum-exps relative to the masses,
+    Starting from g = 0, each iteration updates rows first, with log-sum-exps weighted by the masses:
 
         f_i = -epsilon log sum_j b_j exp((g_j - C_ij) / epsilon)
         g_j = -epsilon log sum_i a_i exp((f_i - C_ij) / epsilon)
@@ -68,41 +68,42 @@ def fused_sinkhorn(
     Args:
         cost: C [..., n, m], fp32, bf16, fp16 or fp64; leading dimensions are problems. inf forbids a pair.
         a: [..., n], masses that are not negative; the leading shape broadcasts. None: 1 / n each.
-        b: [..., m], of the same sum as a (to 1e-4 of it: normalise in fp32, not in 16 bits). None: 1 / m each.
+        b: [..., m], with the same sum as a (to 1e-4 of the sum: normalise in fp32, not in 16 bits). None: 1 / m each.
         epsilon: > 0, a number or a 0-d tensor, in the unit of the cost.
-        iterations: rounds, at least 1: so many, or with a tolerance at most so many.
-        tolerance: ends a problem's rounds when its error is at it or below. What was reached is in the result: `error`,
-            `converged`.
-        value: "transport" is <P, C>; "entropic" the regularised minimum <P, C> + epsilon KL(P | a (x) b), as its dual
-            <a, f> + <b, g> - epsilon (sum P - sum a sum b), which is never above it.
-        gradient: what the derivatives with respect to cost, a and b are of.
-            "implicit": of the value at convergence, by the implicit function theorem at the plan found: the right one
-            where the rounds have converged. Of "entropic" it is that of "envelope".
-            "unrolled": of the value as these rounds found it, however few, exactly.
-            "envelope": of the entropic value with the plan held fixed, whichever value is returned: P, f and g.
-            Derivatives with respect to a and b are meant for changes that keep the sums equal: a constant in them (one
-            for each block of points that no finite cost joins to others) is not determined.
-        plan: whether the result has P, which is not kept otherwise.
+        iterations: the number of rounds, at least 1; with a tolerance, the largest number of rounds.
+        tolerance: a problem stops when its error is at most the tolerance. `error` and `converged` in the result say
+            how far each problem got.
+        value: "transport" is <P, C>; "entropic" the regularised minimum <P, C> + epsilon KL(P | a (x) b), computed as
+            its dual <a, f> + <b, g> - epsilon (sum P - sum a sum b), which is never above the minimum.
+        gradient: chooses the derivatives with respect to cost, a and b.
+            "implicit": the derivatives of the value at convergence, by the implicit function theorem at the plan that
+            the rounds reached. They are right if the rounds have converged. For "entropic" they equal "envelope".
+            "unrolled": the exact derivatives of the value that these rounds give, however few they are.
+            "envelope": the derivatives of the entropic value with the plan held fixed, for both values: P, f and g.
+            Derivatives with respect to a and b apply to changes that keep the sums equal: they are determined up to a
+            constant (one constant for each block of points that finite costs connect).
+        plan: whether the result has P. Otherwise P is not stored.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++; at most 2,048 points a side), "triton" (at most 1,024),
             "reference" (PyTorch, in the log domain).
 
     Returns:
-        SinkhornOutput. All numbers fp32, fp64 where cost is fp64; gradients have the dtype of what they are of.
+        SinkhornOutput. All numbers are fp32, or fp64 if cost is fp64. Each gradient has the dtype of its tensor.
 
-    Rounding in fp32: exponents have that of (max C - min C) / epsilon, and "entropic" that of terms of size epsilon.
+    Rounding in fp32: exponents carry the rounding of (max C - min C) / epsilon, and "entropic" carries the rounding of
+    terms of size epsilon.
 
-    A point without mass has no part in sums, a potential all the same, and a finite gradient. A point with mass that no
-    finite cost joins to mass on the other side makes its problem NaN.
+    A point without mass contributes to no sum, but has a potential and a finite gradient. A point with mass makes its
+    problem NaN if no finite cost connects it to mass on the other side.
 
     Raises:
-        TypeError, ValueError: for what does not fit. NaN and -inf in cost, negative masses and sums that differ raise
-            on a CPU; on a GPU they make their problem NaN, unless `kdkernels.checks(True)`.
-        RuntimeError: where the backend cannot serve the call, with the reason, and for second derivatives outside of
-            backend="reference" (gradient="unrolled").
+        TypeError, ValueError: for arguments that do not fit. NaN and -inf in cost, negative masses and unequal sums
+            raise on a CPU; on a GPU they make their problem NaN, unless `kdkernels.checks(True)` is set.
+        RuntimeError: if the backend cannot serve the call, with the reason; in backward, for second derivatives outside
+            backend="reference" with gradient="unrolled".
 
-    The masses and KL are those of GeomLoss and OTT-JAX, whose regularised values "entropic" gives; POT's value of its
-    regularisation "KL" too, where its "entropy" has sum P log P in place of KL. Source: arXiv:1306.0895; the unrolled
-    and implicit derivatives follow from the formulas above.
+    The masses and KL are those of GeomLoss and OTT-JAX, and "entropic" gives their regularised values. It also gives
+    POT's value for its regularisation "KL"; POT's "entropy" has sum P log P in place of KL. Source: arXiv:1306.0895;
+    the unrolled and implicit derivatives follow from the formulas above.
     """
     _check_cost("cost", cost)
     options.check_choice("value", value, VALUES)
@@ -112,29 +113,31 @@ def fused_sinkhorn(
     dtype, device = compute_dtype(cost, cost), cost.device
     leading, (n, m) = cost.shape[:-2], cost.shape[-2:]
     epsilon = options.positive_number("epsilon", epsilon, device, dtype)
-    # Of a tolerance there is a tensor also where there is none, so that a number in its place compiles nothing anew.
+    # The tolerance is a tensor even if none is given, so that giving one later does not recompile.
     limit = torch.zeros(1, dtype=dtype, device=device)
     if tolerance is not None:
         limit = options.positive_number("tolerance", tolerance, device, dtype)
     a, b = (_masses(name, x, leading, size, device, dtype) for name, x, size in (("a", a, n), ("b", b, m)))
     backend = backends.select(backend, cost, cost, max(n, m))
     problems = cost.to(dtype).reshape(-1, n, m).contiguous()
-    # Costs that have much in common would cancel. Without the common part P stays the same, f shrinks by it, and the
-    # value by it times the mass (whose derivative is a constant that b's have no part in).
+    # A large common part of the costs would cancel digits, so it is subtracted. P stays the same, f shrinks by the
+    # common part, and the value by the common part times the mass. That product has no derivative here: its derivative
+    # with respect to b is one constant, which the derivatives of b leave undetermined.
     common = problems.detach().where(torch.isfinite(problems.detach()), torch.inf).amin((1, 2))
     common = torch.where(torch.isfinite(common), common, 0)
     problems = problems - common[:, None, None]
     problem = Sinkhorn(
         problems, a, b, epsilon, limit, iterations, value == "entropic", gradient, current_budget()
     )  # fmt: skip
-    found = Solution(*run(SINKHORN, problem, backend, "forward"))
+    solution = Solution(*run(SINKHORN, problem, backend, "forward"))
     with torch.no_grad():
-        whole = transport.plan_of(problems, a, b, found.f, found.g, epsilon).view(cost.shape) if plan else None
-        f = found.f + common[:, None]
+        plans = transport.plan_of(problems, a, b, solution.f, solution.g, epsilon).view(cost.shape) if plan else None
+        f = solution.f + common[:, None]
+    converged = None if tolerance is None else (solution.error <= limit).view(leading)
     return SinkhornOutput(
-        (found.value + common * b.detach().sum(1)).view(leading),
-        f.view(*leading, n), found.g.view(*leading, m), found.error.view(leading),
-        found.iterations.view(leading), None if tolerance is None else (found.error <= limit).view(leading), whole,
+        (solution.value + common * b.detach().sum(1)).view(leading),
+        f.view(*leading, n), solution.g.view(*leading, m), solution.error.view(leading),
+        solution.iterations.view(leading), converged, plans,
     )  # fmt: skip
 
 
@@ -153,21 +156,24 @@ def fused_sinkhorn_divergence(
 ) -> Tensor:
     """The debiased Sinkhorn divergence W(x, y) - W(x, x) / 2 - W(y, y) / 2 of entropic values W.
 
-    It is 0 between equal clouds, where W is not, and positive otherwise, where exp(-C / epsilon) is a positive definite
-    kernel: of Euclidean distances, squared or not, and of L1; not of any matrix of costs. Where x is trained, pass
-    cost_xy = C(x, y) and cost_xx = C(x, x) with their graph.
+    It is 0 between equal clouds, where W is not 0. It is positive between other clouds if exp(-C / epsilon) is a
+    positive definite kernel. Euclidean distances, squared or not, and L1 distances give such kernels; an arbitrary cost
+    matrix may not. To train x, pass cost_xy = C(x, y) and cost_xx = C(x, x) with their graph.
 
     Args:
-        cost_xy: [..., n, m], cost_xx: [..., n, n], cost_yy: [..., m, m], of one leading shape.
+        cost_xy: [..., n, m], cost_xx: [..., n, n], cost_yy: [..., m, m], with one leading shape.
         a, b: masses of x [..., n] and y [..., m].
-        epsilon, iterations, tolerance, gradient, backend: as in `fused_sinkhorn`, of each of the three problems.
+        epsilon, iterations, tolerance, gradient, backend: as in `fused_sinkhorn`, for each of the three problems.
 
     Returns:
-        [...], fp32 or fp64. With a tolerance a problem that does not reach it makes its divergence NaN: half of a
-        difference of values that are not there yet may have any sign. `fused_sinkhorn` says how far each is.
+        [...], fp32 or fp64. With a tolerance, a problem that does not reach it makes its divergence NaN: half a
+        difference of values that have not converged may have any sign. `fused_sinkhorn` gives the error of each
+        problem.
 
     Raises:
-        as `fused_sinkhorn`. Source: arXiv:1810.08278.
+        TypeError, ValueError, RuntimeError: as `fused_sinkhorn`.
+
+    Source: arXiv:1810.08278.
     """
     for name, x in (("cost_xy", cost_xy), ("cost_xx", cost_xx), ("cost_yy", cost_yy)):
         _check_cost(name, x)
@@ -179,11 +185,11 @@ def fused_sinkhorn_divergence(
         )
 
     def entropic(cost, a, b):
-        found = fused_sinkhorn(
+        out = fused_sinkhorn(
             cost, a, b, epsilon=epsilon, iterations=iterations, tolerance=tolerance, value="entropic",
             gradient=gradient, backend=backend,
         )  # fmt: skip
-        return found.value if tolerance is None else torch.where(found.converged, found.value, torch.nan)
+        return out.value if tolerance is None else torch.where(out.converged, out.value, torch.nan)
 
     return entropic(cost_xy, a, b) - 0.5 * entropic(cost_xx, a, a) - 0.5 * entropic(cost_yy, b, b)
 
@@ -204,47 +210,51 @@ def fused_sinkhorn_kd(
 ) -> Tensor:
     """SinKD: the cost of transporting a batch's student distributions to its teacher distributions.
 
-    The rows of one batch are a cloud. With p_i = softmax(student_i / T), q_j = softmax(teacher_j / T) and C_ij a cost
-    between them, the rounds of `fused_sinkhorn` with a mass of 1 a row (not 1 / B) find a plan P, and
+    The rows of one batch form a cloud. Let p_i = softmax(student_i / T), q_j = softmax(teacher_j / T), and C_ij a cost
+    between them. The rounds of `fused_sinkhorn`, with a mass of 1 per row (not 1 / B), give a plan P, and
 
         loss of the cloud = sum_ij P_ij C_ij
 
-    It compares every student row with every teacher row: a plan whose mass is on the diagonal sends each row to its
-    own. The costs are found in one sweep over the logits after that of their log-sum-exps, and the gradient in another;
-    no [B, B, V] differences are stored. A student that equals its teacher has neither loss 0 nor gradient 0: that is
-    the entropic bias, which `fused_sinkhorn_divergence` takes away.
+    The loss compares every student row with every teacher row: a plan with all its mass on the diagonal sends each row
+    to its own teacher row. One sweep over the logits computes their log-sum-exps, a second sweep the costs, and a third
+    the gradient; no [B, B, V] differences are stored. No factor of T multiplies the loss, so its gradient shrinks as T
+    grows. A student that equals its teacher has neither loss 0 nor gradient 0: that is the entropic bias, which
+    `fused_sinkhorn_divergence` removes.
 
     Args:
-        student: logits [..., B, V], fp32, bf16, fp16 or fp64. Leading dimensions are clouds of their own. Gets the
-            gradient.
-        teacher: logits [..., B, V]; the dtype may differ. Must not require grad.
-        temperature: T > 0, a number or a 0-d tensor.
+        student: logits [..., B, V], fp32, bf16, fp16 or fp64. Leading dimensions are separate clouds. Gets the
+            gradient. A `LinearLogits` is refused.
+        teacher: logits [..., B, V]; the dtype may differ. Must not require grad. A `LinearLogits` or a `SparseLogProbs`
+            is refused.
+        temperature: T > 0, a number or a 0-d tensor. Divides both sides' logits.
         epsilon: > 0, a number or a 0-d tensor, in the unit of the cost.
-        iterations: rounds, rows first, at least 1.
+        iterations: the number of rounds, at least 1; rows first.
         cost: "l1": sum_v |p_v - q_v| (SinKD's; at most 2). "l2": sqrt(sum_v (p_v - q_v)^2). "sqeuclidean":
             sum_v (p_v - q_v)^2. "dot": 1 - sum_v p_v q_v.
-        gradient: "unrolled" is exact for these rounds, and what autograd finds in SinKD's own code. "implicit" is of
-            the converged plan. "envelope" holds the plan fixed. As in `fused_sinkhorn`.
-        mask: bool [..., B]; rows that are False are no part of the cloud, on both sides, and may hold anything.
+        gradient: "unrolled" is exact for these rounds; autograd computes it in SinKD's own code. "implicit"
+            differentiates the converged plan. "envelope" holds the plan fixed. As in `fused_sinkhorn`.
+        mask: bool [..., B]; rows that are False belong to no cloud, on both sides, and may hold anything.
         reduction: "sum" of the clouds' losses; "mean" over the clouds that have a row; "none": [...].
-        vocab_size: classes that count; columns past it are padding in either tensor, with gradient 0.
+        vocab_size: the number of classes that count. Columns past it are padding in either tensor, with gradient 0.
         backend: as in `fused_divergence`.
 
     Returns:
-        The loss in fp32 (fp64 when a side is fp64). The gradient has the student's dtype. A cloud without rows has loss
-        0 and gradient 0. A NaN, or a row of -inf alone, makes its cloud NaN.
+        The loss in fp32 (fp64 if a side is fp64). The gradient has the student's dtype. A cloud without rows has loss 0
+        and gradient 0. A NaN, or a row of -inf alone, makes its cloud NaN.
 
-    Memory beside the gradient: [B, B] a cloud. Backward reads the logits again, so neither may change before it.
+    Memory besides the gradient: [B, B] per cloud. Backward reads the logits again, so neither side may change before
+    it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_divergence`.
 
     Source: arXiv:2402.17110; mass, rounds and "unrolled" are those of its code.
     """
+    sides = {"student": student, "teacher": teacher}
+    for name, x in sides.items():
+        options.check_is_tensor(name, x)
     vocab_size = options.check_logits(student, teacher, vocab_size)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
+    for name, x in sides.items():
         if x.dim() < 2:
             raise ValueError(f"{name}: expected logits of shape [..., B, vocabulary]; got {list(x.shape)}")
     options.check_choice("cost", cost, transport.COSTS)
@@ -262,8 +272,8 @@ def fused_sinkhorn_kd(
     row_mass = torch.ones(leading.numel(), rows, dtype=dtype, device=device)
     if mask is not None:
         row_mass = torch.where(mask.reshape(row_mass.shape), row_mass, 0)
-    sides = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
-    clouds = Clouds(*sides, row_mass, temperature, cost, vocab_size)
+    views = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
+    clouds = Clouds(*views, row_mass, temperature, cost, vocab_size)
     (loss,) = run(
         SINKHORN_KD, SinkhornKD(clouds, epsilon, iterations, gradient, current_budget()), backend, "backward"
     )  # fmt: skip
@@ -282,12 +292,12 @@ def _check_cost(name: str, cost: Tensor):
 
 
 def _masses(name: str, x: Tensor | None, leading, size: int, device, dtype) -> Tensor:
-    """[problems, size], contiguous, in the compute dtype."""
+    """The masses as [problems, size], contiguous, in the compute dtype."""
     if x is None:
         return torch.full((leading.numel(), size), 1 / size, dtype=dtype, device=device)
     options.check_dense(name, x)
     if x.device != device:
-        raise ValueError(f"{name}: expected on {device}, as the cost; got {x.device}")
+        raise ValueError(f"{name}: expected on the cost's device {device}; got {x.device}")
     expected = (*leading, size)
     fits = 0 < x.dim() <= len(expected) and x.shape[-1] == size
     if not fits or any(mine not in (1, its) for mine, its in zip(x.shape[::-1], expected[::-1], strict=False)):

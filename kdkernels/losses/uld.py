@@ -1,4 +1,4 @@
-"""Universal Logit Distillation: a loss between vocabularies of different size."""
+"""Universal Logit Distillation: a loss between vocabularies of different sizes."""
 
 import torch
 from torch import Tensor
@@ -37,54 +37,59 @@ def fused_uld(
 ) -> Tensor | LossOutput:
     """Universal Logit Distillation: the distance between the sorted probabilities of two vocabularies.
 
-    With p = softmax(student / T) and q = softmax(teacher / T) of a row, both sorted in descending order and padded with
-    zeros to the larger vocabulary, p_k and q_k the k-th largest::
+    Let p = softmax(student / T) and q = softmax(teacher / T) of a row, both sorted in descending order and padded with
+    zeros to the larger vocabulary, and p_k and q_k the k-th largest::
 
         ULD = sum over k of |p_k - q_k|                                    from 0 to 2
         row loss = w * ((1 - lambda) * ULD * (T**2 if temperature_squared else 1)
                         + lambda * -log softmax(student)[y])
 
-    which is the Wasserstein distance of the two where every class is as far from every other: no class of one
-    vocabulary needs a counterpart in the other. The gradient with respect to a logit, s its class's sign::
+    ULD is the Wasserstein distance between the two if any two classes are equally far apart: no class of one vocabulary
+    needs a counterpart in the other. The gradient with respect to a logit, with s the sign of its class::
 
         p_v / T * (s_v - sum over w of p_w s_w),     s_v = sign(p_k - q_k) of the rank k of class v, sign(0) = 0
 
-    Ties: classes with equal logits share some ranks, and each takes the mean of these ranks' signs. That is a
-    subgradient, and does not depend on the order among equals: a permutation of the classes permutes the gradient.
+    Ties: classes with equal logits share some ranks, and each class gets the mean of these ranks' signs. That is a
+    subgradient, and does not depend on the order of equal logits: a permutation of the classes permutes the gradient.
+
+    With hard_weight, the label term is a second loss with a gradient of its own: two gradients of the logits' size are
+    kept until autograd adds them. `fused_divergence` makes one gradient of both terms.
 
     Args:
-        student: logits [..., Vs], fp32, bf16, fp16 or fp64. Leading dimensions are free, and the last has stride 1;
-            slices such as ``logits[:, :-1]`` are taken without a copy. Gets the gradient.
-        teacher: logits [..., Vt] of the same leading shape; the dtype may differ. Must not require grad. Where the
-            tokenizers cut a text differently, it is the caller who decides which position of the teacher stands beside
-            which of the student.
+        student: logits [..., Vs], fp32, bf16, fp16 or fp64. Any leading dimensions; the last dimension has stride 1.
+            Slices such as ``logits[:, :-1]`` need no copy. Gets the gradient. A `LinearLogits` is refused.
+        teacher: logits [..., Vt] of the same leading shape; the dtype may differ. Must not require grad. A
+            `LinearLogits` or a `SparseLogProbs` is refused. If the tokenizers split a text differently, the caller
+            decides which positions of teacher and student belong together.
         temperature, temperature_squared, mask, row_weight, reduction, normalizer: as in `fused_divergence`.
-        labels, ignore_index, hard_weight: as there; labels are classes of the student, and lambda's term is the
-            student's cross-entropy at temperature 1.
-        student_vocab_size, teacher_vocab_size: classes of each side that count; columns past them are padding, whose
-            gradient is 0. None: all.
-        topk: K, from 1 to the larger vocabulary: only the K largest probabilities of each side are compared. They are
-            exact, of the softmax over the whole vocabulary. ULD without the other ranks is off by at most what both
-            sides have there, which the statistic "error_bound" says; the gradient is that of the K ranks' sum (s = 0 in
-            other classes; of equal logits at the boundary those of the smaller index are among the K). None: all ranks.
-        statistics: names out of "divergence" (ULD, or that of K ranks) and "error_bound" (0 without topk): detached, in
-            the leading shape, in the loss's dtype; 0 on rows that are dropped or have no weight (row_weight or
-            1 - lambda 0).
-        gradient: as in `fused_divergence`: "forward" keeps the gradient that it finds with the loss, "backward" keeps
-            the inputs and compares them again.
+        labels, ignore_index, hard_weight: as in `fused_divergence`; labels are classes of the student, and lambda's
+            term is the student's cross-entropy at temperature 1.
+        student_vocab_size, teacher_vocab_size: the number of classes of each side that count. Columns past them are
+            padding, with gradient 0. None: all.
+        topk: K, from 1 to the larger vocabulary: compares only the K largest probabilities of each side. These are
+            exact: the softmax covers the whole vocabulary. The error from leaving out the other ranks is at most the
+                mass that
+            both sides have there, which the statistic "error_bound" gives. The gradient is that of the K ranks' sum: s
+            = 0 for other classes. Among equal logits at the boundary, the smaller indices belong to the K. None: all
+            ranks.
+        statistics: any of "divergence" (ULD, or the sum over K ranks) and "error_bound" (0 without topk): detached, in
+            the leading shape, in the loss's dtype; 0 for rows that are dropped or have no weight (row_weight or
+            1 - lambda is 0).
+        gradient: as in `fused_divergence`: "forward" computes the gradient together with the loss and keeps it,
+            "backward" keeps the inputs and compares them again.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
             PyTorch, twice differentiable).
 
-    Memory beside the gradient: on a CPU, for each thread, 25 bytes (fp64: 49) a class of the larger vocabulary and
-    1.3 MB (1.6); on a GPU what sorts some rows at a time within `kdkernels.chunk_budget`.
+    Memory besides the gradient: on a CPU, for each thread, 25 bytes (fp64: 49) per class of the larger vocabulary plus
+    1.3 MB (1.6); on a GPU, the sort of some rows at a time, within `kdkernels.chunk_budget`.
 
     Returns:
-        The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
-        student's dtype; between logits and gradient all arithmetic is fp32 (fp64), where a sign that the rounding of p
-        and q decides may be either.
+        The loss in fp32 (fp64 if a side is fp64), or a `LossOutput` if `statistics` names any. The gradient has the
+        student's dtype; between logits and gradient all arithmetic is fp32 (fp64). If p and q agree up to rounding,
+        their sign may be either.
 
-    Infinite logits: -inf is probability 0. NaN, +inf, and a row of -inf alone, on either side, make that row's loss and
-    gradient NaN, no other's.
+    Infinite logits: -inf is probability 0. NaN, +inf, or a row of -inf alone, on either side, make that row's loss and
+    gradient NaN, and no other row's.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_divergence`.
@@ -107,7 +112,7 @@ def fused_uld(
 
     views = options.as_outer_inner(student, teacher)
     problem = Uld(*views, _row_scale_of_uld(rows), rows.temperature, topk, *sizes, current_budget())
-    row_loss, *found = run(ULD, problem, backend, mode)
+    row_loss, *detached = run(ULD, problem, backend, mode)
     if rows.hard_weight is not None:
         row_loss = row_loss + run(ROWS, _label_term(views[0], rows, sizes[0]), backend, mode)[0]
 
@@ -115,16 +120,15 @@ def fused_uld(
     loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
     if not statistics:
         return loss
-    values = dict(zip(STATISTICS, found, strict=True))
+    values = dict(zip(STATISTICS, detached, strict=True))
     return LossOutput(loss, {name: values[name].reshape(leading) for name in statistics})
 
 
 def _check_logits(student, teacher, student_vocab_size, teacher_vocab_size) -> tuple[int, int]:
-    """Raises on what no backend takes; returns the numbers of classes that count."""
+    """Raises for logits that no backend takes; returns the number of classes of each side that count."""
     sizes = []
     for name, x, size in (("student", student, student_vocab_size), ("teacher", teacher, teacher_vocab_size)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor of logits; got {type(x).__name__}")
+        options.check_is_tensor(name, x)
         options.check_stored_or_head(name, x)
         size = x.shape[-1] if size is None else size
         options.check_type(f"{name}_vocab_size", size, int)
@@ -140,17 +144,17 @@ def _row_scale_of_uld(rows: RowOptions) -> Tensor:
     factor = 1 if rows.hard_weight is None else 1 - rows.hard_weight
     if rows.temperature_squared:
         factor = factor * rows.temperature**2
-    # Options of a row that is dropped may be anything.
+    # A dropped row may have any options.
     return torch.where(rows.row_scale == 0, 0, rows.row_scale * factor)
 
 
 def _label_term(student: Tensor, rows: RowOptions, vocab_size: int) -> Rows:
-    """lambda times the cross-entropy at temperature 1: rows whose divergence has weight 0, and is dropped."""
+    """lambda times the cross-entropy at temperature 1: rows with hard weight 1, so that the divergence has weight 0."""
     dtype = compute_dtype(student, student)
     in_range = (rows.hard_weight >= 0) & (rows.hard_weight <= 1)
     row_scale = torch.where(rows.row_scale == 0, 0, rows.row_scale * rows.hard_weight).to(dtype)
     ones = torch.ones(1, dtype=dtype, device=student.device)
-    # A weight outside [0, 1] stays as it is: it raises in the operator, or makes its row NaN.
+    # A weight outside [0, 1] stays unchanged: the operator raises for it, or makes its row NaN.
     hard_weight = torch.where(in_range, 1, rows.hard_weight).to(dtype)
     label_options = RowOptions(row_scale, ones, labels=rows.labels, hard_weight=hard_weight)
     return Rows(student, student.detach(), label_options, "kl", ones, vocab_size, False)

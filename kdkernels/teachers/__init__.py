@@ -1,1 +1,1 @@
-"""Where sparse teachers come from."""
+"""Sources of sparse teachers: the top k or samples of logits, and inference servers."""

@@ -1,4 +1,4 @@
-"""Sparse teachers out of whole ones: the top k, or samples, of logits."""
+"""Makes sparse teachers from logits: the top k, or samples."""
 
 import torch
 from torch import Tensor
@@ -23,29 +23,31 @@ def topk_log_probs(
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> SparseLogProbs:
-    """The k most probable classes of each row, and the probability of all others: what a cache of a teacher keeps.
+    """The k most probable classes of each row, and the probability of all others: the entries that a cache of a teacher
+    keeps.
 
-    log_probs = log_softmax(logits / temperature) of those k, in descending order (the smaller index first among
-    equals), and tail_log_prob the log-sum-exp of the others': found as that, so that it is exact where 1 - sum rounds
-    to 0. A row is gone through twice, the second time out of a cache where it fits one, and nothing of the logits' size
-    is made: of a `LinearLogits` the logits of some rows at a time. Has no gradient.
+    log_probs = log_softmax(logits / temperature) of the k classes, in descending order (the smaller index first among
+    equals). tail_log_prob is the log-sum-exp of the other classes' log-probabilities, computed over those classes, so
+    it is exact even if 1 - sum rounds to 0. The kernel reads a row twice, the second time from a cache if the row fits
+    one. No temporary has the logits' size: for a `LinearLogits` the logits of a few rows exist at a time. The result
+    has no gradient.
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64, or a `LinearLogits`.
         k: from 1 to the number of classes.
-        temperature: a number > 0; becomes the source_temperature.
-        mask: bool, leading shape; False rows are not read, and are padding (index -1, log-probability -inf, tail 0).
-            Their loss is 0; pass it the mask too, so that its mean does not count them.
-        vocab_size: classes that count; columns past it are padding.
-        chunk_rows, compact_rows, logits_dtype: of `LinearLogits`, as in `fused_divergence`.
+        temperature: a number > 0. Divides the logits, and becomes the result's source_temperature.
+        mask: bool, leading shape. Rows that are False are not read and become padding (index -1, log-probability -inf,
+            tail 0), with loss 0. Pass the mask to the loss too, so that its mean does not count these rows.
+        vocab_size: the number of classes that count; columns past it are padding.
+        chunk_rows, compact_rows, logits_dtype: for `LinearLogits`, as in `fused_divergence`.
         backend: as in `fused_divergence`.
 
     Returns:
-        SparseLogProbs of tail "bucket" with indices int32, log_probs and tail_log_prob fp32 (fp64 of fp64). A class of
-        probability 0 is padding. A row with a NaN is NaN throughout.
+        SparseLogProbs of tail "bucket" with int32 indices; log_probs and tail_log_prob are fp32 (fp64 for fp64 logits).
+        A class of probability 0 becomes padding. A row with a NaN is NaN throughout.
 
     Raises:
-        TypeError, ValueError: for what does not fit. RuntimeError: where the backend cannot serve the call.
+        TypeError, ValueError: for arguments that do not fit. RuntimeError: if the backend cannot serve the call.
     """
     vocab_size, rows, source, chunking = _checked(
         logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
@@ -84,34 +86,35 @@ def sampled_log_probs(
 ) -> SparseLogProbs:
     """An unbiased sparse teacher: samples of each row, weighted by their importance (Sparse Logit Sampling).
 
-    Of p = softmax(logits / temperature) and the proposal g = softmax(logits / proposal_temperature), n classes are
-    drawn from g with replacement; class c, drawn n_c times, has the target n_c / n * p_c / g_c, whose expectation is
-    p_c. The gradient of kl under the "truncate" tail, M q - t with M the sum of t, is then unbiased too: its
-    expectation is the gradient of the whole teacher. The other divergences are no linear functions of the teacher, and
-    samples bias them. At equal temperatures the targets are counts over samples and M is 1. Memory beside what is
-    returned is within `kdkernels.chunk_budget`. Has no gradient.
+    Let p = softmax(logits / temperature), and let the proposal be g = softmax(logits / proposal_temperature). The call
+    draws n classes from g with replacement. Class c, drawn n_c times, gets the target n_c / n * p_c / g_c, whose
+    expectation is p_c. Under the "truncate" tail the gradient of kl is M q - t, with M the sum of t; its expectation is
+    the gradient of the whole teacher, so it is unbiased too. The other divergences are not linear in the teacher, so
+    samples bias them. At equal temperatures the targets are counts divided by n, and M is 1. Memory besides the result
+    stays within `kdkernels.chunk_budget`. The result has no gradient.
 
-    With `exact`, so many of the most probable classes have the target p_c, and g is of the others alone: as unbiased,
-    and of less variance, since only the tail is drawn. At equal temperatures what was drawn shares the tail's mass.
+    With `exact`, that many of the most probable classes get the target p_c, and g covers only the other classes. The
+    teacher is still unbiased, and has less variance, since only the tail is drawn. At equal temperatures the drawn
+    classes share the tail's mass.
 
     Args:
         logits: [..., V] fp32, bf16, fp16 or fp64, or a `LinearLogits`.
         samples: n, from 1.
         exact: from 0 to the number of classes.
-        temperature, proposal_temperature: numbers > 0. The loss's temperature must be the former.
-        generator: of the logits' device.
-        mask: bool, leading shape; False rows are not read, and are padding.
-        vocab_size: classes that count.
-        chunk_rows, compact_rows, logits_dtype: of `LinearLogits`, as in `fused_divergence`, but compact_rows=None is
-            False: the draws of a row then do not depend on the mask.
-        backend: as in `fused_divergence`: it makes the logits of a `LinearLogits`; torch draws the samples.
+        temperature, proposal_temperature: numbers > 0. The loss needs `temperature` as its own temperature.
+        generator: a torch.Generator on the logits' device.
+        mask: bool, leading shape. Rows that are False are not read and become padding.
+        vocab_size: the number of classes that count.
+        chunk_rows, compact_rows, logits_dtype: for `LinearLogits`, as in `fused_divergence`, but compact_rows=None
+            means False: the draws of a row then do not depend on the mask.
+        backend: as in `fused_divergence`. The backend makes the logits of a `LinearLogits`; torch draws the samples.
 
     Returns:
-        SparseLogProbs of tail "truncate": indices int32 [..., exact + n], each class once, in ascending order, with
-        padding after them, and log_probs fp32 (fp64 of fp64). The entries of a row with a NaN are NaN.
+        SparseLogProbs of tail "truncate". Indices are int32 [..., exact + n], each class once, in ascending order,
+        followed by padding. log_probs are fp32 (fp64 for fp64 logits). The entries of a row with a NaN are NaN.
 
     Raises:
-        TypeError, ValueError: for what does not fit.
+        TypeError, ValueError: for arguments that do not fit. RuntimeError: if the backend cannot serve the call.
 
     Source: arXiv:2503.16870.
     """
@@ -128,8 +131,8 @@ def sampled_log_probs(
         chunking = chunking._replace(compact_rows=False)
     kernels = backends.kernels(backends.select(backend, logits, logits))
     entries = exact + samples
-    # In a chunk, beside its logits: both distributions, and the sampler's in fp64; the classes and targets of the
-    # entries, before and after they are sorted and merged.
+    # A chunk holds, besides its logits: both distributions, and the proposal in fp64 for the sampler; the classes and
+    # targets of the entries, before and after sorting and merging.
     row_bytes = vocab_size * (3 * dtype.itemsize + 2 * 8) + entries * 8 * (8 + dtype.itemsize)
     indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
     log_probs = torch.full((row_scale.shape[0], entries), -torch.inf, dtype=dtype, device=logits.device)
@@ -137,8 +140,8 @@ def sampled_log_probs(
         for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, row_bytes):
             kept = (row_scale[chunk] != 0)[:, None]
             x = torch.where(kept, x.flatten(0, 1)[:, :vocab_size].to(dtype), 0)
-            found, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
-            indices[chunk] = torch.where(kept, found, -1)
+            classes, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
+            indices[chunk] = torch.where(kept, classes, -1)
             log_probs[chunk] = torch.where(kept, targets, -torch.inf)
     return SparseLogProbs(
         indices.view(*leading, entries),

@@ -1,13 +1,14 @@
-"""What an inference server returns of a prompt that it scored, as the teacher of a loss.
+"""Teachers from inference servers: turns the log-probabilities of a scored prompt into the teacher of a loss.
 
-vLLM and SGLang score a sequence that is sent as a prompt (the answer included): for each token they return its
-log-probability and those of the k most probable tokens in its place. Two things go wrong between that and a loss.
-The server's row i describes token i, which the logits at position i - 1 predict; here row t of every result belongs to
-the logits at position t, so it is the server's row t + 1. And rows have k or k + 1 entries, repeat a token, or are
-missing; here a row holds each token once, largest first, and what is not there is index -1 with log-probability -inf.
+vLLM and SGLang score a sequence that is sent as a prompt (the answer included). For each token they return its
+log-probability and those of the k most probable tokens at its position. Two properties of that format do not fit a
+loss. First, the server's row i describes token i, which the logits at position i - 1 predict. Here row t of every
+result belongs to the logits at position t, so it is the server's row t + 1. Second, the server's rows have k or k + 1
+entries, may repeat a token, or may be missing. Here a row holds each token once, the largest first; a missing entry has
+index -1 and log-probability -inf.
 
-The structures are known by their attributes: neither server is imported. Values are checked, which costs a
-synchronisation where the server's tensors are on a GPU.
+The functions recognise the servers' structures by their attributes, and import neither server. They check values, which
+costs a synchronisation if the server's tensors are on a GPU.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ _ABOVE_ZERO = 1e-3
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ServedTopK:
-    """A teacher from a server, aligned with the logits that predict: row t is of the token at t + 1.
+    """A teacher from a server, aligned with the student's logits: row t predicts the token at t + 1.
 
     ::
 
@@ -36,12 +37,12 @@ class ServedTopK:
         loss = kdkernels.fused_kl(student_logits, served.teacher, mask=served.valid & completion_mask)
 
     Attributes:
-        teacher: log-probabilities [T, K] of the teacher's most probable tokens, T the tokens of the prompt. On the CPU
-            unless the server's tensors were elsewhere.
-        token_log_prob: [T] fp32, the teacher's log-probability of the token that followed. NaN where the server does
-            not say; -inf where the teacher has it impossible.
-        valid: bool [T], the loss's `mask`: False where the row has no entries, and in the last row, whose next token
-            is not part of the prompt. (Without the mask such rows count, as 0, in the mean of a "bucket" teacher.)
+        teacher: log-probabilities [T, K] of the teacher's most probable tokens; T is the number of the prompt's tokens.
+            On the CPU, or on the device of the server's tensors.
+        token_log_prob: [T] fp32, the teacher's log-probability of the next token. NaN if the server does not give it;
+            -inf if the teacher's probability is 0.
+        valid: bool [T], the loss's `mask`: False if the row has no entries, and in the last row, whose next token is
+            not part of the prompt. (Without the mask, the mean of a "bucket" teacher counts such rows as 0.)
     """
 
     teacher: SparseLogProbs
@@ -49,7 +50,7 @@ class ServedTopK:
     valid: Tensor
 
     def to(self, device: torch.device | str) -> "ServedTopK":
-        """The same on another device."""
+        """The same teacher on another device."""
         tail_log_prob = self.teacher.tail_log_prob
         teacher = dataclasses.replace(
             self.teacher,
@@ -70,29 +71,29 @@ def topk_from_vllm(
 ) -> ServedTopK:
     """The prompt log-probabilities of one vLLM request as a top-k teacher.
 
-    `SamplingParams(prompt_logprobs=K)` asks for them; K is at most the engine's max_logprobs, which is 20 unless it is
-    set. A row holds the prompt's own token and the K most probable; where the own token is not among these, the row has
-    K + 1 entries, and the last is probability mass that is known, so it is kept. The three forms:
+    `SamplingParams(prompt_logprobs=K)` requests them; K is at most the engine's max_logprobs, 20 by default. A row
+    holds the prompt's own token and the K most probable tokens. If the own token is not one of the K, the row has K + 1
+    entries; the result keeps the extra entry, since its mass is known. vLLM has three forms:
 
     - `RequestOutput.prompt_logprobs`, or `prompt_logprobs` in the answer of the OpenAI-compatible server: a list of
       T rows, None for the first token, then {token id: Logprob}, the own token first. The ids may be strings, as in
       JSON; a Logprob may be an object with .logprob, a dict with "logprob", or a number.
-    - `FlatLogprobs` (`SamplingParams(flat_logprobs=True)`): the same T rows in parallel columns, of which row i is
+    - `FlatLogprobs` (`SamplingParams(flat_logprobs=True)`): the same T rows in parallel columns; row i is
       [start_indices[i], end_indices[i]) of token_ids and logprobs.
     - `LogprobsTensors` (`ModelRunnerOutput.prompt_logprobs_dict`): logprob_token_ids and logprobs [T - 1, K + 1], the
-      own token in column 0. The engine has no row for the first token, so row i is of token i + 1.
+      own token in column 0. The engine has no row for the first token, so row i describes token i + 1.
 
-    Rows of generated tokens (`CompletionOutput.logprobs`) describe their own tokens as well and may follow those of the
-    prompt in one list; alone they lack the first token's None, and are refused.
+    Rows of generated tokens (`CompletionOutput.logprobs`) describe their own tokens too, and may follow the prompt's
+    rows in one list. Without the prompt's rows, they lack the first token's None, and are refused.
 
     Args:
         prompt_logprobs: one sequence in one of these forms; log-probabilities. See `stack` for batches.
-        tail: what the teacher makes of the mass outside its entries: see `SparseLogProbs`.
-        k: keep the k largest of a row, and make the result k wide. Without it, as wide as the widest row.
-        source_temperature: the temperature that the log-probabilities were made at. vLLM does not apply the request's
-            to those of a prompt, so it is 1 unless the engine was changed.
-        prompt_token_ids: the T tokens that were scored (`RequestOutput.prompt_token_ids`). With it a row that does not
-            hold its token raises, and the token is found where the order of a row was lost (JSON with sorted keys).
+        tail: how the loss treats the mass outside the entries: see `SparseLogProbs`.
+        k: keeps the k largest entries of a row, and makes the result k wide. None: as wide as the widest row.
+        source_temperature: the temperature of the log-probabilities. vLLM does not apply the request's temperature to
+            prompt log-probabilities, so it is 1 unless the engine was changed.
+        prompt_token_ids: the T scored tokens (`RequestOutput.prompt_token_ids`). With them, a row without its token
+            raises, and the token is found even if the row lost its order (JSON with sorted keys).
 
     Returns:
         A `ServedTopK` of T rows, log-probabilities fp32, indices int32. Equal log-probabilities stand in the order of
@@ -100,8 +101,8 @@ def topk_from_vllm(
 
     Raises:
         TypeError: for another structure.
-        ValueError: for a first row that is not None, NaN, a log-probability above 0 (the engine's logprobs_mode is one
-            of logits), an id below 0, columns that do not fit together, a token that its row does not hold.
+        ValueError: for a first row that is not None, NaN, a log-probability above 0 (the engine's logprobs_mode asks
+            for logits), an id below 0, columns of different lengths, or a token that its row does not hold.
 
     Source: vLLM's vllm/logprobs.py (Logprob, FlatLogprobs), vllm/v1/outputs.py (LogprobsTensors).
     """
@@ -113,10 +114,10 @@ def topk_from_vllm(
         indices, log_probs = _rows_of_dicts(prompt_logprobs)
     token_log_prob = torch.where(indices[:, 0] >= 0, log_probs[:, 0], torch.nan)
     if prompt_token_ids is not None:
-        found, token_log_prob = _look_up(prompt_token_ids, indices, log_probs)
+        holds_token, token_log_prob = _look_up(prompt_token_ids, indices, log_probs)
         _refuse_rows(
-            ~found & (indices >= 0).any(-1),
-            "prompt_token_ids: {row} does not hold that token; its rows are shifted, or of another prompt",
+            ~holds_token & (indices >= 0).any(-1),
+            "prompt_token_ids: {row} does not hold that token; the rows are shifted, or belong to another prompt",
         )
     _check_values("prompt_logprobs", indices, log_probs)
     return _served(indices, log_probs, token_log_prob, tail, k, source_temperature)
@@ -134,22 +135,23 @@ def topk_from_sglang(
 ) -> ServedTopK:
     """The input log-probabilities of one SGLang request as a top-k teacher.
 
-    `{"return_logprob": True, "top_logprobs_num": K, "logprob_start_len": 0}` asks for them; without logprob_start_len
-    SGLang returns those of its output alone. A row is of one token, from token logprob_start_len on; the first is None.
+    `{"return_logprob": True, "top_logprobs_num": K, "logprob_start_len": 0}` requests them; without logprob_start_len
+    SGLang returns only those of its output. Each row describes one token, from token logprob_start_len on; the first
+    row is None.
 
     Args:
         input_top_logprobs: meta_info["input_top_logprobs"] of one sequence: rows of [logprob, token id, text or None],
-            the most probable first, of any number of entries; a row may be None or empty. See `stack` for batches.
+            the most probable first, any number of entries; a row may be None or empty. See `stack` for batches.
         input_token_logprobs: meta_info["input_token_logprobs"]: [logprob or None, token id, text or None] for the same
-            rows. It gives token_log_prob, and an entry more where the token is not among the most probable, as in
-            vLLM's rows. (SGLang writes 0 for ids past the vocabulary, those of an image's tokens: mask these.)
-        tail: what the teacher makes of the mass outside its entries: see `SparseLogProbs`.
-        k: keep the k largest of a row, and make the result k wide. Without it, as wide as the widest row.
-        source_temperature: the temperature that the log-probabilities were made at. SGLang does not apply the request's
-            to those of its input, so it is 1 unless the server was changed.
+            rows. It gives token_log_prob, and one more entry if the token is not among the most probable, as in vLLM's
+            rows. (SGLang writes 0 for ids past the vocabulary, such as an image's tokens: mask these.)
+        tail: how the loss treats the mass outside the entries: see `SparseLogProbs`.
+        k: keeps the k largest entries of a row, and makes the result k wide. None: as wide as the widest row.
+        source_temperature: the temperature of the log-probabilities. SGLang does not apply the request's temperature to
+            input log-probabilities, so it is 1 unless the server was changed.
         start: the request's logprob_start_len. The rows of tokens up to it are not valid.
-        prompt_token_ids: the T tokens that were scored. With it token_log_prob is found among the entries where
-            input_token_logprobs is not given (NaN elsewhere); where it is, ids that differ raise.
+        prompt_token_ids: the T scored tokens. Without input_token_logprobs, token_log_prob is looked up among the
+            entries (NaN if the token is not there). With input_token_logprobs, ids that differ raise.
 
     Returns:
         A `ServedTopK` of T = start + rows, log-probabilities fp32, indices int32. Equal log-probabilities stand in the
@@ -158,7 +160,7 @@ def topk_from_sglang(
     Raises:
         TypeError: for another structure.
         ValueError: for a row of token 0 that is not None, two lists of different lengths, NaN, a log-probability above
-            0, an id below 0, tokens that differ from prompt_token_ids.
+            0, an id below 0, or tokens that differ from prompt_token_ids.
 
     Source: SGLang's python/sglang/srt/managers/tokenizer_manager.py (detokenize_top_logprobs_tokens).
     """
@@ -172,11 +174,11 @@ def topk_from_sglang(
             expected = _following_tokens(prompt_token_ids, indices)
             _refuse_rows(
                 (tokens >= 0) & (tokens != expected),
-                "input_token_logprobs: {row} is of another token than prompt_token_ids; its rows are shifted, or of "
-                "another prompt",
+                "input_token_logprobs: {row} has another token than prompt_token_ids; the rows are shifted, or belong "
+                "to another prompt",
             )
-        # Last in its row: of two entries with one id the first is kept, and that of the top k has the id that was
-        # scored. A row without a top k does not become one of a single entry.
+        # The scored token goes last in its row: if it is in the top k too, the top k's entry comes first and is kept.
+        # A row without a top k stays empty.
         known = ~token_log_prob.isnan() & (indices >= 0).any(-1)
         indices = torch.cat([indices, torch.where(known, tokens, -1)[:, None]], -1)
         log_probs = torch.cat([log_probs, torch.where(known, token_log_prob, -torch.inf)[:, None]], -1)
@@ -187,19 +189,19 @@ def topk_from_sglang(
 
 
 def stack(served: Sequence[ServedTopK], *, length: int | None = None) -> ServedTopK:
-    """Sequences of different lengths and widths as one batch.
+    """Makes one batch of sequences of different lengths and widths.
 
     Args:
-        served: B results, [T_b] rows each, of one tail and source_temperature and on one device.
-        length: the T of the batch, where the student's is longer than the longest sequence (pad_to_multiple_of).
+        served: B results of [T_b] rows each, with one tail and source_temperature and on one device.
+        length: the T of the batch, if the student's is longer than the longest sequence (pad_to_multiple_of).
 
     Returns:
-        A `ServedTopK` with rows [B, T], T the longest of them or `length`. The rows after a sequence's end are not
-        valid, their entries padding, their token_log_prob NaN.
+        A `ServedTopK` with rows [B, T]; T is the longest sequence's length, or `length`. Rows after a sequence's end
+        are not valid: their entries are padding, and their token_log_prob is NaN.
 
     Raises:
-        ValueError: for none, for results that were stacked before, of different tails or source temperatures, or longer
-            than `length`.
+        ValueError: for no results, stacked results, different tails or source temperatures, or a sequence longer than
+            `length`.
     """
     if not served:
         raise ValueError("served: expected one result or more; got none")
@@ -229,7 +231,7 @@ def stack(served: Sequence[ServedTopK], *, length: int | None = None) -> ServedT
     return ServedTopK(teacher, token_log_prob, padded([each.valid for each in served], False))
 
 
-# From here on rows are [T - 1, W], one for each token after the first: row i is of token i + 1, so of position i.
+# Below, rows are [T - 1, W], one for each token after the first: row i describes token i + 1, so it is position i.
 
 
 def _rows_of_tensors(tensors) -> tuple[Tensor, Tensor]:
@@ -326,7 +328,7 @@ def _rows_of_lists(input_top_logprobs, start: int) -> tuple[Tensor, Tensor]:
 
 
 def _columns_of_tokens(input_token_logprobs, rows: int, start: int) -> tuple[Tensor, Tensor]:
-    """The ids (-1 where there is no row) and log-probabilities (NaN where unknown) of the tokens after the first."""
+    """The ids (-1 if there is no row) and log-probabilities (NaN if unknown) of the tokens after the first."""
     _refuse_not_a_list("input_token_logprobs", input_token_logprobs)
     if len(input_token_logprobs) != rows:
         raise ValueError(
@@ -363,7 +365,7 @@ def _number(logprob) -> float:
 
 
 def _dense_to(ends: list[int], ids: list[int], values: list[float]) -> tuple[Tensor, Tensor]:
-    """Rows of columns without gaps, row i up to ends[i]; the first token's row is dropped."""
+    """Rows from columns without gaps; row i ends at ends[i]. Drops the first token's row."""
     bounds = torch.tensor(ends, dtype=torch.int64)
     try:
         columns = torch.tensor(ids, dtype=torch.int64), torch.tensor(values, dtype=torch.float32)
@@ -373,9 +375,9 @@ def _dense_to(ends: list[int], ids: list[int], values: list[float]) -> tuple[Ten
 
 
 def _dense(ids: Tensor, values: Tensor, starts: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [R, W] of flat columns, filled up with index -1 and -inf; row i is [starts[i], starts[i] + widths[i])."""
+    """Rows [R, W] from flat columns, padded with index -1 and -inf; row i is [starts[i], starts[i] + widths[i])."""
     slots = torch.arange(max(1, int(widths.max())) if len(widths) else 1, device=widths.device)
-    beyond = len(ids)  # the place of one entry of padding after the last
+    beyond = len(ids)  # the position of one padding entry after the last entry
     places = torch.where(slots < widths[:, None], starts[:, None] + slots, beyond)
     return pad(ids, (0, 1), value=-1)[places], pad(values, (0, 1), value=-torch.inf)[places]
 
@@ -390,11 +392,11 @@ def _following_tokens(prompt_token_ids, indices: Tensor) -> Tensor:
 
 
 def _look_up(prompt_token_ids, indices: Tensor, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether each row holds the token that it is of, and the log-probability that it gives it, else NaN."""
+    """Whether each row holds the token that it describes, and that token's log-probability, else NaN."""
     matches = indices == _following_tokens(prompt_token_ids, indices)[:, None]
-    found = matches.any(-1)
+    holds_token = matches.any(-1)
     entry = matches.int().argmax(-1, keepdim=True)
-    return found, torch.where(found, log_probs.gather(-1, entry)[:, 0], torch.nan)
+    return holds_token, torch.where(holds_token, log_probs.gather(-1, entry)[:, 0], torch.nan)
 
 
 def _check_values(name: str, indices: Tensor, log_probs: Tensor):
@@ -410,14 +412,14 @@ def _check_values(name: str, indices: Tensor, log_probs: Tensor):
 def _served(
     indices: Tensor, log_probs: Tensor, token_log_prob: Tensor, tail: str, k: int | None, source_temperature: float
 ) -> ServedTopK:
-    """Each token once, the largest first, `k` of them; and the last position, of which nothing is known."""
+    """The teacher: each token once, the largest first, `k` of them; and the last position, which has no row."""
     if k is not None and (isinstance(k, bool) or not isinstance(k, int) or k < 1):
         raise ValueError(f"k: expected an integer of 1 or more, or None; got {k!r}")
     indices, order = indices.sort(dim=-1, stable=True)
     log_probs = log_probs.gather(-1, order)
     repeated = pad(indices[:, 1:] == indices[:, :-1], (1, 0), value=False)
     log_probs = log_probs.masked_fill(repeated, -torch.inf)
-    # Stable again, so that equal ones stay in the order of their ids in whatever order the server had them.
+    # A stable sort again: entries of equal log-probability stay in the order of their ids, whatever the server's order.
     log_probs, order = log_probs.sort(dim=-1, descending=True, stable=True)
     filled = log_probs > -torch.inf
     indices = indices.gather(-1, order).masked_fill(~filled, -1).int()

@@ -1,7 +1,7 @@
-"""The kernels of csrc/, CPU and CUDA: loads the compiled module and launches its kernels, a call's fields by name.
+"""The kernels of csrc/, CPU and CUDA: loads the compiled module and launches its kernels, with a call's fields by name.
 
-`cpu` and `cuda` have one function per operator (see ops.py), a family of them a file. They differ in how a kernel is
-launched, and in which tensors they refuse.
+`cpu` and `cuda` have one function per operator (see ops.py), with one file per family. They differ in how they launch
+and in which tensors they refuse.
 """
 
 import functools
@@ -23,24 +23,24 @@ try:
     from ... import _native
 
     missing_because = None
-except Exception as error:  # a missing module, a missing OpenMP runtime, an instruction set that was forced
+except Exception as error:  # a missing module, a missing OpenMP runtime, or a forced instruction set
     _native = None
     missing_because = f"{type(error).__name__}: {error}"
 
 
 def build_record() -> dict:
-    """What setup.py wrote when the package was built."""
+    """The record that setup.py wrote when it built the package."""
     path = Path(__file__).parents[2] / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {"native_missing_because": "no build has run here"}
 
 
-# Why the module has no CUDA kernels, or None. Read here: a compiler that traces `refuse` cannot read files.
+# Why the module has no CUDA kernels, or None. Read at import, since a compiler that traces `refuse` cannot read files.
 cuda_missing_because = None
 if not hasattr(_native, "cuda_rows"):
     cuda_missing_because = build_record().get("cuda_missing_because") or "the build gave no reason"
 
 _HUGE_PAGE = 2 << 20
-_MOST_POINTS = 2048  # a side of a transport problem, whose vectors lie in the shared memory of a block
+_MOST_POINTS = 2048  # on a side of a transport problem, whose vectors must fit the shared memory of a block
 
 
 def refuse(name: str, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
@@ -57,31 +57,31 @@ class Cpu(RowKernels, CpuLinearKernels, CpuTopkKernels, PairwiseKernels, CpuSink
         return None
 
     def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
-        """Raises where a kept row has a label, temperature or hard weight that no loss has."""
+        """Runs a kernel. Raises if a kept row has an invalid label, temperature or hard weight."""
         if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, torch.get_num_threads()):
             check_values(fields["options"], fields["columns"])
-            raise RuntimeError("the kernel found a value in a row option that the check of values does not")
+            raise RuntimeError("the kernel refused a row option that check_values accepts; expected both to agree")
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-        """An uninitialised tensor; the memory of a large one is advised to be huge pages."""
-        made = torch.empty(shape, dtype=dtype, device=device)
-        if made.nbytes >= _HUGE_PAGE:
-            _native.advise_huge_pages(made.data_ptr(), made.nbytes)
-        return made
+        """An uninitialised tensor; the kernel is advised to use huge pages for a large one."""
+        out = torch.empty(shape, dtype=dtype, device=device)
+        if out.nbytes >= _HUGE_PAGE:
+            _native.advise_huge_pages(out.data_ptr(), out.nbytes)
+        return out
 
 
 class Cuda(RowKernels, LinearKernels, TopkKernels, PairwiseKernels, SinkhornKernels, RankedUldKernel):
-    """On the current stream of the tensors' device; nothing waits for it.
+    """Launches on the current stream of the tensors' device; the host waits for nothing.
 
-    The tests run the kernels on a CPU, through a module that a host compiler made of the same files: they set `module`
-    to it and `device_type` to "cpu". "auto" never chooses that.
+    The tests run the kernels on a CPU, through a module that a host compiler makes from the same files: they set
+    `module` to it and `device_type` to "cpu". "auto" never chooses that.
     """
 
     module = None  # None: the compiled module
     device_type = "cuda"
 
     def compiled(self):
-        """The module whose functions are launched."""
+        """The module with the functions to launch."""
         return _native if self.module is None else self.module
 
     def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
@@ -126,13 +126,13 @@ def _cuda_device_refusal(device: int) -> str:
     return _asked_once(cuda.compiled(), device)
 
 
-# What torch.compiler.assume_constant_result does, which would import the compiler (1.2 s, and Triton) to do it: while a
-# call is traced this is called, and its answer taken for a constant.
+# The mark of torch.compiler.assume_constant_result, which itself would import the compiler (1.2 s, and Triton): while a
+# compiler traces a call, it runs this function and takes the answer as a constant.
 _cuda_device_refusal._dynamo_marked_constant = True
 
 
 def _missing() -> str:
-    return f"the native module is not there ({missing_because}); `python -m kdkernels.info` says more"
+    return f"the native module is missing ({missing_because}); `python -m kdkernels.info` says more"
 
 
 def _cpu_bytes(size: int) -> Tensor:

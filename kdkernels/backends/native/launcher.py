@@ -1,4 +1,4 @@
-"""What the families of native kernels launch through; `Cpu` and `Cuda` (in __init__) are launchers."""
+"""The base class of the native kernels' families; `Cpu` and `Cuda` (in __init__) implement its launch."""
 
 from abc import ABC, abstractmethod
 
@@ -9,15 +9,16 @@ from torch import Tensor
 class Launcher(ABC):
     @abstractmethod
     def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
-        """Runs a kernel on tensors of the device. csrc/calls has the fields of each kernel's call, csrc/calls/types.h
-        the kinds of values that they take."""
+        """Runs a kernel on tensors of the device. csrc/calls has the fields of each kernel's call; csrc/calls/types.h
+        has the kinds of values that the fields take.
+        """
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         """An uninitialised tensor."""
         return torch.empty(shape, dtype=dtype, device=device)
 
     def gradient_target(self, student: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
-        """The tensor that takes the student's gradient: `out`, else a fresh one; an empty one without a gradient."""
+        """The tensor that takes the student's gradient: `out`, or a fresh tensor; an empty one without a gradient."""
         if out is None:
             return self.empty(*(student.shape if gradient else (0,)), dtype=student.dtype, device=student.device)
         assert gradient and out.is_contiguous(), "out takes a gradient, and is contiguous"

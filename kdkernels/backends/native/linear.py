@@ -29,7 +29,7 @@ class LinearKernels(Launcher):
 
 class CpuLinearKernels(LinearKernels):
     def accumulate_(self, total: Tensor, part: Tensor) -> None:
-        """total (fp32) += part (bf16 or fp16), at the speed of the memory."""
+        """total (fp32) += part (bf16 or fp16), at the speed of memory."""
         assert total.is_contiguous() and part.is_contiguous(), (total.stride(), part.stride())
         assert total.shape == part.shape and total.dtype == torch.float32, (total.shape, part.shape, total.dtype)
         assert part.dtype in (torch.bfloat16, torch.float16), part.dtype

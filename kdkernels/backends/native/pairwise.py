@@ -1,4 +1,4 @@
-"""The pairwise family: csrc/calls/pairwise.h says what the kernels do."""
+"""The pairwise family: csrc/calls/pairwise.h describes the kernels."""
 
 import torch
 from torch import Tensor
@@ -9,16 +9,16 @@ from .launcher import Launcher
 
 class PairwiseKernels(Launcher):
     def pairwise_costs(self, clouds: Clouds, floats: Tensor, moments: bool):
-        """Costs and moments [clouds, n, n] (or empty) between the rows of clouds."""
+        """Costs and moments (or empty), both [clouds, n, n], between the rows of each cloud."""
         count, rows = clouds.row_mass.shape
         costs = clouds.row_mass.new_empty(count, rows, rows)
-        found = {"costs": costs, "moments": torch.empty_like(costs) if moments else costs.new_empty(0)}
+        results = {"costs": costs, "moments": torch.empty_like(costs) if moments else costs.new_empty(0)}
         if costs.numel():
-            self.launch("pair_costs", costs.device, {**_fields(clouds, floats), **found})
-        return tuple(found.values())
+            self.launch("pair_costs", costs.device, {**_fields(clouds, floats), **results})
+        return tuple(results.values())
 
     def pairwise_gradient(self, clouds: Clouds, floats: Tensor, weights: Tensor, dot: Tensor):
-        """The gradient of the student's logits, from weights [clouds, n, n] of the costs' derivatives."""
+        """The gradient of the student's logits, from the gradients [clouds, n, n] of the costs."""
         gradient = self.gradient_target(clouds.student, True)
         if gradient.numel():
             fields = {

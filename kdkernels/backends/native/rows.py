@@ -1,4 +1,4 @@
-"""The dense row family: ops.py says what the functions return, csrc/calls/rows.h what the kernel does."""
+"""The dense row family: ops.py says what the functions return, csrc/calls/rows.h describes the kernel."""
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ FLOATS, SUMS, GRADIENT = 1, 2, 4  # Sweep in csrc/calls/rows.h
 
 class RowKernels(Launcher):
     def rows(self, problem: Rows, gradient: bool, out: Tensor | None = None):
-        """`out`, with a gradient: a contiguous tensor of the student's shape and dtype that takes the gradient, in
-        place of a fresh one. It may be the student itself."""
+        """Runs all sweeps. `out`, with a gradient: a contiguous tensor of the student's shape and dtype that takes the
+        gradient in place of a fresh one. `out` may be the student itself.
+        """
         options, statistics = problem.options, problem.statistics
         row_scale = options.row_scale
         rows = row_scale.numel()
-        found = {
+        results = {
             "loss": torch.empty_like(row_scale),
             "gradient": self.gradient_target(problem.student, gradient, out),
             "floats": row_scale.new_empty(len(ROW_FLOATS), rows),
@@ -25,8 +26,8 @@ class RowKernels(Launcher):
             **empty_statistics(row_scale, statistics),
         }
         needs_label = options.hard_weight is not None or (options.labels is not None and statistics)
-        self._sweep(FLOATS | SUMS | (GRADIENT if gradient else 0), problem, options, needs_label, found)
-        return tuple(found.values())
+        self._sweep(FLOATS | SUMS | (GRADIENT if gradient else 0), problem, options, needs_label, results)
+        return tuple(results.values())
 
     def row_floats(self, problem: Rows):
         floats = problem.row_scale.new_empty(len(ROW_FLOATS), problem.row_scale.numel())
@@ -36,13 +37,13 @@ class RowKernels(Launcher):
 
     def row_sums(self, problem: Rows, floats: Tensor):
         row_scale = problem.row_scale
-        found = {
+        results = {
             "sums": row_scale.new_empty(len(ROW_SUMS), row_scale.numel()),
             **empty_statistics(row_scale, problem.statistics),
         }
         options = problem.options._replace(hard_weight=None)
-        self._sweep(SUMS, problem, options, False, {"floats": floats, **found})
-        return tuple(found.values())
+        self._sweep(SUMS, problem, options, False, {"floats": floats, **results})
+        return tuple(results.values())
 
     def row_gradient(self, problem: Rows, floats: Tensor, sums: Tensor):
         gradient = self.gradient_target(problem.student, True)
@@ -50,7 +51,7 @@ class RowKernels(Launcher):
         return gradient
 
     def _sweep(self, sweeps: int, problem: Rows, options: RowOptions, unit_log_sum: bool, results: dict) -> None:
-        """Launches sweeps over the rows. `results`: of these sweeps, and of earlier ones that these read."""
+        """Launches sweeps over the rows. `results`: of these sweeps, and of earlier sweeps that these read."""
         rows = options.row_scale.numel()
         if not rows:
             return
@@ -86,7 +87,7 @@ _ABSENT = dict.fromkeys(("floats", "sums", "loss", "statistics", "top1", "gradie
 
 
 def empty_statistics(row_scale: Tensor, wanted: bool) -> dict[str, Tensor]:
-    """The tensors that take the statistics of rows; empty ones if none are wanted."""
+    """The tensors that take the rows' statistics; empty if none are wanted."""
     rows = row_scale.numel()
     return {
         "statistics": row_scale.new_empty(len(ROW_STATISTICS) if wanted else 0, rows),

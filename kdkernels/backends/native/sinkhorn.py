@@ -1,4 +1,4 @@
-"""The Sinkhorn family: csrc/calls/sinkhorn.h says what the kernels do."""
+"""The Sinkhorn family: csrc/calls/sinkhorn.h describes the kernels."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ class SinkhornKernels(Launcher):
         """Values, potentials, errors and rounds done, and the gradients with respect to cost, a and b (or empty)."""
         cost, a, b = problem[:3]
         problems, n, m = cost.shape
-        found = {
+        results = {
             "value": cost.new_empty(problems),
             "f": torch.empty_like(a),
             "g": torch.empty_like(b),
@@ -20,7 +20,7 @@ class SinkhornKernels(Launcher):
             "done": torch.empty(problems, dtype=torch.int32, device=cost.device),
         }
         for name, x in (("of_cost", cost), ("of_a", a), ("of_b", b)):
-            found[name] = torch.empty_like(x) if unrolled else cost.new_empty(0)
+            results[name] = torch.empty_like(x) if unrolled else cost.new_empty(0)
         if problems:
             fields = {
                 "problems": problems,
@@ -34,10 +34,10 @@ class SinkhornKernels(Launcher):
                 "b": b,
                 "epsilon": problem.epsilon,
                 "tolerance": problem.tolerance,
-                **found,
+                **results,
             }
             self.launch("sinkhorn", cost.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())
 
 
 class CpuSinkhornKernels(SinkhornKernels):
@@ -45,7 +45,7 @@ class CpuSinkhornKernels(SinkhornKernels):
         """The results of `families.sinkhorn.plan_gradient`, in a fraction of its time and memory."""
         cost, a, b = problem[:3]
         problems, n, m = cost.shape
-        found = {f"of_{name}": torch.empty_like(x) for name, x in (("cost", cost), ("a", a), ("b", b))}
+        results = {f"of_{name}": torch.empty_like(x) for name, x in (("cost", cost), ("a", a), ("b", b))}
         if cost.numel():
             fields = {
                 "problems": problems,
@@ -58,7 +58,7 @@ class CpuSinkhornKernels(SinkhornKernels):
                 "f": f,
                 "g": g,
                 "epsilon": problem.epsilon,
-                **found,
+                **results,
             }
             self.launch("plan_gradient", cost.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())

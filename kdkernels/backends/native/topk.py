@@ -1,4 +1,4 @@
-"""The top-k family: families/topk.py makes the entries, csrc/calls/topk.h says what the kernels do."""
+"""The top-k family: families/topk.py makes the entries, csrc/calls/topk.h describes the kernels."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,10 @@ from .rows import empty_statistics
 
 class TopkKernels(Launcher):
     def topk_rows(self, problem: TopkRows, gradient: bool, out: Tensor | None = None):
-        """Loss [rows], gradient, statistics and top-1 of student logits against entries. `out` as in `rows`."""
+        """Loss [rows], gradient, statistics and top-1 of student logits against entries. `out`: as in
+        `RowKernels.rows`."""
         student, row_scale = problem.student, problem.options.row_scale
-        found = {
+        results = {
             "loss": torch.empty_like(row_scale),
             "gradient": self.gradient_target(student, gradient, out),
             **empty_statistics(row_scale, problem.statistics),
@@ -32,18 +33,18 @@ class TopkKernels(Launcher):
                 "tail_log_prob": problem.entries.tail_log_prob,
                 "options": problem.options,
                 "parameters": problem.parameters,
-                **found,
+                **results,
             }
             self.launch("topk_rows", student.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())
 
     def topk(self, logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
-        """Indices int32 and log-probabilities [rows, k], and the log-probability of the others [rows].
+        """Indices int32 and log-probabilities [rows, k], and the log-probability of the other classes together [rows].
 
         `logits` is [outer, inner, columns].
         """
         rows = row_scale.numel()
-        found = {
+        results = {
             "indices": torch.empty(rows, k, dtype=torch.int32, device=logits.device),
             "log_probs": row_scale.new_empty(rows, k),
             "tail_log_prob": torch.empty_like(row_scale),
@@ -57,10 +58,10 @@ class TopkKernels(Launcher):
                 "logits": logits,
                 "row_scale": row_scale,
                 "temperature": temperature,
-                **found,
+                **results,
             }
             self.launch("topk", logits.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())
 
 
 class CpuTopkKernels(TopkKernels):
@@ -68,7 +69,7 @@ class CpuTopkKernels(TopkKernels):
         """The results of `families.topk.sorted_entries`, in a fraction of its time."""
         indices, log_probs = indices.contiguous(), log_probs.contiguous()
         rows, entries = indices.shape
-        found = {
+        results = {
             "indices": torch.empty_like(indices, dtype=torch.int32),
             "log_probs": torch.empty_like(log_probs, dtype=row_scale.dtype),
             "outside": torch.empty(rows, dtype=torch.bool),
@@ -81,7 +82,7 @@ class CpuTopkKernels(TopkKernels):
             "given_indices": indices,
             "given_log_probs": log_probs,
             "row_scale": row_scale,
-            **found,
+            **results,
         }
         self.launch("sort_entries", indices.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())

@@ -1,4 +1,4 @@
-"""The family of Universal Logit Distillation: csrc/calls/uld.h says what the kernels do.
+"""The family of Universal Logit Distillation: csrc/calls/uld.h describes the kernels.
 
 Both classes return the loss [rows], the gradient (or an empty tensor) and the divergence [rows].
 """
@@ -11,11 +11,11 @@ from .launcher import Launcher
 
 
 class UldKernel(Launcher):
-    """The kernel sorts the rows by itself."""
+    """The kernel sorts the rows itself."""
 
     def uld(self, problem: Uld, gradient: bool):
         student, row_scale = problem.student, problem.row_scale
-        found = {
+        results = {
             "loss": torch.empty_like(row_scale),
             "gradient": self.gradient_target(student, gradient),
             "divergence": torch.empty_like(row_scale),
@@ -31,14 +31,14 @@ class UldKernel(Launcher):
                 "teacher": problem.teacher,
                 "row_scale": row_scale,
                 "temperature": problem.temperature,
-                **found,
+                **results,
             }
             self.launch("uld", student.device, fields)
-        return tuple(found.values())
+        return tuple(results.values())
 
 
 class RankedUldKernel(Launcher):
-    """torch sorts the rows, a chunk at a time."""
+    """torch sorts the rows, one chunk at a time."""
 
     def uld(self, problem: Uld, gradient: bool):
         student, row_scale = problem.student, problem.row_scale

@@ -1,7 +1,7 @@
-"""The definition of every loss in plain PyTorch, a file a family: what the kernels are tested against.
+"""The definition of every loss in plain PyTorch, one file per family. Tests compare the kernels with it.
 
-It has one function a family, which takes the family's problem and returns the losses, which autograd differentiates,
-and the detached results. It has no operators: nothing here goes through torch.library.
+It has one function per family. The function takes the family's problem and returns the losses, which autograd
+differentiates, and the detached results. It has no operators: nothing here goes through torch.library.
 """
 
 from .class_ot import class_ot

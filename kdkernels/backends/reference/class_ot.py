@@ -46,7 +46,7 @@ def class_ot(problem: ClassOT) -> tuple[Tensor]:
 def _implicit_slope(plan: Tensor, cost: Tensor) -> Tensor:
     """x of [diag(P 1) P; P^T diag(P^T 1)] [x; y] = [(P * M) 1; (P * M)^T 1], up to a constant.
 
-    Rows and columns are divided by the roots of their masses first, so that small ones keep their digits.
+    Rows and columns are first divided by the square roots of their masses, so that small masses keep their digits.
     """
     masses = torch.cat([plan.sum(-1), plan.sum(-2)], -1)
     over_roots = torch.where(masses > 0, masses.rsqrt(), 0)
@@ -55,5 +55,5 @@ def _implicit_slope(plan: Tensor, cost: Tensor) -> Tensor:
     system = over_roots[:, :, None] * system * over_roots[:, None, :]
     costs = over_roots * torch.cat([(plan * cost).sum(-1), (plan * cost).sum(-2)], -1)
     inverse = torch.linalg.pinv(system.nan_to_num(0), hermitian=True)  # pinv raises on NaN
-    found = over_roots * (inverse * costs[:, None, :]).sum(-1)
-    return found[:, : cost.shape[0]] + 0 * plan.sum((-2, -1))[:, None]
+    solution = over_roots * (inverse * costs[:, None, :]).sum(-1)
+    return solution[:, : cost.shape[0]] + 0 * plan.sum((-2, -1))[:, None]

@@ -1,11 +1,11 @@
-"""A derivative by formula, for a value that was found without a graph."""
+"""A derivative given by a formula, for a value that was computed without a graph."""
 
 import torch
 from torch import Tensor
 
 
 class GivenDerivative(torch.autograd.Function):
-    """0 [n] with a given derivative with respect to x [n, ...], and no second one: for adding to a value."""
+    """0 [n] with a given first derivative with respect to x [n, ...], and no second derivative. Add it to a value."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Heads and sparse teachers in plain PyTorch: whole logits, and the row loss of them."""
+"""Heads and sparse teachers in plain PyTorch: whole logits, and the row loss between them."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from .topk import topk, topk_rows
 def linear_logits(source: LogitsSource, row_scale: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
     """softcap * tanh(scale * (hidden weight^T + bias) / softcap) in `dtype`, [outer, inner, vocab_size].
 
-    The weights of classes past `vocab_size` may be anything.
+    The weights of classes past `vocab_size` may hold anything.
     """
     hidden, weight, bias, scale, softcap = source
     kept = (row_scale != 0).view(hidden.shape[:-1])[..., None]
@@ -32,7 +32,7 @@ def _logits(source: LogitsSource, options: RowOptions, vocab_size: int) -> Tenso
 
 
 def chunked_rows(problem: ChunkedRows):
-    """Losses [rows], statistics and top-1 (or None), of whole logits."""
+    """Losses [rows], statistics and top-1 (or None), from whole logits."""
     options, vocab_size = problem.options, problem.vocab_size
     loss_terms = (problem.divergence, problem.parameters, vocab_size, problem.statistics)
     student, sparse = _logits(problem.student, options, vocab_size), problem.sparse
@@ -54,7 +54,7 @@ def chunked_rows(problem: ChunkedRows):
 
 
 def topk_log_probs(problem: TopK):
-    """Indices, log-probabilities [rows, k] and the log-sum-exp of the others' [rows]."""
+    """Indices and log-probabilities [rows, k], and the log-sum-exp of the other classes [rows]."""
     options = problem.options
     logits = _logits(problem.source, options, problem.vocab_size)
     return topk(logits, options.row_scale, options.temperature, problem.k, problem.vocab_size)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def pairwise_costs(p: Tensor, q: Tensor, cost: str) -> Tensor:
-    """Between distributions [..., n, V] and [..., m, V]."""
+    """The costs [..., n, m] between distributions [..., n, V] and [..., m, V]."""
     if cost in ("l1", "l2"):
         difference = p[..., :, None, :] - q[..., None, :, :]
         if cost == "l1":

@@ -1,7 +1,7 @@
 """The row family in plain PyTorch: the loss of each row and its statistics.
 
-Autograd differentiates it, twice if need be, in fp64 too and on any device. It makes every [rows, vocabulary] temporary
-that the kernels exist to avoid. Tests compare the other backends' slopes with autograd's derivatives of these values.
+Autograd differentiates it, also twice, also in fp64, on any device. It makes every [rows, vocabulary] temporary that
+the kernels avoid. Tests compare the other backends' slopes with autograd's derivatives of these values.
 """
 
 import torch
@@ -13,9 +13,9 @@ from .table import TABLE, weighted
 
 
 class WholeRowOrNaN(torch.autograd.Function):
-    """The identity. Its gradient is NaN in every class of a row if the sum over the row is not finite.
+    """The identity. Its gradient is NaN in every class of a row if the gradient's sum over the row is not finite.
 
-    An infinite slope (reverse_kl where the teacher has no mass) leaves the row without a gradient.
+    An infinite slope (reverse_kl for a class without teacher mass) leaves the row without a gradient.
     """
 
     generate_vmap_rule = True
@@ -35,7 +35,7 @@ class WholeRowOrNaN(torch.autograd.Function):
 
 
 def rows(problem: Rows):
-    """Losses [rows], statistics and top-1 (or None), as `ops.rows` finds them."""
+    """Losses [rows], statistics and top-1 (or None), as `ops.rows` returns them."""
     student, teacher, options, divergence, parameters, vocab_size, statistics = problem
     labels, temperature = options.labels, options.temperature
     dtype, kept = compute_dtype(student, teacher), options.row_scale != 0
@@ -74,14 +74,15 @@ def rows(problem: Rows):
 
 
 def checked_bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:
-    """`bad_rows`; raises for them where values are checked."""
+    """`bad_rows`; raises for such rows if `bad_values_raise`."""
     if bad_values_raise(options.row_scale.device):
         check_values(options, vocab_size)
     return bad_rows(options, vocab_size)
 
 
 def kept_logits(x: Tensor, kept: Tensor, vocab_size: int, dtype: torch.dtype) -> Tensor:
-    """[rows, vocab_size]. A skipped row may hold anything; zeros replace it, so that it reaches no gradient."""
+    """[rows, vocab_size]. Zeros replace the logits of a skipped row, which may hold anything, so no NaN reaches a
+    gradient."""
     return torch.where(kept[:, None], x[..., :vocab_size].reshape(kept.shape[0], vocab_size).to(dtype), 0)
 
 

@@ -1,7 +1,7 @@
 """Sinkhorn's iterations and SinKD in plain PyTorch.
 
 Everything is in the log domain, in any float dtype. Autograd differentiates "unrolled". The formulas of
-families/sinkhorn.py give the "implicit" and "envelope" gradients of a value that is found without a graph.
+families/sinkhorn.py give the "implicit" and "envelope" gradients of a value computed without a graph.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .pairwise import pairwise_costs
 def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: Tensor, iterations: int):
     """f [..., n] and g [..., m] after `iterations` rounds, rows first, from g = 0; the error, and the rounds done.
 
-    A problem stops before a round that would begin with its error at the tolerance or below; 0 is no tolerance.
+    A problem stops before a round if its error is at most the tolerance; a tolerance of 0 means none.
     """
     scores = -cost / epsilon
     f, g = torch.zeros_like(a), torch.zeros_like(b)
@@ -50,7 +50,7 @@ def potentials(cost: Tensor, a: Tensor, b: Tensor, epsilon: Tensor, tolerance: T
 def half_step(scores: Tensor, own_mass: Tensor, mass: Tensor, potential: Tensor, epsilon: Tensor) -> Tensor:
     """-epsilon log sum_j mass_j exp(potential_j / epsilon + scores_ij).
 
-    A point without a partner that has mass gets 0 where it has no mass itself, else NaN: it can be sent nowhere.
+    A point without any partner that has mass cannot send its mass: it gets NaN, or 0 if it has no mass itself.
     """
     x = scores + (potential / epsilon)[..., None, :]
     weight = mass[..., None, :].expand_as(x)
@@ -58,22 +58,22 @@ def half_step(scores: Tensor, own_mass: Tensor, mass: Tensor, potential: Tensor,
     nothing = torch.isneginf(shift[..., 0])
     shift = torch.where(torch.isneginf(shift), 0, shift)
     x = torch.where(torch.isneginf(x), -torch.inf, x - shift)
-    # A point without mass counts for its derivative alone.
+    # A point without mass adds 0 to the sum; its term matters only for its derivative.
     terms = weight * torch.where(weight == 0, x.clamp_max(80), x).exp()
     total = torch.where(nothing, 1, terms.sum(-1))
-    found = -epsilon * (total.log() + shift[..., 0])
-    return torch.where(nothing, torch.where(own_mass == 0, 0, torch.nan), found)
+    updated = -epsilon * (total.log() + shift[..., 0])
+    return torch.where(nothing, torch.where(own_mass == 0, 0, torch.nan), updated)
 
 
 def sinkhorn(problem: Sinkhorn) -> Solution:
-    """The value, which autograd differentiates, and the detached rest of the solution."""
+    """The solution: autograd differentiates the value, and the rest is detached."""
     if bad_values_raise(problem.cost.device):
         check_problems(*(x.detach() for x in problem[:3]))
     return solve(problem)
 
 
 def solve(problem: Sinkhorn) -> Solution:
-    """`sinkhorn` of values that need no check."""
+    """`sinkhorn` without the check of values."""
     cost, a, b, epsilon, tolerance, iterations, entropic, gradient, _ = problem
     with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "unrolled"):
         f, g, error, done = potentials(cost, a, b, epsilon, tolerance, iterations)

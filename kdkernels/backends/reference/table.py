@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x with 0 * log 0 = 0: where the weight is 0 the term, and its derivative, is dropped."""
+    """weight * x with 0 * log 0 = 0: a weight of 0 drops the term and its derivative."""
     return weight * torch.where(weight == 0, 0, x)
 
 
@@ -17,8 +17,8 @@ def log_mixture(lp: Tensor, lq: Tensor, weight: Tensor) -> Tensor:
     return torch.where(both, -torch.inf, mixture)
 
 
-# The table: value(lp, lq, p, q, parameter) of one class, the teacher's and the student's log-probability and their
-# exponentials. Free up to c * (p - q), which is used to make every value vanish at p = q.
+# The table: value(lp, lq, p, q, parameter) of one class, from the teacher's and the student's log-probability and their
+# exponentials. A value may add c * (p - q), which sums to 0 over the classes; c makes every value and slope 0 at p = q.
 
 
 def kl(lp, lq, p, q, _):
@@ -47,7 +47,8 @@ def skew_reverse_kl(lp, lq, p, q, alpha):
 
 
 def tv(lp, lq, p, q, _):
-    difference = p - q  # whose sign is a constant: 0 at 0, and NaN for NaN, where that of abs is 0
+    difference = p - q
+    # A constant sign: 0 at 0, and NaN for NaN, for which abs() has the derivative 0.
     sign = torch.where(difference == 0, 0, difference / difference.abs()).detach()
     return 0.5 * difference * sign
 

@@ -20,7 +20,7 @@ def topk_rows(problem: TopkRows):
     lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
 
     there, lp = indices < vocab_size, log_probs
-    # Under tail "support" the student is renormalised over the entries, and the other classes are not read.
+    # Tail "support" renormalises the student over the entries, and does not read the other classes.
     source = tempered if support_only else lq_of_all
     lq = torch.where(there, source.gather(-1, torch.where(there, indices, 0).long()), -torch.inf)
     if support_only:
@@ -29,7 +29,7 @@ def topk_rows(problem: TopkRows):
         named = torch.zeros(s.shape[0], vocab_size + 1, dtype=torch.bool, device=s.device)
         named = named.scatter(-1, torch.where(there, indices, vocab_size).long(), True)[:, :vocab_size]
         lp = torch.cat([lp, tail_log_prob[:, None]], -1)
-        # -inf where no other class has mass, with the derivative of -lse.
+        # -inf if no other class has mass, with the derivative of -lse.
         lq = torch.cat([lq, (log_sum_exp(torch.where(named, -torch.inf, tempered)) - lse)[:, None]], -1)
     p, q = lp.exp(), lq.exp()
 
@@ -45,8 +45,8 @@ def topk_rows(problem: TopkRows):
     if labels is not None:
         student_label = lq_of_all.gather(-1, index)[:, 0]
         is_label = there & (indices == index)
-        of_entries = torch.where(is_label, log_probs, -torch.inf).amax(-1)
-        teacher_label = torch.where(is_label.any(-1), of_entries, tail_log_prob)
+        label_entry = torch.where(is_label, log_probs, -torch.inf).amax(-1)
+        teacher_label = torch.where(is_label.any(-1), label_entry, tail_log_prob)
     values = {
         "divergence": row_divergence,
         "cross_entropy": cross_entropy,
@@ -66,11 +66,11 @@ def topk_rows(problem: TopkRows):
 
 
 def topk(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
-    """Indices, log-probabilities [rows, k] and the log-sum-exp of the others' [rows]."""
+    """Indices and log-probabilities [rows, k], and the log-sum-exp of the other classes [rows]."""
     kept = row_scale != 0
     x = kept_logits(logits, kept, vocab_size, row_scale.dtype)
     log_probs = torch.log_softmax(x / temperature[:, None], -1)
-    # The whole rows are sorted: torch.topk does not define the order of equals.
+    # Sorts whole rows: torch.topk does not define the order of equal values.
     values, indices = log_probs.sort(dim=-1, descending=True, stable=True)
     values, rest, indices = values[:, :k], values[:, k:], indices[:, :k]
     tail = rest.logsumexp(-1) if rest.shape[1] else torch.full_like(row_scale, -torch.inf)

@@ -10,8 +10,8 @@ from .rows import checked_bad_rows, kept_logits, row_loss
 def uld(problem: Uld):
     """Losses, divergences and error bounds [rows] (csrc/calls/uld.h has the formulas).
 
-    The loss is linear in the sorted probabilities as long as no two of them change places. Its slopes are the signs of
-    their differences; classes of equal logits take the mean of their signs.
+    The loss is linear in the sorted probabilities as long as their order does not change. Its slopes are the signs of
+    the differences; classes of equal logits take the mean of their signs.
     """
     student, teacher, row_scale, temperature, k, student_vocab_size, teacher_vocab_size, _ = problem
     options = RowOptions(row_scale, temperature)
@@ -29,12 +29,12 @@ def uld(problem: Uld):
     q = torch.nn.functional.pad(q, (0, ranks - q.shape[1]))
 
     difference = (p - q).detach()
-    # 0 at 0, and NaN for NaN, where torch.sign has 0.
+    # 0 at 0, and NaN for NaN, for which torch.sign gives 0.
     sign = torch.where(difference == 0, 0, difference / difference.abs())
     divergence = difference.abs().sum(-1)
     count = sorted_logits.shape[1]
     slopes = p[:, :count] * mean_of_runs(sign[:, :count], sorted_logits)
-    # The value of the divergence with the derivative of the slopes.
+    # The value is the divergence; the derivative is that of the slopes' sum.
     loss = slopes.sum(-1)
     loss = divergence + (loss - loss.detach())
     divergence, error_bound = (torch.where(kept, x, 0) for x in (divergence, error_bound))
