@@ -4,6 +4,7 @@ They run in the execution model of CUDA (cuda_model/), on chips of chips.py that
 that a kernel is no further from fp64 than twice the reference in fp32, beside what is said below.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import chips
@@ -266,6 +267,29 @@ def sinkhorn(cost, a, b, epsilon, tolerance=0.0, iterations=3, entropic=False, u
         return native.cuda.sinkhorn(problem, unrolled)
 
 
+def zeros(n, m, iterations, problems=1, dtype=torch.float32) -> transport.Sinkhorn:
+    cost, a, b = (torch.zeros(problems, *shape, dtype=dtype) for shape in ((n, m), (n,), (m,)))
+    one = torch.ones(1, dtype=dtype)
+    return transport.Sinkhorn(cost, a, b, one, 0 * one, iterations, False, "unrolled", 1 << 20)
+
+
+def workspace_bytes(problem: transport.Sinkhorn, unrolled: bool) -> int:
+    """The workspace that the kernel asks for. It gets none, and so does not run."""
+    asked = []
+
+    def allocate(size):
+        asked.append(size)
+        raise MemoryError
+
+    def launch(kernel, device, fields):
+        getattr(native.cuda.compiled(), f"cuda_{kernel}")(fields, allocate, 0, 0)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(MemoryError):
+        patch.setattr(native.cuda, "launch", launch)
+        native.cuda.sinkhorn(problem, unrolled)
+    return sum(asked)
+
+
 def test_a_nan_makes_its_problem_nan_and_no_other():
     cost, a, b = Recipe(5, 9, 0.1, 8).make()
     clean = sinkhorn(cost, a, b, 0.1)
@@ -315,7 +339,7 @@ def test_what_does_not_fit_is_in_the_workspace(n, m, iterations, chip, shared, w
         model.clear_launches()
         recipe.run("cuda", torch.float32)
         launch = model.launches()[0]
-        size = model.cuda_sinkhorn_workspace_bytes(2, n, m, iterations, False, True)
+        size = workspace_bytes(zeros(n, m, iterations, problems=2), unrolled=True)
     matrix, history = 4 * n * m, 16 * (iterations * (n + m) + m)
     around = launch["shared"] - {"matrix and history": matrix + history, "matrix": matrix, "nothing": 0}[shared]
     assert 0 < around < 2000 + 36 * (n + m) + 8 * max(m, 512), launch
@@ -336,12 +360,12 @@ def test_results_do_not_depend_on_the_order_of_threads():
 
 
 def test_too_many_points_are_refused_in_words():
-    with chips.on("wide") as model, pytest.raises(RuntimeError, match=r"900 and 99 points take \d+ bytes of shared"):
-        model.cuda_sinkhorn_workspace_bytes(1, 900, 99, 5, False, False)
-    with chips.on("h100") as model:
-        assert model.cuda_sinkhorn_workspace_bytes(1, 2500, 2500, 5, False, False) == 4 * 2500**2
-    with chips.on("h100") as model, pytest.raises(RuntimeError, match="fp32"):
-        model.cuda_sinkhorn_workspace_bytes(1, 2, 2, 5, True, False)
+    with chips.on("wide"), pytest.raises(RuntimeError, match=r"900 and 99 points take \d+ bytes of shared"):
+        workspace_bytes(zeros(900, 99, 5), unrolled=False)
+    with chips.on("h100"):
+        assert workspace_bytes(zeros(2500, 2500, 5), unrolled=False) == 4 * 2500**2
+    with chips.on("h100"), pytest.raises(RuntimeError, match="fp32"):
+        workspace_bytes(zeros(2, 2, 5, dtype=torch.float64), unrolled=False)
 
 
 # ---- SinKD
