@@ -110,8 +110,9 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
         "statistics": STATISTICS,
         "reduction": "none",
     }
-    double = {name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-              for name, x in options.items()}  # fmt: skip
+    double = {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()
+    }
     want = one_call(student.double(), teacher.double(), divergence, double, "reference", "auto")
     # A slope consists of log-ratios of order 10. Their rounding remains when the log-ratios cancel.
     allowed = tolerance(dtype) * want[1].abs().amax(-1, keepdim=True) + 4e-6
@@ -141,8 +142,13 @@ def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, ba
     def normal(*shape):
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    tensors = [normal(rows, width), normal(classes, width) / width**0.5, normal(classes), normal(rows, width),
-               normal(classes, width) / width**0.5]  # fmt: skip
+    tensors = [
+        normal(rows, width),
+        normal(classes, width) / width**0.5,
+        normal(classes),
+        normal(rows, width),
+        normal(classes, width) / width**0.5,
+    ]
     mask = torch.arange(rows, device=device) % 5 != 4
 
     def one_call(tensors, to_logits=None, **options):
@@ -255,9 +261,11 @@ def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend:
         student[1::5, 2] = -torch.inf
     temperature = torch.tensor([0.7, 1.0, 1.0, 2.0, 1.0], device=device).repeat(rows // 5)
     options = {
-        "mask": (torch.arange(rows) % 5 != 4).to(device), "reduction": "none", "student_vocab_size": widths[0],
+        "mask": (torch.arange(rows) % 5 != 4).to(device),
+        "reduction": "none",
+        "student_vocab_size": widths[0],
         "teacher_vocab_size": widths[1],
-    }  # fmt: skip
+    }
 
     def one_call(student, teacher, temperature, backend, gradient):
         student = student.detach().requires_grad_()

@@ -181,10 +181,15 @@ def write_teacher(
         if vocab_size is not None and vocab_size > width:  # raises before the writer makes a file
             raise ValueError(f"vocab_size: expected at most {width}, the classes of the model; got {vocab_size}")
         settings = {
-            "vocab_size": width if vocab_size is None else vocab_size, "k": k, "length": blocks.shape[1],
-            "temperature": float(temperature), "tokenizer_hash": tokenizer_hash, "teacher": teacher,
-            "samples": samples, "tail": "truncate" if samples else "bucket",
-        }  # fmt: skip
+            "vocab_size": width if vocab_size is None else vocab_size,
+            "k": k,
+            "length": blocks.shape[1],
+            "temperature": float(temperature),
+            "tokenizer_hash": tokenizer_hash,
+            "teacher": teacher,
+            "samples": samples,
+            "tail": "truncate" if samples else "bucket",
+        }
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(shards.Settings(**settings))
         sequences_per_shard = -(-sequences_per_shard // batch) * batch
@@ -214,11 +219,15 @@ def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first:
     sequences = [
         sampled_log_probs(
             replace(logits, hidden=logits.hidden[i]) if isinstance(logits, LinearLogits) else logits[i],
-            samples, exact=k - samples, temperature=temperature, proposal_temperature=temperature,
-            generator=torch.Generator(logits.device).manual_seed(first + i), vocab_size=settings.vocab_size,
+            samples,
+            exact=k - samples,
+            temperature=temperature,
+            proposal_temperature=temperature,
+            generator=torch.Generator(logits.device).manual_seed(first + i),
+            vocab_size=settings.vocab_size,
         )
         for i in range(logits.shape[0])
-    ]  # fmt: skip
+    ]
     indices, log_probs = (torch.stack([getattr(x, name) for x in sequences]) for name in ("indices", "log_probs"))
     return SparseLogProbs(indices, log_probs, tail="truncate", source_temperature=temperature)
 

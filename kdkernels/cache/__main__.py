@@ -34,11 +34,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
     write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
     write.add_argument("--k", type=int, default=64, help="classes kept for each token (default 64)")
-    write.add_argument("--samples", type=int, default=0, help="how many of the k are drawn from the other classes, "
-                       "which makes the teacher unbiased for kl (default 0)")  # fmt: skip
+    write.add_argument(
+        "--samples",
+        type=int,
+        default=0,
+        help="how many of the k are drawn from the other classes, which makes the teacher unbiased for kl (default 0)",
+    )
     write.add_argument("--temperature", type=float, default=1.0)
-    write.add_argument("--length", type=int, default=1024, help="tokens of a sequence; tokens at the end of the text "
-                       "that fill no sequence are left out (default 1024)")  # fmt: skip
+    write.add_argument(
+        "--length",
+        type=int,
+        default=1024,
+        help="tokens of a sequence; tokens at the end of the text that fill no sequence are left out (default 1024)",
+    )
     write.add_argument("--batch", type=int, default=4, help="sequences per forward (default 4)")
     write.add_argument("--vocab-size", type=int, help="classes that count, if the model's logits are padded")
     write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB per shard")
@@ -61,12 +69,18 @@ def _write(options: argparse.Namespace) -> None:
         options.model, dtype=getattr(torch, options.dtype), **loading
     )
     write_teacher(
-        model.to(options.device), blocks, options.directory,
-        k=options.k, samples=options.samples, temperature=options.temperature, batch=options.batch,
-        vocab_size=options.vocab_size, tokenizer_hash=tokenizer_hash(tokenizer),
+        model.to(options.device),
+        blocks,
+        options.directory,
+        k=options.k,
+        samples=options.samples,
+        temperature=options.temperature,
+        batch=options.batch,
+        vocab_size=options.vocab_size,
+        tokenizer_hash=tokenizer_hash(tokenizer),
         sequences_per_shard=options.sequences_per_shard,
         teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
-    )  # fmt: skip
+    )
 
 
 def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:

@@ -228,9 +228,16 @@ def sinkhorn_kd(kernels, problem: SinkhornKD, wanted: list[bool]):
     else:
         pairs, moments = product_costs(clouds, Floats(*floats), problem.chunk_budget)
     transport = Sinkhorn(
-        pairs, row_mass, row_mass, problem.epsilon, torch.zeros_like(problem.epsilon), problem.iterations, False,
-        problem.gradient, problem.chunk_budget,
-    )  # fmt: skip
+        pairs,
+        row_mass,
+        row_mass,
+        problem.epsilon,
+        torch.zeros_like(problem.epsilon),
+        problem.iterations,
+        False,
+        problem.gradient,
+        problem.chunk_budget,
+    )
     solution, (grad_costs, _, _) = sinkhorn(kernels, transport, wanted)
     if not wanted:
         return solution.value, pairs.new_empty(0), pairs.new_empty(0), floats

@@ -112,9 +112,16 @@ def fused_class_ot(
     excluded = _excluded(exclude_labels, ignore_index, student)
     definition, backend = backend == "reference", backends.select(backend, student, teacher)
     problem = ClassOT(
-        *options.as_outer_inner(student, teacher), class_cost, rows.row_scale, excluded, rows.temperature, epsilon,
-        iterations, gradient, current_budget(),
-    )  # fmt: skip
+        *options.as_outer_inner(student, teacher),
+        class_cost,
+        rows.row_scale,
+        excluded,
+        rows.temperature,
+        epsilon,
+        iterations,
+        gradient,
+        current_budget(),
+    )
     # torch computes the operator's products, so the operator serves "auto" even if no backend has kernels.
     reduce = reduction != "none"
     (loss,) = run(CLASS_OT, problem, backend, "forward", reduce=reduce, definition=definition)

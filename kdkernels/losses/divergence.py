@@ -229,9 +229,12 @@ def _sources(
     tail_log_prob = None if teacher.tail_log_prob is None else teacher.tail_log_prob.reshape(-1)
     source_temperature = options.number(teacher.source_temperature, teacher.device, dtype)
     sparse = Sparse(
-        teacher.log_probs.reshape(-1, entries), teacher.indices.reshape(-1, entries), tail_log_prob,
-        source_temperature, teacher.tail,
-    )  # fmt: skip
+        teacher.log_probs.reshape(-1, entries),
+        teacher.indices.reshape(-1, entries),
+        tail_log_prob,
+        source_temperature,
+        teacher.tail,
+    )
     return student._replace(data=options.as_outer_inner(student.data)[0]), None, sparse
 
 

@@ -126,9 +126,7 @@ def fused_sinkhorn(
     common = problems.detach().where(torch.isfinite(problems.detach()), torch.inf).amin((1, 2))
     common = torch.where(torch.isfinite(common), common, 0)
     problems = problems - common[:, None, None]
-    problem = Sinkhorn(
-        problems, a, b, epsilon, limit, iterations, value == "entropic", gradient, current_budget()
-    )  # fmt: skip
+    problem = Sinkhorn(problems, a, b, epsilon, limit, iterations, value == "entropic", gradient, current_budget())
     solution = Solution(*run(SINKHORN, problem, backend, "forward"))
     with torch.no_grad():
         plans = transport.plan_of(problems, a, b, solution.f, solution.g, epsilon).view(cost.shape) if plan else None
@@ -136,9 +134,13 @@ def fused_sinkhorn(
     converged = None if tolerance is None else (solution.error <= limit).view(leading)
     return SinkhornOutput(
         (solution.value + common * b.detach().sum(1)).view(leading),
-        f.view(*leading, n), solution.g.view(*leading, m), solution.error.view(leading),
-        solution.iterations.view(leading), converged, plans,
-    )  # fmt: skip
+        f.view(*leading, n),
+        solution.g.view(*leading, m),
+        solution.error.view(leading),
+        solution.iterations.view(leading),
+        converged,
+        plans,
+    )
 
 
 def fused_sinkhorn_divergence(
@@ -186,9 +188,16 @@ def fused_sinkhorn_divergence(
 
     def entropic(cost, a, b):
         out = fused_sinkhorn(
-            cost, a, b, epsilon=epsilon, iterations=iterations, tolerance=tolerance, value="entropic",
-            gradient=gradient, backend=backend,
-        )  # fmt: skip
+            cost,
+            a,
+            b,
+            epsilon=epsilon,
+            iterations=iterations,
+            tolerance=tolerance,
+            value="entropic",
+            gradient=gradient,
+            backend=backend,
+        )
         return out.value if tolerance is None else torch.where(out.converged, out.value, torch.nan)
 
     return entropic(cost_xy, a, b) - 0.5 * entropic(cost_xx, a, a) - 0.5 * entropic(cost_yy, b, b)
@@ -274,9 +283,7 @@ def fused_sinkhorn_kd(
         row_mass = torch.where(mask.reshape(row_mass.shape), row_mass, 0)
     views = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
     clouds = Clouds(*views, row_mass, temperature, cost, vocab_size)
-    (loss,) = run(
-        SINKHORN_KD, SinkhornKD(clouds, epsilon, iterations, gradient, current_budget()), backend, "backward"
-    )  # fmt: skip
+    (loss,) = run(SINKHORN_KD, SinkhornKD(clouds, epsilon, iterations, gradient, current_budget()), backend, "backward")
     if reduction == "none":
         return loss.view(leading)
     if reduction == "sum":

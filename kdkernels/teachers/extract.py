@@ -63,9 +63,11 @@ def topk_log_probs(
     else:
         indices, log_probs, tail_log_prob = ops.topk_log_probs(problem, backend)
     return SparseLogProbs(
-        indices.view(*leading, k), log_probs.view(*leading, k), tail_log_prob=tail_log_prob.view(leading),
+        indices.view(*leading, k),
+        log_probs.view(*leading, k),
+        tail_log_prob=tail_log_prob.view(leading),
         source_temperature=float(temperature),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
