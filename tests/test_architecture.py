@@ -1,6 +1,7 @@
 """The layout's promises: imports go one way, the four tables agree, importing is cheap, commands work."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from kdkernels.backends.reference import table as reference
 from kdkernels.families import class_ot
 from kdkernels.families import linear as chunks
 from kdkernels.families import sinkhorn as transport
+from kdkernels.families.kernels import Kernels
 
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
@@ -96,6 +98,17 @@ def test_imports_go_down(name):
 def test_the_face_imports_no_command_and_no_cache():
     for target, _ in imported(MODULES[FACE]):
         assert target.split(".")[1] not in (*FLOORS[-1], *FLOORS[-2]), f"the face imports {target}"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+def test_a_backend_has_the_functions_of_the_interface(backend):
+    """Each with the interface's parameters, in its order."""
+    kernels = backends.kernels(backend)
+    wanted = {name: f for name, f in vars(Kernels).items() if not name.startswith("_") and callable(f)}
+    assert wanted
+    for name, f in wanted.items():
+        parameters = [p for p in inspect.signature(f).parameters if p != "self"]
+        assert list(inspect.signature(getattr(kernels, name)).parameters) == parameters, name
 
 
 def test_the_four_tables_agree():

@@ -143,8 +143,7 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
         check_values(options, problem.vocab_size)
     entries = None
     if sparse is not None:
-        sort = getattr(kernels, "sorted_entries", None)  # the CPU backend has this kernel
-        entries, row_scale = topk.entries_of(sparse, options, problem.vocab_size, checked, sort)
+        entries, row_scale = topk.entries_of(sparse, options, problem.vocab_size, checked, kernels.sorted_entries)
         options = options._replace(row_scale=row_scale)
     row_scale = options.row_scale
     rows = row_scale.shape[0]

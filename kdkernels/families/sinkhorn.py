@@ -199,8 +199,9 @@ def sinkhorn(kernels, problem: Sinkhorn, wanted: bool) -> tuple[Solution, tuple[
     solution = Solution(*kernels.sinkhorn(problem, False)[:5])
     if not wanted:
         return solution, tuple(problem.cost.new_empty(0) for _ in range(3))
-    formula = getattr(kernels, "plan_gradient", plan_gradient)
-    return solution, formula(problem, solution.f, solution.g, problem.gradient == "implicit" and not problem.entropic)
+    return solution, kernels.plan_gradient(
+        problem, solution.f, solution.g, problem.gradient == "implicit" and not problem.entropic
+    )
 
 
 class Floats(NamedTuple):

@@ -54,17 +54,31 @@ class TopkRows(NamedTuple):
     support_only: bool  # whether both sides are renormalised over the entries (tail "support")
 
 
+def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
+    """Sorts each row by class: indices [rows, K] int32, log-probabilities, and two bool tensors [rows].
+
+    The first bool says whether a row has an index past the vocabulary, the second whether the row repeats an index. An
+    absent entry has the index `vocab_size`. A row with row_scale 0 has no entries.
+    """
+    given = log_probs.to(row_scale.dtype)
+    absent = (indices < 0) | torch.isneginf(given) | (row_scale == 0)[:, None]
+    outside = ~absent & (indices >= vocab_size)
+    indices, order = torch.where(absent | outside, vocab_size, indices).sort(-1)
+    there = indices < vocab_size
+    log_probs = torch.where(there, given.gather(-1, order), -torch.inf)
+    repeated = (there[:, 1:] & (indices[:, 1:] == indices[:, :-1])).any(-1)
+    return indices.to(torch.int32), log_probs, outside.any(-1), repeated
+
+
 def entries_of(
-    teacher: Sparse, options: RowOptions, vocab_size: int, checked: bool, sort=None
+    teacher: Sparse, options: RowOptions, vocab_size: int, checked: bool, sort=sorted_entries
 ) -> tuple[Entries, Tensor]:
     """The entries and the row scale. A row with invalid values raises if `checked`; otherwise its scale becomes NaN.
 
-    `sort` is a kernel that replaces `sorted_entries`, or None.
+    `sort` may be a backend's kernel with the results of `sorted_entries`.
     """
     dtype, kept = options.row_scale.dtype, options.row_scale != 0
-    indices, log_probs, outside, repeated = (sort or sorted_entries)(
-        teacher.indices, teacher.log_probs, options.row_scale, vocab_size
-    )
+    indices, log_probs, outside, repeated = sort(teacher.indices, teacher.log_probs, options.row_scale, vocab_size)
     if not checked or (teacher.tail == "truncate" and repeated.any()):
         indices, log_probs = _merged(indices, log_probs, vocab_size, add=teacher.tail == "truncate")
 
@@ -89,22 +103,6 @@ def entries_of(
     for rows in bad.values():
         row_scale = torch.where(rows, torch.nan, row_scale)
     return Entries(indices, log_probs.to(dtype), tail_log_prob), row_scale
-
-
-def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
-    """Sorts each row by class: indices [rows, K] int32, log-probabilities, and two bool tensors [rows].
-
-    The first bool says whether a row has an index past the vocabulary, the second whether the row repeats an index. An
-    absent entry has the index `vocab_size`. A row with row_scale 0 has no entries.
-    """
-    given = log_probs.to(row_scale.dtype)
-    absent = (indices < 0) | torch.isneginf(given) | (row_scale == 0)[:, None]
-    outside = ~absent & (indices >= vocab_size)
-    indices, order = torch.where(absent | outside, vocab_size, indices).sort(-1)
-    there = indices < vocab_size
-    log_probs = torch.where(there, given.gather(-1, order), -torch.inf)
-    repeated = (there[:, 1:] & (indices[:, 1:] == indices[:, :-1])).any(-1)
-    return indices.to(torch.int32), log_probs, outside.any(-1), repeated
 
 
 def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> tuple[Tensor, Tensor]:

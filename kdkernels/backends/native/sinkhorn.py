@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...families.sinkhorn import Sinkhorn
+from ...families.sinkhorn import Sinkhorn, plan_gradient
 from .launcher import Launcher
 
 
@@ -38,6 +38,8 @@ class SinkhornKernels(Launcher):
             }
             self.launch("sinkhorn", cost.device, fields)
         return tuple(results.values())
+
+    plan_gradient = staticmethod(plan_gradient)
 
 
 class CpuSinkhornKernels(SinkhornKernels):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...families.topk import TopkRows
+from ...families.topk import TopkRows, sorted_entries
 from .launcher import Launcher
 from .rows import empty_statistics
 
@@ -62,6 +62,8 @@ class TopkKernels(Launcher):
             }
             self.launch("topk", logits.device, fields)
         return tuple(results.values())
+
+    sorted_entries = staticmethod(sorted_entries)
 
 
 class CpuTopkKernels(TopkKernels):

@@ -1,5 +1,7 @@
-"""The functions that implement the operators, for ops.py and for the chunk loop of families/linear.py."""
+"""Triton's functions behind the interface of families/kernels.py."""
 
+from ...families.sinkhorn import plan_gradient
+from ...families.topk import sorted_entries
 from .linear import accumulate_, empty, softcap_, softcap_gradient_
 from .pairwise import pairwise_costs, pairwise_gradient
 from .rows import row_floats, row_gradient, row_sums, rows, scale_
@@ -13,6 +15,7 @@ __all__ = [
     "empty",
     "pairwise_costs",
     "pairwise_gradient",
+    "plan_gradient",
     "row_floats",
     "row_gradient",
     "row_sums",
@@ -21,6 +24,7 @@ __all__ = [
     "sinkhorn",
     "softcap_",
     "softcap_gradient_",
+    "sorted_entries",
     "topk",
     "topk_rows",
     "uld",
