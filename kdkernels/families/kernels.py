@@ -1,6 +1,6 @@
 """The interface of a backend: the functions that operators and the loops of the families call.
 
-A backend is any object that has these functions: a module (triton/kernels.py) or an instance (`Cpu`, `Cuda` in native/).
+A backend is any object with these functions: a module (triton/kernels.py) or an instance (`Cpu`, `Cuda` in native/).
 Every result is fresh. A gradient that is not wanted is an empty tensor, and so are statistics that the problem does not
 ask for. A row whose row_scale is 0 is not read, and its results are 0.
 """
@@ -61,7 +61,7 @@ class Kernels(Protocol):
         """logits = cap * tanh(logits / cap), in place."""
 
     def softcap_gradient_(self, gradient: Tensor, logits: Tensor, cap: float) -> None:
-        """gradient *= 1 - (logits / cap)**2 for capped logits, in place. A gradient of 0 stays 0, whatever its logit is."""
+        """gradient *= 1 - (logits / cap)**2 of capped logits, in place. A gradient of 0 stays 0, whatever its logit."""
 
     def accumulate_(self, total: Tensor, part: Tensor) -> None:
         """total (fp32) += part (bf16 or fp16), in place."""

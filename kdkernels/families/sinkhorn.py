@@ -199,9 +199,8 @@ def sinkhorn(kernels, problem: Sinkhorn, wanted: bool) -> tuple[Solution, tuple[
     solution = Solution(*kernels.sinkhorn(problem, False)[:5])
     if not wanted:
         return solution, tuple(problem.cost.new_empty(0) for _ in range(3))
-    return solution, kernels.plan_gradient(
-        problem, solution.f, solution.g, problem.gradient == "implicit" and not problem.entropic
-    )
+    implicit = problem.gradient == "implicit" and not problem.entropic
+    return solution, kernels.plan_gradient(problem, solution.f, solution.g, implicit)
 
 
 class Floats(NamedTuple):

@@ -1,4 +1,4 @@
-"""The dense row family: ops.py says what the functions return, csrc/calls/rows.h describes the kernel."""
+"""The dense row family: families/kernels.py says what the functions return, csrc/calls/rows.h describes the kernel."""
 
 import torch
 from torch import Tensor

@@ -207,7 +207,7 @@ def pair_gradient_kernel(
     tl.store(target, value.to(gradient.dtype.element_ty), mask=inside)
 
 
-# ---- the operators: ../transport.py says what they take and return
+# ---- the launchers: families/kernels.py says what they take and return
 
 
 def pairwise_costs(clouds: Clouds, floats: Tensor, moments: bool):

@@ -365,7 +365,7 @@ def scale_kernel(gradient, factor, columns, factor_stride, BLOCK: tl.constexpr):
         tl.store(gradient_row + column, value.to(gradient_row.dtype.element_ty), mask=inside)
 
 
-# ---- the operators: ops.py says what they take and return
+# ---- the launchers: families/kernels.py says what they take and return
 
 
 def rows(problem: Rows, gradient: bool, out: Tensor | None = None):
