@@ -79,17 +79,21 @@ template <class T> struct GradientRow {
   }
 };
 
-// The options of a row, and how its loss and the factors of its gradient follow from them.
-template <class T> struct RowTerms {
-  const T scale, temperature, inverse_temperature, hard_weight;
-  const bool temperature_squared;
+// The factor of the divergence in a row's gradient, and that of the label term.
+template <class T> struct Factors {
+  T soft, hard;
+};
 
-  RowTerms(const RowOptions& options, int64_t row)
-      : scale(per_row<T>(options.row_scale, row)),
-        temperature(per_row<T>(options.temperature, row)),
-        inverse_temperature(1 / temperature),
-        hard_weight(options.hard_weight.data ? per_row<T>(options.hard_weight, row) : T(0)),
-        temperature_squared(options.temperature_squared) {}
+// The options of a row, and how its loss and the factors of its gradient follow from them.
+template <class T> struct RowTerms : RowValues<T> {
+  using RowValues<T>::scale, RowValues<T>::temperature, RowValues<T>::hard_weight;
+  T inverse_temperature;
+  bool temperature_squared;
+
+  RowTerms(const RowOptions& options, int64_t row) : temperature_squared(options.temperature_squared) {
+    this->read(options, row, [](const auto* from) { return *from; });
+    inverse_temperature = 1 / temperature;
+  }
 
   bool has_label_term() const { return hard_weight != 0; }
   // cross_entropy() is with the label, at temperature 1. It is called only where the row has a label term.
@@ -99,10 +103,12 @@ template <class T> struct RowTerms {
     if (has_label_term()) loss += hard_weight * cross_entropy();
     return scale * loss;
   }
-  // The factor of the divergence in the gradient, and that of the label term. A scale may be infinite or NaN; a weight of
-  // 0 still means that there is no label.
-  T soft() const { return scale * (1 - hard_weight) * (temperature_squared ? temperature : inverse_temperature); }
-  T hard() const { return has_label_term() ? scale * hard_weight : T(0); }
+  // Of a row whose loss is loss(phi, cross_entropy). A scale may be infinite or NaN; a weight of 0 still means that there
+  // is no label.
+  template <class F> Factors<T> factors(T, F) const {
+    return {scale * (1 - hard_weight) * (temperature_squared ? temperature : inverse_temperature),
+            has_label_term() ? scale * hard_weight : T(0)};
+  }
 };
 
 // Writes the statistics of a row, and its top-1 classes.
