@@ -28,6 +28,11 @@ class RowOptions(NamedTuple):
         """The options of some rows: a slice or indices."""
         return RowOptions(*(per_row(x, self.row_scale, chunk) if isinstance(x, Tensor) else x for x in self))
 
+    @property
+    def gradient_needs_loss(self) -> bool:
+        """Whether the factors of a row's gradient follow from its loss: no sweep writes a gradient before the loss."""
+        return False
+
     def soft_factor(self) -> Tensor:
         """[rows]: the factor of a row's divergence in its loss."""
         factor = self.row_scale if self.hard_weight is None else self.row_scale * (1 - self.hard_weight)
