@@ -34,10 +34,15 @@ struct RowTerms : RowValues<float> {
 
   // cross_entropy is with the label, at temperature 1.
   __device__ float loss(const RowOptions& options, float phi, float cross_entropy) const {
+    const float loss = uncapped(options, phi, cross_entropy);
+    return scale * (capped(loss) ? loss_cap : loss);
+  }
+  // Before the row's scale.
+  __device__ float uncapped(const RowOptions& options, float phi, float cross_entropy) const {
     const float factor = options.temperature_squared ? temperature * temperature : 1;
     float loss = weighted(1 - hard_weight, factor * phi);
     if (hard_weight != 0) loss += hard_weight * cross_entropy;
-    return scale * loss;
+    return loss;
   }
   // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
   __device__ Factors factors(const RowOptions& options, float inverse_temperature) const {
@@ -45,7 +50,9 @@ struct RowTerms : RowValues<float> {
             hard_weight == 0 ? 0 : scale * hard_weight};
   }
   // The same where options.gradient_needs_loss().
-  __device__ Factors factors(const RowOptions& options, float inverse_temperature, float, float) const {
+  __device__ Factors factors(const RowOptions& options, float inverse_temperature, float phi,
+                             float cross_entropy) const {
+    if (capped(uncapped(options, phi, cross_entropy))) return {0, 0};
     return factors(options, inverse_temperature);
   }
 };

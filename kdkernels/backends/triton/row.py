@@ -49,6 +49,7 @@ Given = namedtuple("Given", (name for name in families.RowOptions._fields if nam
 ROW_SCALE = tl.constexpr(Given._fields.index("row_scale"))
 TEMPERATURE = tl.constexpr(Given._fields.index("temperature"))
 HARD_WEIGHT = tl.constexpr(Given._fields.index("hard_weight"))
+LOSS_CAP = tl.constexpr(Given._fields.index("loss_cap"))
 
 
 class RowOptions(NamedTuple):
@@ -56,6 +57,7 @@ class RowOptions(NamedTuple):
     temperature: tl.tensor
     inverse_temperature: tl.tensor
     hard_weight: tl.tensor  # 0 without a label term
+    loss_cap: tl.tensor  # infinite without a cap
     label: tl.tensor  # -1 without labels
     bad: tl.tensor  # whether one of these values makes the row NaN
 
@@ -111,7 +113,11 @@ def load_row_options(row, columns, given, strides):
     if given.labels is not None:
         label = tl.load(given.labels + row)
         bad = bad | (label < 0) | (label >= columns)
-    return RowOptions(scale, temperature, inverse_temperature, hard_weight, label, bad)
+    loss_cap = tl.full((), float("inf"), tl.float32)
+    if given.loss_cap is not None:
+        loss_cap = _load_option(given.loss_cap, row, strides, LOSS_CAP)
+        bad = bad | (loss_cap <= 0) | (loss_cap != loss_cap)
+    return RowOptions(scale, temperature, inverse_temperature, hard_weight, loss_cap, label, bad)
 
 
 # ---- a row without a result
@@ -201,15 +207,22 @@ def row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
 
 
 @triton.jit
+def _capped(options, loss):
+    """Whether a row has the cap for its loss, and no gradient. NaN stays NaN, as a NaN scale does."""
+    return (loss > options.loss_cap) & (options.scale == options.scale)
+
+
+@triton.jit
 def store_loss(loss, row, options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
     found = row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED)
-    tl.store(loss + row, options.scale * found)
+    tl.store(loss + row, options.scale * tl.where(_capped(options, found), options.loss_cap, found))
 
 
 @triton.jit
 def scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
     """The row's scale in its gradient, where that depends on the loss (`RowOptions.gradient_needs_loss`)."""
-    return options.scale
+    found = row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED)
+    return tl.where(_capped(options, found), 0.0, options.scale)
 
 
 @triton.jit
