@@ -4,9 +4,8 @@
 //     cuda_NAME(fields, allocate, device, stream)
 //
 // `fields` is a dict that fields.h reads into the kernel's call; allocate(bytes) returns a tensor of bytes, and is asked
-// only by a kernel that needs a workspace. The result of cpu_NAME: whether a kept row has a temperature, label or hard
-// weight that no loss has; nothing is written then.
-#include <cmath>
+// only by a kernel that needs a workspace. The result of cpu_NAME: whether a kept row has options that no
+// loss has; nothing is written then.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -95,18 +94,12 @@ void advise_huge_pages(uintptr_t data, int64_t bytes) {
 
 // ---- the calls
 
-template <class T> T per_row(const kdk::PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
-
-// Whether a kept row has a temperature, hard weight or label that no loss has.
+// Whether a kept row has options that no loss has.
 template <class T, class Call> bool has_bad_row(const Call& call) {
-  const kdk::RowOptions& options = call.options;
   for (int64_t row = 0; row < call.rows; ++row) {
-    if (per_row<T>(options.row_scale, row) == 0) continue;
-    const T temperature = per_row<T>(options.temperature, row);
-    if (!(temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY)) return true;
-    const T hard_weight = options.hard_weight.data ? per_row<T>(options.hard_weight, row) : T(0);
-    if (!(hard_weight >= 0 && hard_weight <= 1)) return true;
-    if (options.labels && !(options.labels[row] >= 0 && options.labels[row] < call.columns)) return true;
+    kdk::RowValues<T> values;
+    values.read(call.options, row, [](const auto* from) { return *from; });
+    if (!values.skipped() && values.bad(call.columns)) return true;
   }
   return false;
 }

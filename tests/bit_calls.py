@@ -128,6 +128,8 @@ ROW_OPTIONS = {
         "mask": mask, "row_weight": weights, "labels": labels, "hard_weight": per_row(0, 1), "normalizer": 3.5,
         "temperature": per_row(0.5, 3), "temperature_squared": True, "upstream": -0.3,
     },
+    "cap": {"loss_cap": 0.9},
+    "cap-row": {"loss_cap": per_row(0.1, 3), "labels": labels, "hard_weight": 0.3, "reduction": "none"},
 }  # fmt: skip
 
 

@@ -234,21 +234,23 @@ def source(kernel, args, kwargs):
     }
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     options = {"num_warps": values.pop("num_warps")}
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
+    constants, attributes = {}, {}
+
+    def type_of(parameter, value, place: tuple[int, ...]):
+        if isinstance(value, tuple):  # of tensors and None
+            return type(value)(*(type_of(parameter, part, (*place, i)) for i, part in enumerate(value)))
         tensor = isinstance(value, torch.Tensor)
         is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
         if parameter.is_constexpr or value is None or is_one:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = value
-            continue
-        if tensor:
-            signature[parameter.name] = pointer[value.dtype]
-        else:
-            signature[parameter.name] = parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+            constants[place] = value
+            return "constexpr"
         if tensor or (isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize):
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+        if tensor:
+            return pointer[value.dtype]
+        return parameter.annotation_type or ("fp32" if isinstance(value, float) else "i32")
+
+    signature = {p.name: type_of(p, values[p.name], (i,)) for i, p in enumerate(kernel.params)}
     return ASTSource(kernel, signature, constants, attributes), options
 
 

@@ -1,5 +1,7 @@
 // Calls of the dense row kernels: a divergence between the softmaxes of a student's and a teacher's rows of logits.
 #pragma once
+#include <math.h>
+
 #include "types.h"
 
 namespace kdk {
@@ -25,7 +27,36 @@ struct RowOptions {
   PerRow temperature;
   PerRow hard_weight;     // data may be null: no label term
   bool temperature_squared;
-  KDK_FIELDS(row_scale, labels, temperature, hard_weight, temperature_squared)
+  PerRow loss_cap;        // data may be null: no cap
+  KDK_FIELDS(row_scale, labels, temperature, hard_weight, temperature_squared, loss_cap)
+
+  // Whether the factors of a row's gradient follow from the row's loss. No sweep writes a gradient before the loss then.
+  KDK_EVERYWHERE bool gradient_needs_loss() const { return loss_cap.data != nullptr; }
+};
+
+// The options of one row, in the compute type: read by a kernel, and by the check of values before a CPU kernel. As it is
+// made, it is a row that is skipped.
+template <class T> struct RowValues {
+  T scale = 0, temperature = 1, hard_weight = 0, loss_cap = INFINITY;
+  int64_t label = 0;
+
+  // load(pointer) reads memory.
+  template <class Load> KDK_IN_KERNEL void read(const RowOptions& options, int64_t row, Load load) {
+    auto per_row = [&](const PerRow& x) { return load((const T*)x.data + row * x.stride); };
+    scale = per_row(options.row_scale);
+    temperature = per_row(options.temperature);
+    if (options.hard_weight.data) hard_weight = per_row(options.hard_weight);
+    if (options.loss_cap.data) loss_cap = per_row(options.loss_cap);
+    if (options.labels) label = load(options.labels + row);
+  }
+  // Whether a row has the cap for its loss, and no gradient; of a loss before the scale. NaN stays NaN, as a NaN scale does.
+  KDK_IN_KERNEL bool capped(T loss) const { return loss > loss_cap && scale == scale; }
+  KDK_IN_KERNEL bool skipped() const { return scale == 0; }
+  // Whether no loss has these values: `bad_rows` in kdkernels/families/options.py. A skipped row may have any.
+  KDK_IN_KERNEL bool bad(int64_t columns) const {
+    return !(temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY && hard_weight >= 0 &&
+             hard_weight <= 1 && label >= 0 && label < columns && loss_cap > 0);
+  }
 };
 
 struct RowsCall {

@@ -16,8 +16,10 @@
 
 #if defined(__CUDACC__)
 #define KDK_EVERYWHERE __host__ __device__
+#define KDK_IN_KERNEL __device__
 #else
 #define KDK_EVERYWHERE
+#define KDK_IN_KERNEL
 #endif
 
 // Stands at the end of a struct: the members that the caller fills, by name.

@@ -79,30 +79,43 @@ template <class T> struct GradientRow {
   }
 };
 
+// The factor of the divergence in a row's gradient, and that of the label term.
+template <class T> struct Factors {
+  T soft, hard;
+};
+
 // The options of a row, and how its loss and the factors of its gradient follow from them.
-template <class T> struct RowTerms {
-  const T scale, temperature, inverse_temperature, hard_weight;
-  const bool temperature_squared;
+template <class T> struct RowTerms : RowValues<T> {
+  using RowValues<T>::scale, RowValues<T>::temperature, RowValues<T>::hard_weight;
+  T inverse_temperature;
+  bool temperature_squared, has_cap;
 
   RowTerms(const RowOptions& options, int64_t row)
-      : scale(per_row<T>(options.row_scale, row)),
-        temperature(per_row<T>(options.temperature, row)),
-        inverse_temperature(1 / temperature),
-        hard_weight(options.hard_weight.data ? per_row<T>(options.hard_weight, row) : T(0)),
-        temperature_squared(options.temperature_squared) {}
+      : temperature_squared(options.temperature_squared), has_cap(options.loss_cap.data) {
+    this->read(options, row, [](const auto* from) { return *from; });
+    inverse_temperature = 1 / temperature;
+  }
 
   bool has_label_term() const { return hard_weight != 0; }
   // cross_entropy() is with the label, at temperature 1. It is called only where the row has a label term.
   template <class F> T loss(T phi, F cross_entropy) const {
+    const T loss = uncapped(phi, cross_entropy);
+    return scale * (this->capped(loss) ? this->loss_cap : loss);
+  }
+  // Before the row's scale.
+  template <class F> T uncapped(T phi, F cross_entropy) const {
     T factor = temperature_squared ? temperature * temperature : T(1);
     T loss = weighted(1 - hard_weight, factor * phi);
     if (has_label_term()) loss += hard_weight * cross_entropy();
-    return scale * loss;
+    return loss;
   }
-  // The factor of the divergence in the gradient, and that of the label term. A scale may be infinite or NaN; a weight of
-  // 0 still means that there is no label.
-  T soft() const { return scale * (1 - hard_weight) * (temperature_squared ? temperature : inverse_temperature); }
-  T hard() const { return has_label_term() ? scale * hard_weight : T(0); }
+  // Of a row whose loss is loss(phi, cross_entropy). A scale may be infinite or NaN; a weight of 0 still means that there
+  // is no label.
+  template <class F> Factors<T> factors(T phi, F cross_entropy) const {
+    if (has_cap && this->capped(uncapped(phi, cross_entropy))) return {0, 0};
+    return {scale * (1 - hard_weight) * (temperature_squared ? temperature : inverse_temperature),
+            has_label_term() ? scale * hard_weight : T(0)};
+  }
 };
 
 // Writes the statistics of a row, and its top-1 classes.

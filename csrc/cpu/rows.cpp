@@ -119,6 +119,7 @@ template <class T> struct Row {
   const RowTerms<T> terms;
   T student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum, phi, psi;
   T tv, student_entropy, teacher_entropy;
+  Factors<T> factors;
 
   Row(const RowsCall& call, int64_t row)
       : call(call),
@@ -222,6 +223,15 @@ template <class T> struct Row {
       write_statistics();
     }
     if (call.loss) ((T*)call.loss)[row] = terms.loss(phi, [&] { return cross_entropy(); });
+    find_factors();
+  }
+  void read_sums() {
+    phi = ((const T*)call.sums)[row], psi = ((const T*)call.sums)[call.rows + row];
+    find_factors();
+  }
+  // Before a gradient is written, which may lie where the logits do.
+  void find_factors() {
+    if (call.sweeps & kGradient) factors = terms.factors(phi, [&] { return cross_entropy(); });
   }
 
   // Cross-entropy with the label, at temperature 1.
@@ -251,7 +261,7 @@ template <class T> struct Row {
     const int n = student.width(b);
     T* out = gradient.block(b, gradient_buffer);
 
-    T soft = terms.soft(), hard = terms.hard();
+    const T soft = factors.soft, hard = factors.hard;
     T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
     auto soft_term = [=](int i) { return soft == 0 ? T(0) : soft * (psi_of_class[i] - q[i] * slope_sum); };
     if (hard == 0) {
@@ -302,7 +312,7 @@ template <class T> struct Row {
         block_gradient(b, student_e(scratch) + b * kBlock, scratch.teacher_e + b * kBlock);
       });
     } else {
-      Team::once([&] { psi = ((const T*)call.sums)[call.rows + row]; });
+      Team::once([&] { read_sums(); });
       Team::blocks(student.blocks, [&](int64_t b) {
         alignas(64) T q[kBlock], psi_of_class[kBlock];
         BlockSums<T> unused;

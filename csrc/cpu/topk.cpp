@@ -102,6 +102,7 @@ template <class T> struct TopkRow {
   T bucket_max, entries_max, max;
   double bucket_sum, entries_sum, log_sum, unit_log_sum, entropy;
   EntrySums<T> sums;
+  Factors<T> factors;
 
   TopkRow(const TopkRowsCall& call, int64_t row)
       : call(call),
@@ -196,6 +197,8 @@ template <class T> struct TopkRow {
       write_statistics(scratch);
     }
     ((T*)call.loss)[row] = terms.loss(sums.phi, [&] { return cross_entropy(); });
+    // Before a gradient is written, which may lie where the logits do.
+    if (call.gradient) factors = terms.factors(sums.phi, [&] { return cross_entropy(); });
   }
   // A sum relative to a part's maximum, relative to that of all.
   double of_all(double sum, T part_max) const {
@@ -272,7 +275,7 @@ template <class T> struct TopkRow {
     T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
   };
   Slopes slopes(const RowScratch<T>& scratch) const {
-    T soft = terms.soft(), hard = terms.hard();
+    const T soft = factors.soft, hard = factors.hard;
     T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
     T others = call.conditional ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
     return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};

@@ -15,30 +15,46 @@ namespace cuda {
 
 inline __device__ float per_row(const PerRow& x, int64_t row) { return load((const float*)x.data + row * x.stride); }
 
-// The options of a row, and the factors of its gradient that follow from them. A row past the last counts as skipped.
-struct RowTerms {
-  float scale, temperature, hard_weight;
-  int64_t label;
+struct LoadOne {
+  template <class T> __device__ T operator()(const T* from) const { return load(from); }
+};
 
-  template <class Call>
-  __device__ RowTerms(const Call& call, int64_t row) : scale(0), temperature(1), hard_weight(0), label(0) {
-    if (row >= call.rows) return;
-    scale = per_row(call.options.row_scale, row);
-    temperature = per_row(call.options.temperature, row);
-    if (call.options.hard_weight.data) hard_weight = per_row(call.options.hard_weight, row);
-    if (call.options.labels) label = load(call.options.labels + row);
+// The factor of the divergence in a row's gradient, and that of the label term.
+struct Factors {
+  float soft, hard;
+};
+
+// The options of a row, and how its loss and the factors of its gradient follow from them. A row past the last counts as
+// skipped.
+struct RowTerms : RowValues<float> {
+  template <class Call> __device__ RowTerms(const Call& call, int64_t row) {
+    if (row < call.rows) read(call.options, row, LoadOne());
   }
-  __device__ bool skipped() const { return scale == 0; }
-  template <class Call> __device__ bool swept(const Call& call) const {
-    return !skipped() && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY && hard_weight >= 0 &&
-           hard_weight <= 1 && label >= 0 && label < call.columns;
+  template <class Call> __device__ bool swept(const Call& call) const { return !skipped() && !bad(call.columns); }
+
+  // cross_entropy is with the label, at temperature 1.
+  __device__ float loss(const RowOptions& options, float phi, float cross_entropy) const {
+    const float loss = uncapped(options, phi, cross_entropy);
+    return scale * (capped(loss) ? loss_cap : loss);
   }
-  // The factor of the divergence in the gradient, and that of the label term. A scale may be infinite or NaN; a weight of
-  // 0 still means that there is no label.
-  __device__ float soft(const RowOptions& options, float inverse_temperature) const {
-    return scale * (1 - hard_weight) * (options.temperature_squared ? temperature : inverse_temperature);
+  // Before the row's scale.
+  __device__ float uncapped(const RowOptions& options, float phi, float cross_entropy) const {
+    const float factor = options.temperature_squared ? temperature * temperature : 1;
+    float loss = weighted(1 - hard_weight, factor * phi);
+    if (hard_weight != 0) loss += hard_weight * cross_entropy;
+    return loss;
   }
-  __device__ float hard() const { return hard_weight == 0 ? 0 : scale * hard_weight; }
+  // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
+  __device__ Factors factors(const RowOptions& options, float inverse_temperature) const {
+    return {scale * (1 - hard_weight) * (options.temperature_squared ? temperature : inverse_temperature),
+            hard_weight == 0 ? 0 : scale * hard_weight};
+  }
+  // The same where options.gradient_needs_loss().
+  __device__ Factors factors(const RowOptions& options, float inverse_temperature, float phi,
+                             float cross_entropy) const {
+    if (capped(uncapped(options, phi, cross_entropy))) return {0, 0};
+    return factors(options, inverse_temperature);
+  }
 };
 
 template <class Call> inline __device__ const char* row_start(const Logits& x, const Call& call, int64_t row) {
@@ -53,17 +69,8 @@ inline __device__ void write_column(Numbers matrix, const Call& call, int64_t ro
   for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
 }
 
-// The following write the loss and the statistics of a row, by one thread. cross_entropy is with the label, at
-// temperature 1. student_first and teacher_first are the first columns that hold the maximum of what is not NaN; a
-// column past the last says that there is none.
-template <class Call>
-inline __device__ void write_loss(const Call& call, int64_t row, const RowTerms& terms, float phi,
-                                  float cross_entropy) {
-  const float factor = call.options.temperature_squared ? terms.temperature * terms.temperature : 1;
-  float loss = weighted(1 - terms.hard_weight, factor * phi);
-  if (terms.hard_weight != 0) loss += terms.hard_weight * cross_entropy;
-  store((float*)call.loss + row, terms.scale * loss);
-}
+// The following write the statistics of a row, by one thread. student_first and teacher_first are the first columns that
+// hold the maximum of what is not NaN; a column past the last says that there is none.
 template <class Call>
 inline __device__ void write_statistics(const Call& call, int64_t row, const RowStatistics<float>& x,
                                         int64_t student_first, int64_t teacher_first) {

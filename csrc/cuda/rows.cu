@@ -124,6 +124,7 @@ struct GradientSlice {
   int begin, end, label;
   float soft, hard, slope_sum, student_max, unit_log_sum;
 
+  __device__ void set(Factors factors) { soft = factors.soft, hard = factors.hard; }
   template <bool halves>
   __device__ void store(int position, const float (&s)[kGroup], const float (&q)[kGroup],
                         float (&slope)[kGroup]) const {
@@ -250,7 +251,9 @@ struct Outcome {
 
   // With the label, at temperature 1.
   __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
-  __device__ void write_loss(float phi) const { cuda::write_loss(call, row, numbers, phi, cross_entropy()); }
+  __device__ void write_loss(float phi) const {
+    store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
+  }
   __device__ void write_statistics(float phi, const Statistics& found) const {
     RowStatistics<float> x = {};
     x.divergence = phi;
@@ -273,13 +276,16 @@ template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
   const Tempering at(numbers.temperature, call.unit_log_sum);
-  const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats);
+  // Whether the factors of the gradient wait for the loss, which is found with sum psi.
+  const bool waits = call.options.gradient_needs_loss() && (call.sweeps & kGradient);
+  const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats) && !waits;
 
   // The gradient may take the place of the logits, and any block of the team that of the label: its logit is loaded
   // before the first merge, which no thread leaves before all have come to it.
   const bool labelled = call.options.labels && (call.sweeps & kSums) && team.first_thread();
   float label_logit = 0;
-  if (labelled) label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
+  if (labelled || (waits && call.options.labels))
+    label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
 
   float floats[kRowFloats];  // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
   float log_ratio = 0;       // E_q[lq - lp]
@@ -310,11 +316,11 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.begin = student.begin, gradient.end = student.end;
   gradient.label = (int)numbers.label - first_column;
   gradient.aligned = (uint64_t)gradient.data % 16 == 0;
-  gradient.soft = numbers.soft(call.options, at.inverse_temperature);
-  gradient.hard = numbers.hard();
+  gradient.set(numbers.factors(call.options, at.inverse_temperature));
   gradient.student_max = floats[0], gradient.unit_log_sum = floats[4];
   // An infinite slope leaves the whole row without a gradient.
   auto finite_or_nan = [](float x) { return fabsf(x) < INFINITY ? x : NAN; };
+  float phi = 0;
 
   if (call.sweeps & kSums) {
     float known_psi = 0;
@@ -338,10 +344,14 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
       if (call.statistics) outcome.write_statistics(sums.phi, statistics);
     }
     gradient.slope_sum = finite_or_nan(sums.psi);
+    phi = sums.phi;
   } else {
+    if (waits) phi = load((const float*)call.sums + row);
     gradient.slope_sum = finite_or_nan(load((const float*)call.sums + call.rows + row));
   }
   if (!(call.sweeps & kGradient)) return;
+  if (waits)
+    gradient.set(numbers.factors(call.options, at.inverse_temperature, phi, floats[4] + (floats[0] - label_logit)));
   if (!(knows && (call.sweeps & kSums)))
     write_gradient<D, way>(divergence, student, teacher, student_norm, teacher_norm, gradient);
   fill_gradient(call, team, row, call.columns, 0);
@@ -450,7 +460,7 @@ Kernel kernel_of(Divergence divergence, Way way) {
 // How often a call reads the logits.
 int sweeps_of(const RowsCall& call) {
   const int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
-  return sweeps == 3 && kernels_of(call.divergence).knows_slope_sum ? 2 : sweeps;
+  return sweeps == 3 && kernels_of(call.divergence).knows_slope_sum && !call.options.gradient_needs_loss() ? 2 : sweeps;
 }
 
 Shape shape_of(const RowsCall& call) {

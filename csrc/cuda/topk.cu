@@ -299,7 +299,9 @@ struct TopkOutcome {
 
   // With the label, at temperature 1.
   __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
-  __device__ void write_loss(float phi) const { cuda::write_loss(call, row, numbers, phi, cross_entropy()); }
+  __device__ void write_loss(float phi) const {
+    store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
+  }
   // `found` is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
   __device__ void write_statistics(float phi, EntryStatistics found, const Masses& masses, float lp, float lq) const {
     const float p = exp_of(lp), q = exp_of(lq);
@@ -339,6 +341,10 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   // The gradient may take the place of the logits: the label's is loaded before the first merge, which no thread leaves
   // before all have come to it.
   if (labelled && team.first_thread()) team.board.label_logit = load_logit(logits, dtype, numbers.label);
+  // Whether the factors of the gradient wait for the loss.
+  const bool waits = call.options.gradient_needs_loss() && call.gradient;
+  float label_logit = 0;
+  if (labelled && waits) label_logit = load_logit(logits, dtype, numbers.label);
 
   Masses mine = Masses::none();
   if (wants_others(call)) mine.others = mass_of_others<way>(student, names, at);
@@ -410,8 +416,10 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   TopkGradient gradient;
   gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
   gradient.dtype = dtype;
-  gradient.soft = numbers.soft(call.options, at.inverse_temperature);
-  gradient.hard = numbers.hard();
+  const Factors factors = waits ? numbers.factors(call.options, at.inverse_temperature, sums.phi,
+                                                  unit_log_sum + (max - label_logit))
+                                : numbers.factors(call.options, at.inverse_temperature);
+  gradient.soft = factors.soft, gradient.hard = factors.hard;
   // An infinite slope leaves the whole row without a gradient.
   gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
   gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;

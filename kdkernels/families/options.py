@@ -23,10 +23,16 @@ class RowOptions(NamedTuple):
     labels: Tensor | None = None  # [rows] int64
     hard_weight: Tensor | None = None  # [rows] or [1]: the label term's share of the loss
     temperature_squared: bool = False  # whether the divergence is multiplied by the temperature's square
+    loss_cap: Tensor | None = None  # [rows] or [1]: the most that a row's loss is before the row scale
 
     def of(self, chunk) -> "RowOptions":
         """The options of some rows, given as a slice or indices."""
         return RowOptions(*(per_row(x, self.row_scale, chunk) if isinstance(x, Tensor) else x for x in self))
+
+    @property
+    def gradient_needs_loss(self) -> bool:
+        """Whether the factors of a row's gradient follow from its loss: no sweep writes a gradient before the loss."""
+        return self.loss_cap is not None
 
     def soft_factor(self) -> Tensor:
         """[rows]: the factor of a row's divergence in its loss."""
@@ -106,6 +112,8 @@ def bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:
         bad["labels"] = kept & ((options.labels < 0) | (options.labels >= vocab_size))
     if options.hard_weight is not None:
         bad["hard_weight"] = kept & ~((options.hard_weight >= 0) & (options.hard_weight <= 1))
+    if options.loss_cap is not None:
+        bad["loss_cap"] = kept & ~(options.loss_cap > 0)
     return bad
 
 
@@ -115,6 +123,7 @@ def check_values(options: RowOptions, vocab_size: int) -> None:
         "labels": f"0 <= label < {vocab_size} (the vocabulary) or ignore_index",
         "temperature": f"finite and > 0 in {options.temperature.dtype}, as its inverse",
         "hard_weight": "from 0 to 1",
+        "loss_cap": "> 0",
     }
     for name, bad in bad_rows(options, vocab_size).items():
         if bad.any():

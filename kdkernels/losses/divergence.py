@@ -26,6 +26,7 @@ def fused_divergence(
     labels: Tensor | None = None,
     ignore_index: int = -100,
     hard_weight: float | Tensor = 0.0,
+    loss_cap: float | Tensor | None = None,
     reduction: str = "mean",
     normalizer: int | float | Tensor | None = None,
     vocab_size: int | None = None,
@@ -66,6 +67,9 @@ def fused_divergence(
             `ignore_index`, even if hard_weight is 0.
         ignore_index: the label of dropped rows.
         hard_weight: lambda in [0, 1], a number, a 0-d tensor or one per row; needs labels.
+        loss_cap: c > 0, a number, a 0-d tensor or one per row. A row loss counts as w * min(L, c); L is the whole
+            factor of w above. A row with L > c has no gradient. NaN stays NaN. Statistics are not capped. The tail
+            "truncate" of a `SparseLogProbs` does not take it. None: no cap.
         reduction: "mean", "sum" or "none" (row losses in the leading shape, 0 for dropped rows).
         normalizer: with "mean" only, replaces the count of kept rows: a number or a tensor of one element, of any
             shape, dtype and device. Without it, "mean" is local to this call and rank. Pass the number of tokens of the
@@ -120,7 +124,7 @@ def fused_divergence(
 
     Raises:
         TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. Labels
-            out of range, temperatures <= 0 and hard weights outside [0, 1] in a tensor, and bad entries of a
+            out of range, temperatures and loss caps <= 0, hard weights outside [0, 1] in a tensor, and bad entries of a
             `SparseLogProbs`, raise on a CPU. On a GPU such a value makes its row NaN, unless `kdkernels.checks(True)`
             asks for the synchronisation.
         RuntimeError: if the requested backend cannot serve the call, with the reason; in backward, for second
@@ -135,13 +139,14 @@ def fused_divergence(
     options.check_choice("gradient", gradient, options.GRADIENTS)
     options.check_statistics(statistics, labels)
     given = options.GivenRowOptions(
-        temperature, temperature_squared, mask, row_weight, labels, ignore_index, hard_weight, reduction, normalizer
-    )
+        temperature, temperature_squared, mask, row_weight, labels, ignore_index, hard_weight, reduction, normalizer,
+        loss_cap,
+    )  # fmt: skip
     rows = options.resolve(student, teacher, given)
     heads = options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     chunking = options.resolve_chunking(heads, student=student, teacher=teacher)
     if isinstance(teacher, SparseLogProbs):
-        options.check_tail(divergence, teacher)
+        options.check_tail(divergence, teacher, rows)
         chunking = chunking or options.whole_rows()
     backend = backends.select(backend, student, teacher)
     # A divergence without a parameter is given a number that it does not read.

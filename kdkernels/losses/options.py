@@ -124,8 +124,11 @@ def check_stored_or_head(name: str, x: Tensor | LinearLogits):
         )
 
 
-def check_tail(divergence: Divergence, teacher: SparseLogProbs):
-    """Raises if the divergence is infinite for every student, since the tail gives some classes no teacher mass."""
+def check_tail(divergence: Divergence, teacher: SparseLogProbs, rows: RowOptions):
+    """Raises if the divergence is infinite for every student, since the tail gives some classes no teacher mass, and
+    for a loss cap with the tail "truncate", whose offset is added after the kernel has capped the loss."""
+    if rows.loss_cap is not None and teacher.tail == "truncate":
+        raise ValueError("loss_cap: expected None for tail='truncate'; got a cap; the other tails take it")
     if divergence.is_infinite_without_mass and teacher.tail in ("renormalize", "truncate"):
         raise ValueError(
             f"{divergence} is infinite for a teacher without mass in some class; tail={teacher.tail!r} gives no mass "
@@ -255,6 +258,7 @@ class GivenRowOptions(NamedTuple):
     hard_weight: float | Tensor = 0.0
     reduction: str = "mean"
     normalizer: int | float | Tensor | None = None
+    loss_cap: float | Tensor | None = None
 
 
 def resolve(
@@ -290,6 +294,10 @@ def resolve(
     else:
         hard_weight = None
 
+    loss_cap = None
+    if given.loss_cap is not None:
+        loss_cap = _number_or_per_row("loss_cap", given.loss_cap, _check_cap, leading, device, dtype)
+
     keep = None if given.mask is None else given.mask.reshape(-1)
     if isinstance(teacher, SparseLogProbs) and teacher.tail != "bucket":
         named = ((teacher.indices >= 0) & ~torch.isneginf(teacher.log_probs)).any(-1).reshape(-1)
@@ -299,7 +307,12 @@ def resolve(
         keep = labelled if keep is None else keep & labelled
     row_scale = _row_scale(leading.numel(), device, dtype, keep, given)
     return RowOptions(
-        row_scale, temperature, labels=labels, hard_weight=hard_weight, temperature_squared=given.temperature_squared
+        row_scale,
+        temperature,
+        labels=labels,
+        hard_weight=hard_weight,
+        temperature_squared=given.temperature_squared,
+        loss_cap=loss_cap,
     )
 
 
@@ -402,6 +415,12 @@ def _check_fraction(name: str, value):
     _check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name}: expected from 0 to 1; got {value}")
+
+
+def _check_cap(name: str, value):
+    _check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected > 0; got {value}")
 
 
 def check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = None):

@@ -41,6 +41,7 @@ def rows(problem: Rows):
     dtype, kept = compute_dtype(student, teacher), options.row_scale != 0
     bad = checked_bad_rows(options, vocab_size)
     s, t = (kept_logits(x, kept, vocab_size, dtype) for x in (student, teacher))
+    s = without_gradient_of_capped(s, rows, problem)
     student_tempered, teacher_tempered = s / temperature[:, None], t / temperature[:, None]
     lq = WholeRowOrNaN.apply(torch.log_softmax(student_tempered, -1))
     lp = torch.log_softmax(teacher_tempered, -1)
@@ -86,6 +87,21 @@ def kept_logits(x: Tensor, kept: Tensor, vocab_size: int, dtype: torch.dtype) ->
     return torch.where(kept[:, None], x[..., :vocab_size].reshape(kept.shape[0], vocab_size).to(dtype), 0)
 
 
+def without_gradient_of_capped(s: Tensor, rows, problem) -> Tensor:
+    """The logits s [rows, classes], of which capped rows get no gradient: 0 times an infinite slope would be NaN.
+
+    `rows`: the function that finds the losses of the problem. A row whose scale is NaN is not capped.
+    """
+    options = problem.options
+    if options.loss_cap is None:
+        return s
+    with torch.no_grad():
+        ones = torch.where(options.row_scale == 0, 0, torch.ones_like(options.row_scale))
+        alone = problem._replace(options=options._replace(row_scale=ones, loss_cap=None), statistics=False)
+        capped = (rows(alone)[0] > options.loss_cap) & ~torch.isnan(options.row_scale)
+    return torch.where(capped[:, None], s.detach(), s)
+
+
 def label_cross_entropy(logits: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         return logits.new_zeros(logits.shape[0])
@@ -98,6 +114,8 @@ def row_loss(divergence: Tensor, cross_entropy: Tensor, options: RowOptions, bad
         loss = weighted(1 - options.hard_weight, loss) + weighted(options.hard_weight, cross_entropy)
     for bad_row in bad.values():
         loss = loss * torch.where(bad_row, torch.nan, 1)
+    if options.loss_cap is not None:
+        loss = torch.where(loss > options.loss_cap, options.loss_cap, loss)
     return torch.where(options.row_scale != 0, options.row_scale * loss, 0)
 
 

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from ...families.topk import TopkRows
-from .rows import WholeRowOrNaN, checked_bad_rows, kept_logits, label_cross_entropy, row_loss, stacked
+from .rows import (
+    WholeRowOrNaN,
+    checked_bad_rows,
+    kept_logits,
+    label_cross_entropy,
+    row_loss,
+    stacked,
+    without_gradient_of_capped,
+)
 from .table import TABLE, weighted
 
 
@@ -15,7 +23,7 @@ def topk_rows(problem: TopkRows):
     row_scale, temperature, labels = options[:3]
     kept = row_scale != 0
     bad = checked_bad_rows(options, vocab_size)
-    s = kept_logits(student, kept, vocab_size, row_scale.dtype)
+    s = without_gradient_of_capped(kept_logits(student, kept, vocab_size, row_scale.dtype), topk_rows, problem)
     tempered = WholeRowOrNaN.apply(s / temperature[:, None])
     lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
 

@@ -8,23 +8,18 @@ from torch import Tensor
 
 from ...families.options import RowOptions
 from ...families.rows import ROW_STATISTICS, ROW_TOP1
+from .row import Given
 
 _THREADS = 256
 _TOPK_BLOCK = 2048
 
 
 def row_arguments(options: RowOptions) -> dict:
-    """The row options as the arguments of a kernel."""
-    return {
-        "row_scale": options.row_scale,
-        "labels": options.labels,
-        "temperature": options.temperature,
-        "hard_weight": options.hard_weight,
-        "row_scale_stride": stride(options.row_scale),
-        "temperature_stride": stride(options.temperature),
-        "hard_weight_stride": 0 if options.hard_weight is None else stride(options.hard_weight),
-        "TEMPERATURE_SQUARED": options.temperature_squared,
-    }
+    """The row options as the arguments `given` and `strides` of a kernel, which `load_row_options` reads."""
+    given = Given(*(getattr(options, name) for name in Given._fields))
+    strides = [0 if x is None else stride(x) for x in given]
+    assert max(strides) <= 1, strides
+    return {"given": given, "strides": sum(step << bit for bit, step in enumerate(strides))}
 
 
 def device_of(x: Tensor):

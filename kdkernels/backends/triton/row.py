@@ -9,6 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ...families import options as families
 from ...families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1
 from .table import weighted
 
@@ -42,11 +43,21 @@ TEACHER_TOP1 = tl.constexpr(ROW_TOP1.index("teacher_top1"))
 TOP1_COUNT = tl.constexpr(len(ROW_TOP1))
 
 
+# The tensors of the row options, as a kernel gets them: by name, None where there is none. With it comes `strides`,
+# an integer whose bits are the strides of these tensors in their order: 1, or 0 for a number that all rows share.
+Given = namedtuple("Given", (name for name in families.RowOptions._fields if name != "temperature_squared"))
+ROW_SCALE = tl.constexpr(Given._fields.index("row_scale"))
+TEMPERATURE = tl.constexpr(Given._fields.index("temperature"))
+HARD_WEIGHT = tl.constexpr(Given._fields.index("hard_weight"))
+LOSS_CAP = tl.constexpr(Given._fields.index("loss_cap"))
+
+
 class RowOptions(NamedTuple):
     scale: tl.tensor
     temperature: tl.tensor
     inverse_temperature: tl.tensor
     hard_weight: tl.tensor  # 0 without a label term
+    loss_cap: tl.tensor  # infinite without a cap
     label: tl.tensor  # -1 without labels
     bad: tl.tensor  # whether one of these values makes the row NaN
 
@@ -81,25 +92,32 @@ def load_tile(row_start, start, columns, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_row_options(
-    row, columns, row_scale, labels, temperature, hard_weight,
-    row_scale_stride, temperature_stride, hard_weight_stride,
-):  # fmt: skip
-    """`labels` and `hard_weight` may be None."""
-    scale = tl.load(row_scale + row * row_scale_stride)
-    row_temperature = tl.load(temperature + row * temperature_stride)
-    inverse_temperature = 1 / row_temperature
-    bad = (row_temperature <= 0) | (row_temperature == float("inf")) | (row_temperature != row_temperature)
+def _load_option(option, row, strides, PLACE: tl.constexpr):
+    """`PLACE`: the option's in Given."""
+    return tl.load(option + row * ((strides >> PLACE) & 1))
+
+
+@triton.jit
+def load_row_options(row, columns, given, strides):
+    """`given`: a Given, whose `labels` and all after `temperature` may be None."""
+    scale = _load_option(given.row_scale, row, strides, ROW_SCALE)
+    temperature = _load_option(given.temperature, row, strides, TEMPERATURE)
+    inverse_temperature = 1 / temperature
+    bad = (temperature <= 0) | (temperature == float("inf")) | (temperature != temperature)
     bad = bad | (inverse_temperature == float("inf"))
-    row_hard_weight = tl.full((), 0, tl.float32)
-    if hard_weight is not None:
-        row_hard_weight = tl.load(hard_weight + row * hard_weight_stride)
-        bad = bad | (row_hard_weight < 0) | (row_hard_weight > 1) | (row_hard_weight != row_hard_weight)
+    hard_weight = tl.full((), 0, tl.float32)
+    if given.hard_weight is not None:
+        hard_weight = _load_option(given.hard_weight, row, strides, HARD_WEIGHT)
+        bad = bad | (hard_weight < 0) | (hard_weight > 1) | (hard_weight != hard_weight)
     label = tl.full((), -1, tl.int64)
-    if labels is not None:
-        label = tl.load(labels + row)
+    if given.labels is not None:
+        label = tl.load(given.labels + row)
         bad = bad | (label < 0) | (label >= columns)
-    return RowOptions(scale, row_temperature, inverse_temperature, row_hard_weight, label, bad)
+    loss_cap = tl.full((), float("inf"), tl.float32)
+    if given.loss_cap is not None:
+        loss_cap = _load_option(given.loss_cap, row, strides, LOSS_CAP)
+        bad = bad | (loss_cap <= 0) | (loss_cap != loss_cap)
+    return RowOptions(scale, temperature, inverse_temperature, hard_weight, loss_cap, label, bad)
 
 
 # ---- a row without a result
@@ -180,12 +198,31 @@ def log_prob(x, maximum, log_sum, inverse_temperature):
 
 
 @triton.jit
-def store_loss(loss, row, options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
+def row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
+    """Before the row's scale."""
     divergence = phi
     if TEMPERATURE_SQUARED:
         divergence = options.temperature * options.temperature * phi
-    row_loss = weighted(1 - options.hard_weight, divergence) + weighted(options.hard_weight, cross_entropy)
-    tl.store(loss + row, options.scale * row_loss)
+    return weighted(1 - options.hard_weight, divergence) + weighted(options.hard_weight, cross_entropy)
+
+
+@triton.jit
+def _capped(options, loss):
+    """Whether a row has the cap for its loss, and no gradient. NaN stays NaN, as a NaN scale does."""
+    return (loss > options.loss_cap) & (options.scale == options.scale)
+
+
+@triton.jit
+def store_loss(loss, row, options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
+    found = row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED)
+    tl.store(loss + row, options.scale * tl.where(_capped(options, found), options.loss_cap, found))
+
+
+@triton.jit
+def scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED: tl.constexpr):
+    """The row's scale in its gradient, where that depends on the loss (`RowOptions.gradient_needs_loss`)."""
+    found = row_loss(options, phi, cross_entropy, TEMPERATURE_SQUARED)
+    return tl.where(_capped(options, found), 0.0, options.scale)
 
 
 @triton.jit
@@ -213,14 +250,15 @@ def finite_or_nan(slope_sum):
 
 @triton.jit
 def gradient_terms(
-    gradient_row, options, student_max, unit_log_sum, HAS_HARD: tl.constexpr, TEMPERATURE_SQUARED: tl.constexpr
+    gradient_row, options, scale, student_max, unit_log_sum, HAS_HARD: tl.constexpr, TEMPERATURE_SQUARED: tl.constexpr
 ):
+    """`scale`: the row's scale in its gradient."""
     factor = options.temperature if TEMPERATURE_SQUARED else options.inverse_temperature
-    soft = options.scale * (1 - options.hard_weight) * factor
+    soft = scale * (1 - options.hard_weight) * factor
     hard = None
     if HAS_HARD:
         # The scale may be infinite or NaN. A weight of 0 still means no label term.
-        hard = tl.where(options.hard_weight == 0, 0.0, options.scale * options.hard_weight)
+        hard = tl.where(options.hard_weight == 0, 0.0, scale * options.hard_weight)
     return GradientTerms(gradient_row, soft, hard, options.label, student_max, unit_log_sum)
 
 

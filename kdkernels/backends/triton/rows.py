@@ -59,6 +59,7 @@ from .row import (
     load_tile,
     log_of_sum,
     log_prob,
+    scale_of_gradient,
     start_of_row,
     store_gradient,
     store_loss,
@@ -220,7 +221,7 @@ def _find_gradient(logits, floats, psi, terms, parameter, SLOPE: tl.constexpr, B
         store_gradient(terms, start, logits.columns, slope, s, BLOCK)
 
 
-@triton.jit(do_not_specialize=["rows", "inner", "row_scale_stride", "temperature_stride", "hard_weight_stride"])
+@triton.jit(do_not_specialize=["rows", "inner", "strides"])
 def rows_kernel(
     student,
     teacher,
@@ -239,29 +240,22 @@ def rows_kernel(
     student_inner_stride: tl.int64,
     teacher_outer_stride: tl.int64,
     teacher_inner_stride: tl.int64,
-    row_scale,
-    labels,  # may be None
-    temperature,
-    hard_weight,  # may be None: no label term
-    row_scale_stride,
-    temperature_stride,
-    hard_weight_stride,
+    given,  # the row options
+    strides,  # theirs
     TEMPERATURE_SQUARED: tl.constexpr,
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     SLOPE_SUM: tl.constexpr,  # None if sum psi needs a sweep of its own
     FLOATS: tl.constexpr,  # whether to find the row floats; otherwise they are read
     SUMS: tl.constexpr,  # whether to find the row sums; otherwise they are read, if the gradient needs them
+    NEEDS_LOSS: tl.constexpr,  # whether the gradient depends on the loss, so that no sweep finds both
     UNIT: tl.constexpr,  # whether FLOATS finds the log sum at temperature 1, for the label term
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     if gradient is not None:
         gradient_row = gradient + row * gradient_columns
-    options = load_row_options(
-        row, columns, row_scale, labels, temperature, hard_weight,
-        row_scale_stride, temperature_stride, hard_weight_stride,
-    )  # fmt: skip
+    options = load_row_options(row, columns, given, strides)
 
     if has_no_result(options):  # before any logit is read: a label may be out of bounds
         value = value_without_result(options)
@@ -283,21 +277,24 @@ def rows_kernel(
     logits = _Logits(student_row, teacher_row, columns, inverse_temperature)
     # The gradient may overwrite the student's logits. So the label's logit is loaded here, before a reduction of all
     # threads of the program, and so before any thread writes. A tile is loaded before it is written.
-    if SUMS and labels is not None:
+    if (SUMS or NEEDS_LOSS) and given.labels is not None:
         student_label = tl.load(student_row + options.label).to(tl.float32)
 
-    KNOWS_PSI: tl.constexpr = FLOATS and SUMS and SLOPE_SUM is not None
+    KNOWS_PSI: tl.constexpr = FLOATS and SUMS and SLOPE_SUM is not None and not NEEDS_LOSS
     if FLOATS:
         norms, mean_log_ratio = _find_floats(logits, UNIT, KNOWS_PSI, BLOCK)
         _store_floats(floats, row, rows, norms)
     else:
         norms = _load_floats(floats, row, rows)
 
+    cross_entropy = tl.full((), 0, tl.float32)
+    if (SUMS or NEEDS_LOSS) and given.labels is not None:
+        cross_entropy = norms.unit_log_sum + (norms.student_max - student_label)
+    HAS_HARD: tl.constexpr = given.hard_weight is not None
     terms = None
-    if gradient is not None:
-        HAS_HARD: tl.constexpr = hard_weight is not None
+    if gradient is not None and not NEEDS_LOSS:
         terms = gradient_terms(
-            gradient_row, options, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
+            gradient_row, options, options.scale, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
         )
     if SUMS or gradient is not None:
         parameter = tl.load(parameters)
@@ -310,15 +307,12 @@ def rows_kernel(
         psi = totals.psi
         tl.store(sums + rows * PHI + row, totals.phi)
         tl.store(sums + rows * PSI + row, psi)
-        cross_entropy = tl.full((), 0, tl.float32)
-        if labels is not None:
-            cross_entropy = norms.unit_log_sum + (norms.student_max - student_label)
         if loss is not None:
             store_loss(loss, row, options, totals.phi, cross_entropy, TEMPERATURE_SQUARED)
         if statistics is not None:
             student_label_log_prob = tl.full((), 0, tl.float32)
             teacher_label_log_prob = tl.full((), 0, tl.float32)
-            if labels is not None:
+            if given.labels is not None:
                 teacher_label = tl.load(teacher_row + options.label).to(tl.float32)
                 student_label_log_prob = log_prob(
                     student_label, norms.student_max, norms.student_log_sum, inverse_temperature
@@ -348,6 +342,12 @@ def rows_kernel(
         if not KNOWS_PSI:
             if not SUMS:
                 psi = tl.load(sums + rows * PSI + row)
+            if NEEDS_LOSS:
+                phi = totals.phi if SUMS else tl.load(sums + rows * PHI + row)
+                scale = scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED)
+                terms = gradient_terms(
+                    gradient_row, options, scale, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
+                )
             _find_gradient(logits, norms, psi, terms, parameter, SLOPE, BLOCK)
 
 
@@ -441,5 +441,6 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
             rows=count, inner=student.shape[1], columns=vocab_size, gradient_columns=student.shape[2],
             student_outer_stride=student_outer, student_inner_stride=student_inner,
             teacher_outer_stride=teacher_outer, teacher_inner_stride=teacher_inner,
+            TEMPERATURE_SQUARED=options.temperature_squared, NEEDS_LOSS=options.gradient_needs_loss,
             VALUE=value, SLOPE=slope, SLOPE_SUM=slope_sum, BLOCK=block, num_warps=warps, **arguments,
         )  # fmt: skip

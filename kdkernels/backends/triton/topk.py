@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import device_of, lanes, per_row_empty, row_strides, stride, topk_tile
+from ...families.options import RowOptions
+from .launch import device_of, lanes, per_row_empty, row_arguments, row_strides, topk_tile
 from .row import add_exponentials, load_row_options, load_tile, start_of_row
 
 # Bytes of the keys that topk sets aside. A launch takes as many rows as fit.
@@ -82,11 +83,11 @@ def _kth_of_stored(keys, total, low, high, k, LANES: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["first_row", "rows", "inner", "k", "row_scale_stride", "temperature_stride"])
+@triton.jit(do_not_specialize=["first_row", "rows", "inner", "k", "strides"])
 def topk_kernel(
     logits,
-    row_scale,
-    temperature,
+    given,  # the row options
+    strides,  # theirs
     keys,  # [rows, k], in no order
     floats,  # [3, rows]: maximum, 1 / temperature, log sum
     tail_log_prob,  # [rows]
@@ -99,8 +100,6 @@ def topk_kernel(
     capacity,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
-    row_scale_stride,
-    temperature_stride,
     BOUNDED: tl.constexpr,  # k is at most BLOCK; otherwise all keys are set aside
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # keys that are worked on at a time
@@ -108,9 +107,7 @@ def topk_kernel(
     aside = workspace + tl.program_id(0).to(tl.int64) * capacity
     row = first_row + tl.program_id(0).to(tl.int64)
     keys_row = keys + row * k
-    options = load_row_options(
-        row, columns, row_scale, None, temperature, None, row_scale_stride, temperature_stride, 0
-    )  # fmt: skip
+    options = load_row_options(row, columns, given, strides)
     skipped = options.scale == 0
     bad = options.bad
     logits_row = start_of_row(logits, row, inner, outer_stride, inner_stride)
@@ -237,12 +234,13 @@ def topk(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_s
     keys = torch.empty(count, k, dtype=torch.int64, device=logits.device)
     workspace = torch.empty(at_once, capacity, dtype=torch.int64, device=logits.device)
     floats = per_row_empty(logits, (3,), row_scale)
+    arguments = row_arguments(RowOptions(row_scale, temperature)).values()
     with device_of(logits):
         for first_row in range(0, count, at_once):
             topk_kernel[(min(at_once, count - first_row),)](
-                logits, row_scale, temperature, keys, floats, tail_log_prob, workspace,
+                logits, *arguments, keys, floats, tail_log_prob, workspace,
                 first_row, count, logits.shape[1], vocab_size, k, capacity,
-                *row_strides(logits), stride(row_scale), stride(temperature),
+                *row_strides(logits),
                 BOUNDED=k <= block, BLOCK=block, LANES=k_lanes, num_warps=warps,
             )  # fmt: skip
         keys = keys.sort(-1, descending=True).values

@@ -45,6 +45,7 @@ from .row import (
     load_tile,
     log_of_sum,
     log_prob,
+    scale_of_gradient,
     start_of_row,
     store_gradient,
     store_loss,
@@ -297,9 +298,7 @@ def _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE: tl.conste
         store_gradient(terms, tile * BLOCK, row.columns, slope, s, BLOCK)
 
 
-@triton.jit(
-    do_not_specialize=["rows", "inner", "entries", "row_scale_stride", "temperature_stride", "hard_weight_stride"]
-)
+@triton.jit(do_not_specialize=["rows", "inner", "entries", "strides"])
 def topk_rows_kernel(
     student,
     indices,  # [rows, entries], ascending; an index from `columns` on is no entry
@@ -318,14 +317,10 @@ def topk_rows_kernel(
     entries,
     student_outer_stride: tl.int64,
     student_inner_stride: tl.int64,
-    row_scale,
-    labels,  # may be None
-    temperature,
-    hard_weight,  # may be None: no label term
-    row_scale_stride,
-    temperature_stride,
-    hard_weight_stride,
+    given,  # the row options
+    strides,  # theirs
     TEMPERATURE_SQUARED: tl.constexpr,
+    NEEDS_LOSS: tl.constexpr,  # whether the gradient depends on the loss
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     SUPPORT_ONLY: tl.constexpr,  # no bucket; the student is renormalised over the entries
@@ -335,10 +330,7 @@ def topk_rows_kernel(
     row_index = tl.program_id(0).to(tl.int64)
     if gradient is not None:
         gradient_row = gradient + row_index * gradient_columns
-    options = load_row_options(
-        row_index, columns, row_scale, labels, temperature, hard_weight,
-        row_scale_stride, temperature_stride, hard_weight_stride,
-    )  # fmt: skip
+    options = load_row_options(row_index, columns, given, strides)
 
     if has_no_result(options):  # before any logit is read: a label may be out of bounds
         value = value_without_result(options)
@@ -349,10 +341,10 @@ def topk_rows_kernel(
             fill_gradient(gradient_row, 0, gradient_columns, value, BLOCK)
         return
 
-    HAS_HARD: tl.constexpr = hard_weight is not None
+    HAS_HARD: tl.constexpr = given.hard_weight is not None
     STATISTICS: tl.constexpr = statistics is not None
     # The softmax at temperature 1 is for the label term or the cross-entropy.
-    UNIT: tl.constexpr = HAS_HARD or (STATISTICS and labels is not None)
+    UNIT: tl.constexpr = HAS_HARD or (STATISTICS and given.labels is not None)
     # With SUPPORT_ONLY the other classes matter only to the label term and the statistics.
     ALL_CLASSES: tl.constexpr = (not SUPPORT_ONLY) or UNIT or STATISTICS
     inverse_temperature = options.inverse_temperature
@@ -367,7 +359,7 @@ def topk_rows_kernel(
         entries,
     )
     tail = tl.load(tail_log_prob + row_index)
-    if labels is not None:
+    if given.labels is not None:
         student_label = tl.load(row.student + options.label).to(tl.float32)
 
     others = _no_classes(columns)
@@ -381,7 +373,7 @@ def topk_rows_kernel(
     else:
         softmax = _Normaliser(whole.maximum, student_log_sum)
 
-    label = None if labels is None else options.label
+    label = None if given.labels is None else options.label
     sums = _entry_sums(row, softmax, tail, label, parameter, VALUE, SLOPE, STATISTICS, LANES)
     phi = sums.phi
     psi = sums.psi
@@ -396,7 +388,7 @@ def topk_rows_kernel(
         psi += bucket_slope
 
     cross_entropy = tl.full((), 0, tl.float32)
-    if UNIT and labels is not None:
+    if UNIT and given.labels is not None:
         cross_entropy = unit_log_sum + (whole.maximum - student_label)
     store_loss(loss, row_index, options, phi, cross_entropy, TEMPERATURE_SQUARED)
 
@@ -408,7 +400,7 @@ def topk_rows_kernel(
             teacher_entropy -= weighted(p_bucket, tail)
         student_label_log_prob = tl.full((), 0, tl.float32)
         teacher_label_log_prob = tl.full((), 0, tl.float32)
-        if labels is not None:
+        if given.labels is not None:
             student_label_log_prob = log_prob(student_label, whole.maximum, student_log_sum, inverse_temperature)
             teacher_label_log_prob = sums.teacher_label
         row_statistics = Statistics(
@@ -431,7 +423,10 @@ def topk_rows_kernel(
         store_statistics(statistics, top1, row_index, rows, columns, row_statistics)
 
     if gradient is not None:
-        terms = gradient_terms(gradient_row, options, whole.maximum, unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED)
+        scale = options.scale
+        if NEEDS_LOSS:
+            scale = scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED)
+        terms = gradient_terms(gradient_row, options, scale, whole.maximum, unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED)
         psi = finite_or_nan(psi)
         bucket = None
         if not SUPPORT_ONLY:
@@ -449,10 +444,10 @@ def topk_rows_kernel(
 def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
     """Returns loss [rows], gradient, statistics and top-1 of student logits against entries. `out` as in `rows`."""
     student, vocab_size, statistics = problem.student, problem.vocab_size, problem.statistics
+    options, row_scale = problem.options, problem.options.row_scale
     indices, log_probs, tail_log_prob = problem.entries
     for x in problem.entries:
         assert x.is_contiguous(), x.stride()
-    row_scale = problem.options.row_scale
     out = gradient_target(student, gradient, out)
     loss = per_row_empty(student, (), row_scale)
     row_statistics, top1 = statistics_empty(student, row_scale, statistics)
@@ -466,7 +461,8 @@ def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
                 student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, problem.parameters,
                 loss, row_statistics if statistics else None, top1 if statistics else None, target,
                 count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
-                **row_arguments(problem.options),
+                **row_arguments(options), TEMPERATURE_SQUARED=options.temperature_squared,
+                NEEDS_LOSS=options.gradient_needs_loss,
                 VALUE=value, SLOPE=slope, SUPPORT_ONLY=problem.support_only,
                 BLOCK=block, LANES=lanes(entries), num_warps=warps,
             )  # fmt: skip

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ...families.options import per_row
+from ...families.options import RowOptions, per_row
 from ...families.uld import Uld, ranked_chunks
-from .launch import device_of, gradient_target, stride, tile, written
+from .launch import device_of, gradient_target, row_arguments, tile, written
 from .row import fill_gradient, has_no_result, load_row_options, load_tile, value_without_result
 
 
@@ -28,12 +28,12 @@ def _probabilities(row_start, start, columns, maximum, inverse_temperature, inve
     return tl.exp((x - maximum) * inverse_temperature) * inverse_sum
 
 
-@triton.jit(do_not_specialize=["row_scale_stride", "temperature_stride"])
+@triton.jit(do_not_specialize=["strides"])
 def uld_ranks_kernel(
     student,  # [rows, student_columns], descending
     teacher,  # [rows, teacher_columns]
-    row_scale,
-    temperature,
+    given,  # the row options
+    strides,  # theirs
     sums_of_signs,  # [rows, student_columns + 1], or None without a gradient
     floats,  # [2, rows] with a gradient: 1 / sum of exponentials, sum p s
     loss,  # [rows]
@@ -41,14 +41,10 @@ def uld_ranks_kernel(
     rows,
     student_columns,
     teacher_columns,
-    row_scale_stride,
-    temperature_stride,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    options = load_row_options(
-        row, student_columns, row_scale, None, temperature, None, row_scale_stride, temperature_stride, 0
-    )
+    options = load_row_options(row, student_columns, given, strides)
     if has_no_result(options):
         tl.store(loss + row, value_without_result(options))
         tl.store(divergence + row, value_without_result(options))
@@ -111,20 +107,18 @@ def _first_below(row_start, x, low, high, OR_EQUAL: tl.constexpr):
     return high
 
 
-@triton.jit(do_not_specialize=["row_scale_stride", "temperature_stride"])
+@triton.jit(do_not_specialize=["strides"])
 def uld_gradient_kernel(
     student,
     indices,  # [rows, student_columns], int64
-    row_scale,
-    temperature,
+    given,  # the row options
+    strides,  # theirs
     sums_of_signs,
     floats,
     gradient,  # [rows, gradient_columns], contiguous
     rows,
     student_columns,
     gradient_columns,
-    row_scale_stride,
-    temperature_stride,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -132,9 +126,7 @@ def uld_gradient_kernel(
     gradient_row = gradient + row * gradient_columns
     if start == 0:
         fill_gradient(gradient_row, student_columns, gradient_columns, 0.0, BLOCK)
-    options = load_row_options(
-        row, student_columns, row_scale, None, temperature, None, row_scale_stride, temperature_stride, 0
-    )
+    options = load_row_options(row, student_columns, given, strides)
     if has_no_result(options):
         end = tl.minimum(start + BLOCK, student_columns)
         fill_gradient(gradient_row, start, end, value_without_result(options), BLOCK)
@@ -171,18 +163,19 @@ def uld(problem: Uld, gradient: bool):
         target = target.flatten(0, 1) if gradient else None
         for ranked in ranked_chunks(problem, gradient):
             chunk, rows = ranked.rows, ranked.student.shape[0]
-            options = row_scale[chunk], per_row(problem.temperature, row_scale, chunk)
+            options = RowOptions(row_scale[chunk], per_row(problem.temperature, row_scale, chunk))
+            arguments = row_arguments(options).values()
             signs, floats = None, None
             if gradient:
                 signs = torch.empty(rows, student_vocab_size + 1, dtype=torch.int32, device=device)
                 floats = torch.empty(2, rows, device=device)
             uld_ranks_kernel[(rows,)](
-                ranked.student, ranked.teacher, *options, signs, floats, loss[chunk], divergence[chunk], rows,
-                student_vocab_size, teacher_vocab_size, *map(stride, options), BLOCK=block, num_warps=warps,
+                ranked.student, ranked.teacher, *arguments, signs, floats, loss[chunk], divergence[chunk], rows,
+                student_vocab_size, teacher_vocab_size, BLOCK=block, num_warps=warps,
             )  # fmt: skip
             if gradient:
                 uld_gradient_kernel[(rows, triton.cdiv(student_vocab_size, gradient_block))](
-                    ranked.student, ranked.indices, *options, signs, floats, target[chunk], rows, student_vocab_size,
-                    student.shape[2], *map(stride, options), BLOCK=gradient_block, num_warps=gradient_warps,
+                    ranked.student, ranked.indices, *arguments, signs, floats, target[chunk], rows, student_vocab_size,
+                    student.shape[2], BLOCK=gradient_block, num_warps=gradient_warps,
                 )  # fmt: skip
     return loss, out, divergence
