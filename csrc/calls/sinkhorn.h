@@ -21,19 +21,19 @@ namespace kdk {
 // unrolled: the derivatives of the value as these rounds find it. Potentials in fp32 are rounded relative to their
 // size, which is that of C / epsilon. Where that size is large, a kernel takes the terms of a step's sum over the sum
 // itself for a_i w_ij and b_j w_ij. A kernel subtracts the minimum of C from C: this changes sum P C by the minimum times
-// sum b, and of_b by the minimum.
+// sum b, and grad_b by the minimum.
 //
 // With w_ij = exp((f_i + g_j - C_ij) / epsilon), from last to first round, alpha_f and alpha_g the derivatives with
 // respect to f / epsilon and g / epsilon of that round,
 //
-//     columns  s_i = sum_j w_ij alpha_g_j  (w of f and g of the round):            of_a_i -= s_i, alpha_f_i -= a_i s_i,
-//              of_C_ij += a_i w_ij alpha_g_j / epsilon
-//     rows     s_j = sum_i w_ij alpha_f_i  (w of its f and the g of before it):    of_b_j -= s_j, alpha_g_j = -b_j s_j,
-//              of_C_ij += b_j w_ij alpha_f_i / epsilon;                            and alpha_f = 0 before it
+//     columns  s_i = sum_j w_ij alpha_g_j  (w of f and g of the round):            grad_a_i -= s_i, alpha_f_i -= a_i s_i,
+//              grad_C_ij += a_i w_ij alpha_g_j / epsilon
+//     rows     s_j = sum_i w_ij alpha_f_i  (w of its f and the g of before it):    grad_b_j -= s_j, alpha_g_j = -b_j s_j,
+//              grad_C_ij += b_j w_ij alpha_f_i / epsilon;                            and alpha_f = 0 before it
 //
-// from, for sum P C: alpha_f_i = sum_j P_ij C_ij, alpha_g_j = sum_i P_ij C_ij, of_a_i = alpha_f_i / a_i,
-// of_b_j = alpha_g_j / b_j (as sums without that mass), of_C_ij = P_ij - P_ij C_ij / epsilon; and entropic:
-// alpha_f = epsilon a, alpha_g = epsilon b, of_a = f + epsilon sum b, of_b = g - epsilon + epsilon sum a, of_C = 0.
+// from, for sum P C: alpha_f_i = sum_j P_ij C_ij, alpha_g_j = sum_i P_ij C_ij, grad_a_i = alpha_f_i / a_i,
+// grad_b_j = alpha_g_j / b_j (as sums without that mass), grad_C_ij = P_ij - P_ij C_ij / epsilon; and entropic:
+// alpha_f = epsilon a, alpha_g = epsilon b, grad_a = f + epsilon sum b, grad_b = g - epsilon + epsilon sum a, grad_C = 0.
 struct SinkhornCall {
   int64_t problems, n, m;
   int64_t iterations;
@@ -48,11 +48,11 @@ struct SinkhornCall {
   Numbers g;                 // [problems, m]
   Numbers error;             // [problems]
   int32_t* done;             // [problems]: rounds
-  Numbers of_cost;           // [problems, n, m], with unrolled
-  Numbers of_a;              // [problems, n], with unrolled
-  Numbers of_b;              // [problems, m], with unrolled
+  Numbers grad_cost;           // [problems, n, m], with unrolled
+  Numbers grad_a;              // [problems, n], with unrolled
+  Numbers grad_b;              // [problems, m], with unrolled
   KDK_FIELDS(problems, n, m, iterations, entropic, unrolled, cost, a, b, epsilon, tolerance, value, f, g, error, done,
-             of_cost, of_a, of_b)
+             grad_cost, grad_a, grad_b)
   Execution run;
 };
 
@@ -68,10 +68,10 @@ struct PlanGradientCall {
   Numbers f;                 // [problems, n]
   Numbers g;                 // [problems, m]
   Numbers epsilon;           // one number
-  Numbers of_cost;           // [problems, n, m]
-  Numbers of_a;              // [problems, n]
-  Numbers of_b;              // [problems, m]
-  KDK_FIELDS(problems, n, m, implicit, cost, a, b, f, g, epsilon, of_cost, of_a, of_b)
+  Numbers grad_cost;           // [problems, n, m]
+  Numbers grad_a;              // [problems, n]
+  Numbers grad_b;              // [problems, m]
+  KDK_FIELDS(problems, n, m, implicit, cost, a, b, f, g, epsilon, grad_cost, grad_a, grad_b)
   Execution run;
 };
 

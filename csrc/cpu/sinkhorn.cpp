@@ -329,68 +329,68 @@ template <class T> struct Problem {
   // ---- derivatives of the value as these rounds found it
 
   void unroll(int64_t done) {
-    T *of_a = (T*)call.of_a + problem * n, *of_b = (T*)call.of_b + problem * m;
+    T *grad_a = (T*)call.grad_a + problem * n, *grad_b = (T*)call.grad_b + problem * m;
     T *alpha_f = scratch.alpha_f, *alpha_g = scratch.alpha_g;
     ((T*)call.value)[problem] =
-        call.entropic ? start_entropic(of_a, of_b) : start_transport(done, of_a, of_b);
+        call.entropic ? start_entropic(grad_a, grad_b) : start_transport(done, grad_a, grad_b);
     for (int64_t round = done; round > 0; --round) {
       T* sums = scratch.of_columns;
       for (int64_t j = 0; j < m; ++j) sums[j] = 0;
       if (!scalings) start_terms(g(round - 1));
-      for (int64_t i = 0; i < n; ++i) unroll_row(i, round, of_a, sums);
+      for (int64_t i = 0; i < n; ++i) unroll_row(i, round, grad_a, sums);
       for (int64_t j = 0; j < m; ++j) {
-        of_b[j] -= sums[j];
+        grad_b[j] -= sums[j];
         alpha_g[j] = -b[j] * sums[j];
       }
       for (int64_t i = 0; i < n; ++i) alpha_f[i] = 0;
     }
   }
   // A round's column step, then its row step, in row i.
-  void unroll_row(int64_t i, int64_t round, T* of_a, T* sums) const {
+  void unroll_row(int64_t i, int64_t round, T* grad_a, T* sums) const {
     T *w = scratch.row, *before = scratch.before, *alpha_g = scratch.alpha_g;
-    T* of_cost = (T*)call.of_cost + (problem * n + i) * m;
+    T* grad_cost = (T*)call.grad_cost + (problem * n + i) * m;
     weights(i, round, w);
     weights_between(i, round, before);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < m; ++j) sum += w[j] * alpha_g[j];
-    of_a[i] -= sum;
+    grad_a[i] -= sum;
     const T alpha = scratch.alpha_f[i] - a[i] * sum, of_column = a[i] * inverse, of_row = alpha * inverse;
 #pragma omp simd
     for (int64_t j = 0; j < m; ++j) {
-      of_cost[j] += of_column * w[j] * alpha_g[j] + of_row * b[j] * before[j];
+      grad_cost[j] += of_column * w[j] * alpha_g[j] + of_row * b[j] * before[j];
       sums[j] += before[j] * alpha;
     }
   }
-  T start_entropic(T* of_a, T* of_b) const {
+  T start_entropic(T* grad_a, T* grad_b) const {
     const T *f = (const T*)call.f + problem * n, *g = (const T*)call.g + problem * m;
-    for (int64_t i = 0; i < n; ++i) of_a[i] = f[i] + epsilon * sum_b, scratch.alpha_f[i] = epsilon * a[i];
-    for (int64_t j = 0; j < m; ++j) of_b[j] = g[j] - epsilon + epsilon * sum_a, scratch.alpha_g[j] = epsilon * b[j];
-    memset((T*)call.of_cost + problem * n * m, 0, n * m * sizeof(T));
+    for (int64_t i = 0; i < n; ++i) grad_a[i] = f[i] + epsilon * sum_b, scratch.alpha_f[i] = epsilon * a[i];
+    for (int64_t j = 0; j < m; ++j) grad_b[j] = g[j] - epsilon + epsilon * sum_a, scratch.alpha_g[j] = epsilon * b[j];
+    memset((T*)call.grad_cost + problem * n * m, 0, n * m * sizeof(T));
     return entropic_value();
   }
-  T start_transport(int64_t round, T* of_a, T* of_b) const {
+  T start_transport(int64_t round, T* grad_a, T* grad_b) const {
     T* w = scratch.row;
     double total = 0;
-    for (int64_t j = 0; j < m; ++j) of_b[j] = 0;
+    for (int64_t j = 0; j < m; ++j) grad_b[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
       weights(i, round, w);
       const T *in = cost + i * m, of_row = a[i], factor = inverse, from = least;
-      T *of_cost = (T*)call.of_cost + (problem * n + i) * m, sum = 0;
+      T *grad_cost = (T*)call.grad_cost + (problem * n + i) * m, sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t j = 0; j < m; ++j) {
         T spent = w[j] * over(in[j], from), mass = of_row * b[j];
         sum += b[j] * spent;
-        of_b[j] += of_row * spent;
-        of_cost[j] = mass * (w[j] - spent * factor);
+        grad_b[j] += of_row * spent;
+        grad_cost[j] = mass * (w[j] - spent * factor);
       }
-      of_a[i] = sum;
+      grad_a[i] = sum;
       scratch.alpha_f[i] = a[i] * sum;
       total += a[i] * sum;
     }
     for (int64_t j = 0; j < m; ++j) {
-      scratch.alpha_g[j] = b[j] * of_b[j];
-      of_b[j] += least;
+      scratch.alpha_g[j] = b[j] * grad_b[j];
+      grad_b[j] += least;
     }
     return (T)(total + (double)least * sum_b);
   }
@@ -454,13 +454,13 @@ template <class T> struct PlanGradient {
   }
   void envelope() const {
     for (int64_t i = 0; i < n; ++i) {
-      T *w = out(call.of_cost, n * m) + i * m, mass = a[i];
+      T *w = out(call.grad_cost, n * m) + i * m, mass = a[i];
       weights(i, w);
 #pragma omp simd
       for (int64_t j = 0; j < m; ++j) w[j] = mass * b[j] * w[j];
     }
-    memcpy(out(call.of_a, n), f, n * sizeof(T));
-    memcpy(out(call.of_b, m), g, m * sizeof(T));
+    memcpy(out(call.grad_a, n), f, n * sizeof(T));
+    memcpy(out(call.grad_b, m), g, m * sizeof(T));
   }
 
   // image = A direction
@@ -507,7 +507,7 @@ template <class T> struct PlanGradient {
     }
   }
   void implicit() {
-    T* w = out(call.of_cost, n * m);  // its first row holds a row of weights, until it is written
+    T* w = out(call.grad_cost, n * m);  // its first row holds a row of weights, until it is written
     for (int64_t j = 0; j < m; ++j) c[j] = rhs[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
       double* in = shares + i * padded(m);
@@ -530,16 +530,16 @@ template <class T> struct PlanGradient {
     find_y();
     for (int64_t i = 0; i < n; ++i) x[i] -= mean(i, y);
     find_y_without_mass(w);
-    T *of_cost = out(call.of_cost, n * m), *of_a = out(call.of_a, n), *of_b = out(call.of_b, m);
+    T *grad_cost = out(call.grad_cost, n * m), *grad_a = out(call.grad_a, n), *grad_b = out(call.grad_b, m);
     for (int64_t i = 0; i < n; ++i) {
       const double *in = shares + i * padded(m), mass = a[i], factor = 1 / (double)epsilon, of_row = x[i];
       const T* costs = cost + i * m;
 #pragma omp simd
       for (int64_t j = 0; j < m; ++j)
-        of_cost[i * m + j] = (T)(mass * in[j] * (1 - (finite(costs[j]) - of_row - y[j]) * factor));
-      of_a[i] = (T)of_row;
+        grad_cost[i * m + j] = (T)(mass * in[j] * (1 - (finite(costs[j]) - of_row - y[j]) * factor));
+      grad_a[i] = (T)of_row;
     }
-    for (int64_t j = 0; j < m; ++j) of_b[j] = (T)y[j];
+    for (int64_t j = 0; j < m; ++j) grad_b[j] = (T)y[j];
   }
   // What the rows that would send it mass give it.
   void find_y_without_mass(T* w) const {
