@@ -29,19 +29,16 @@
 
 #include "device.h"
 #include "launch.h"
+#include "sinkhorn_data.h"
+#include "sinkhorn_domains.h"
 #include "table.h"
 #include "team.h"
 
 namespace kdk {
 namespace cuda {
 
-constexpr float kLargestSpan = 30;     // of the costs, in epsilons, in the domain of scalings
 constexpr float kGuard = 80 * kLog2e;  // exponents of points without mass, which no sum bounds, end here
 constexpr int kRowsAtOnce = 4;         // of a warp
-constexpr float kLeastMass = 0x1p-100f, kMostMass = 0x1p100f;  // sums of masses that a power of two takes near 1
-
-// What shared memory holds beside the vectors of the points; the workspace has the rest.
-enum class InShared { matrix_and_history, matrix, nothing };
 
 struct SinkhornPlan : Launch {
   InShared in_shared;
@@ -49,31 +46,6 @@ struct SinkhornPlan : Launch {
 };
 
 // ---- sums along rows and columns
-
-struct Sum {
-  float sum;
-
-  static __device__ Sum none() { return {0}; }
-  __device__ void merge(const Sum& other) { sum += other.sum; }
-};
-
-// log2 of a sum of powers of 2, relative to the largest. One that is NaN makes `sum` NaN.
-struct LogSum {
-  float max, sum;
-
-  static __device__ LogSum none() { return {-INFINITY, 0}; }
-  __device__ void add(float exponent) {
-    if (exponent == -INFINITY) return;
-    const float smaller = exp2_approx(-fabsf(exponent - max));
-    sum = exponent > max ? fmaf(sum, smaller, 1) : sum + smaller;
-    max = fmaxf(max, exponent);
-  }
-  __device__ void merge(const LogSum& other) {
-    const float larger = fmaxf(max, other.max), base = base_of(larger);
-    sum = sum * exp2_approx(max - base) + other.sum * exp2_approx(other.max - base);
-    max = larger;
-  }
-};
 
 template <class X> inline __device__ X from_lane_across(const X& x, int bits) {
   Words<X> moved(x);
@@ -142,69 +114,6 @@ inline __device__ void reduce_columns(int n, int m, X* parts, Each each, Result 
   }
 }
 
-// ---- the two domains: what stands for exp(f / epsilon), and what a matrix element stores
-
-// A half step's result for a point: its potential, and how the step found it, as what each term is divided by. The
-// terms of its sum, over that, add up to 1 to the last digits, which exponentials of the rounded potential do not;
-// derivatives that nearly cancel need it.
-struct Step {
-  float potential;
-  float base, inverse;  // term / sum = 2^(exponent - base) * inverse
-};
-
-// `factor` is what a point's mass is in the domain, and share(x, stored, step) a term of the step's sum, over the sum:
-// that of a point whose potential, mass included or not, is x.
-struct Scalings {
-  static constexpr bool kNormalizes = false;  // steps have a potential, and nothing else
-  using Total = Sum;
-
-  static __device__ Step first() { return {1, 0, 1}; }  // of potential 0
-  static __device__ float stored(float exponent) { return exp2_approx(exponent); }
-  static __device__ float factor(float mass) { return mass; }
-  static __device__ float weighted(float potential, float factor) { return potential * factor; }
-  static __device__ void add(Total& total, float stored, float weighted) {
-    total.sum = fmaf(stored, weighted, total.sum);
-  }
-  static __device__ Step step(const Total& total, float) { return {1 / total.sum, 0, 1}; }
-  static __device__ float log2_of(float potential) { return log2f(potential); }
-  static __device__ float ratio(float before, float after) { return before / after; }
-  static __device__ float share(float x, float stored, const Step& step, float) { return x * step.potential * stored; }
-  // What a round adds to a cost's derivative: row and column_before are weighted, and of_rounds comes after the sum.
-  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
-                                   const Step& column_step, float alpha_g, float) {
-    return fmaf(row, column_step.potential * alpha_g, row_step.potential * alpha_f * column_before);
-  }
-  static __device__ float of_rounds(float sum, float stored) { return sum * stored; }
-};
-
-struct Logarithms {
-  static constexpr bool kNormalizes = true;
-  using Total = LogSum;
-
-  static __device__ Step first() { return {0, 0, 1}; }
-  static __device__ float stored(float exponent) { return exponent; }
-  static __device__ float factor(float mass) { return log2f(mass); }
-  static __device__ float weighted(float potential, float factor) { return potential + factor; }
-  static __device__ void add(Total& total, float stored, float weighted) { total.add(stored + weighted); }
-  // -inf stands for the potential 0 of a point that has no partner: it has no part in any sum.
-  static __device__ Step step(const Total& total, float own_mass) {
-    if (total.sum == 0) return own_mass == 0 ? Step{-INFINITY, INFINITY, 1} : Step{NAN, NAN, NAN};
-    return {-(total.max + log2f(total.sum)), total.max, 1 / total.sum};
-  }
-  static __device__ float log2_of(float potential) { return potential; }
-  static __device__ float ratio(float before, float after) { return exp2_approx(before - after); }
-  static __device__ float share(float x, float stored, const Step& step, float limit) {
-    const float exponent = (stored + x) - step.base;
-    return exp2_approx(exponent > limit ? limit : exponent) * step.inverse;
-  }
-  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
-                                   const Step& column_step, float alpha_g, float stored) {
-    return fmaf(share(row, stored, column_step, INFINITY), alpha_g,
-                share(column_before, stored, row_step, INFINITY) * alpha_f);
-  }
-  static __device__ float of_rounds(float sum, float) { return sum; }
-};
-
 // ---- what a block keeps
 
 // The points of one side, in shared memory. Masses are in units of the problem's.
@@ -224,114 +133,6 @@ struct Points {
   // x, which is of own(i), without the mass.
   __device__ float without_mass(int i, float x) const { return mass[i] == 0 ? x : x / mass[i]; }
   __device__ float with_mass(int i, float x) const { return mass[i] == 0 ? 0 : x; }
-};
-
-// Of costs as the domain stores them.
-template <InShared in_shared> struct Matrix {
-  float* data;
-
-  __device__ float get(int at) const { return in_shared == InShared::nothing ? load(data + at) : data[at]; }
-  __device__ void set(int at, float x) const {
-    if (in_shared == InShared::nothing) store(data + at, x);
-    else data[at] = x;
-  }
-};
-
-// Of the rows' steps [rounds], and the columns' [rounds + 1], of which the first is what the rounds began with: the
-// step's three numbers, and the derivative with respect to its potential.
-template <InShared in_shared> struct History {
-  static constexpr int kOfStep = 4, kAlpha = 3;
-  float* data;
-  int n, m;
-  int64_t rounds;
-
-  static __host__ __device__ int64_t floats(int64_t n, int64_t m, int64_t rounds) {
-    return kOfStep * (rounds * n + (rounds + 1) * m);
-  }
-  __device__ int64_t row(int what, int64_t t, int i) const { return (what * rounds + t) * n + i; }
-  __device__ int64_t column(int what, int64_t t, int j) const {
-    return kOfStep * rounds * n + (what * (rounds + 1) + t) * m + j;
-  }
-  __device__ float get(int64_t at) const {
-    return in_shared == InShared::matrix_and_history ? data[at] : load(data + at);
-  }
-  __device__ void set(int64_t at, float x) const {
-    if (in_shared == InShared::matrix_and_history) data[at] = x;
-    else store(data + at, x);
-  }
-  // `at` is row or column: of what number of a step.
-  template <class Domain, class At> __device__ void set_step(const Step& x, At at) const {
-    set(at(0), x.potential);
-    if (Domain::kNormalizes) set(at(1), x.base), set(at(2), x.inverse);
-  }
-  template <class Domain, class At> __device__ Step step(At at) const {
-    if (!Domain::kNormalizes) return {get(at(0)), 0, 1};
-    return {get(at(0)), get(at(1)), get(at(2))};
-  }
-  template <class Domain> __device__ void set_row(int64_t t, int i, const Step& x) const {
-    set_step<Domain>(x, [&](int what) { return row(what, t, i); });
-  }
-  template <class Domain> __device__ void set_column(int64_t t, int j, const Step& x) const {
-    set_step<Domain>(x, [&](int what) { return column(what, t, j); });
-  }
-  template <class Domain> __device__ Step row_step(int64_t t, int i) const {
-    return step<Domain>([&](int what) { return row(what, t, i); });
-  }
-  template <class Domain> __device__ Step column_step(int64_t t, int j) const {
-    return step<Domain>([&](int what) { return column(what, t, j); });
-  }
-};
-
-// What costs and masses say of a problem, each thread's and merged.
-struct Facts {
-  float least, largest;  // of finite costs
-  float mass_a, mass_b;
-  int forbidden, wrong;  // whether a pair is; whether a cost is NaN or -inf
-
-  static __device__ Facts none() { return {INFINITY, -INFINITY, 0, 0, 0, 0}; }
-  __device__ void add(float cost) {
-    if (cost == INFINITY) {
-      forbidden = 1;
-    } else if (cost > -INFINITY) {
-      least = fminf(least, cost), largest = fmaxf(largest, cost);
-    } else {
-      wrong = 1;
-    }
-  }
-  __device__ void merge(const Facts& below) {
-    least = fminf(least, below.least), largest = fmaxf(largest, below.largest);
-    mass_a += below.mass_a, mass_b += below.mass_b;
-    forbidden |= below.forbidden, wrong |= below.wrong;
-  }
-};
-
-// What all threads know of a problem.
-struct Units {
-  float epsilon, tolerance;
-  float offset;            // min C; NaN makes the problem NaN
-  float exponents;         // of 2 in a cost: log2(e) / epsilon
-  float mass;              // a power of two
-  float mass_a, mass_b;    // the sums, not in units
-  bool scalings;           // the domain
-
-  __device__ Units(const SinkhornCall& call, const Facts& facts)
-      : epsilon(load((const float*)call.epsilon)), tolerance(load((const float*)call.tolerance)), mass(1),
-        mass_a(facts.mass_a), mass_b(facts.mass_b) {
-    const bool wrong = facts.wrong || !(mass_a >= 0) || !(mass_b >= 0) || !(epsilon > 0);
-    offset = wrong ? NAN : facts.least < INFINITY ? facts.least : 0;
-    exponents = kLog2e / epsilon;
-    const bool ordinary = mass_a >= kLeastMass && mass_a <= kMostMass && mass_b >= kLeastMass && mass_b <= kMostMass;
-    if (ordinary) mass = __uint_as_float(__float_as_uint(mass_a) & 0x7f800000u);
-    scalings = ordinary && !wrong && !facts.forbidden && facts.largest - facts.least <= kLargestSpan * epsilon;
-  }
-  __device__ float exponent(float cost) const { return (offset - cost) * exponents; }
-  // Potentials as the caller has them, of their logarithms.
-  __device__ float f(float log2_potential) const {
-    return log2_potential == -INFINITY ? 0 : offset + (log2_potential - log2f(mass)) * (epsilon * kLn2);
-  }
-  __device__ float g(float log2_potential) const {
-    return log2_potential == -INFINITY ? 0 : log2_potential * (epsilon * kLn2);
-  }
 };
 
 // P C, where P is 0 if the pair is forbidden.
