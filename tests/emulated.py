@@ -205,7 +205,7 @@ WRITTEN = {
     "ranked_uld": ("sums_of_signs", "loss", "divergence", "gradient"),
     "pair_costs": ("costs", "moments"),
     "pair_gradient": ("gradient",),
-    "sinkhorn": ("value", "f", "g", "error", "done", "of_cost", "of_a", "of_b"),
+    "sinkhorn": ("value", "f", "g", "error", "done", "grad_cost", "grad_a", "grad_b"),
 }
 # Fields with a row of columns for each row of the call, of which a kernel may touch the kept rows alone; and the field
 # that says how many of the columns count. None: all columns.
@@ -243,7 +243,7 @@ def memory_of(kernel: str, fields: dict) -> Iterator[tuple[int, int, bool]]:
 
 def _kept_rows(kernel: str, fields: dict, x: Tensor) -> list[Tensor]:
     """The rows of x [..., columns] that are kept; of scale_rows, those whose factor is not 1."""
-    name = {"scale_rows": "factor", "pair_costs": "kept", "pair_gradient": "kept"}.get(kernel, "row_scale")
+    name = {"scale_rows": "factor", "pair_costs": "row_mass", "pair_gradient": "row_mass"}.get(kernel, "row_scale")
     kept = fields[name].flatten() != (1 if kernel == "scale_rows" else 0)
     rows = [x[index] for index in itertools.product(*map(range, x.shape[:-1]))]
     return [row for row, keep in zip(rows, kept.expand(len(rows)).tolist(), strict=True) if keep]

@@ -83,7 +83,7 @@ def demangled(names: list[str]) -> dict[str, str]:
     lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     # rows_kernel<Js<float>, 1>, of "void kdk::cuda::rows_kernel<kdk::cuda::Js<float>, (kdk::cuda::Way)1>(...)".
     short = [
-        re.sub(r"^void |\([\w:]*(Way|PairCost|Kept)\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()
+        re.sub(r"^void |\([\w:]*(Way|PairCost|InShared)\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()
     ]
     return dict(zip(names, short, strict=True))
 

@@ -18,12 +18,12 @@ struct PairCostsCall {
   int64_t clouds, rows;      // n; row i of cloud c is (c, i) of the logits
   int64_t columns;           // classes that count
   Logits student, teacher;
-  Numbers kept;              // [clouds, n]; 0: the row is dropped on both sides, and never read
+  Numbers row_mass;              // [clouds, n]; 0: the row is dropped on both sides, and never read
   PerRow temperature;        // one for all: its stride is 0
   Numbers floats;            // [4, clouds, n]: student_max, student_log_sum, teacher_max, teacher_log_sum
   Numbers costs;             // [clouds, n, n]
   Numbers moments;           // [clouds, n, n] or null
-  KDK_FIELDS(kind, clouds, rows, columns, student, teacher, kept, temperature, floats, costs, moments)
+  KDK_FIELDS(kind, clouds, rows, columns, student, teacher, row_mass, temperature, floats, costs, moments)
   Execution run;
 };
 
@@ -39,13 +39,13 @@ struct PairGradientCall {
   int64_t columns;
   int64_t gradient_columns;  // width of the gradient; zeros past `columns`
   Logits student, teacher;
-  Numbers kept;              // [clouds, n]
+  Numbers row_mass;              // [clouds, n]
   PerRow temperature;
   Numbers floats;            // [4, clouds, n]
   Numbers weights;           // W [clouds, n, n]
   Numbers dot;               // [clouds, n]
   Stored gradient;           // [clouds, n, gradient_columns] in the student's dtype
-  KDK_FIELDS(kind, clouds, rows, columns, gradient_columns, student, teacher, kept, temperature, floats, weights, dot,
+  KDK_FIELDS(kind, clouds, rows, columns, gradient_columns, student, teacher, row_mass, temperature, floats, weights, dot,
              gradient)
   Execution run;
 };

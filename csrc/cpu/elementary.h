@@ -33,27 +33,28 @@ static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
 #if defined(__AVX512F__)
-// With AVX-512's scalef, which no compiler finds, down through the subnormal numbers: exp(x beta) = 2^n 2^f, where
-// n + f = x beta / ln 2 and |f| <= 1/2. `beta / ln 2` is the sum of two floats, so that f is right to its last place
-// however large n is; 2^f is a minimax polynomial of degree 6 (relative error 2e-9). Several vectors go step by step
-// beside each other: one alone would wait for each of its own steps.
+// exp(x inverse_temperature) with AVX-512's scalef, which no compiler finds, down through the subnormal numbers:
+// exp(x inverse_temperature) = 2^n 2^f, where n + f = x factor, factor = inverse_temperature / ln 2 and |f| <= 1/2. The
+// factor is stored as the sum of two floats, so that f is right to its last place however large n is. 2^f is a minimax
+// polynomial of degree 6 (relative error 2e-9). Each step is done for several vectors before the next step, because the
+// steps of one vector wait for each other.
 struct Exponent {
   __m512 high, low;
-  explicit Exponent(float beta) {
-    const double factor = beta * 1.44269504088896341;
+  explicit Exponent(float inverse_temperature) {
+    const double factor = inverse_temperature * 1.44269504088896341;
     high = _mm512_set1_ps((float)factor);
     low = _mm512_set1_ps((float)(factor - (float)factor));
   }
 };
-template <int count> inline void exps_of_nonpositive(__m512 (&x)[count], const Exponent& beta) {
+template <int count> inline void exps_of_nonpositive(__m512 (&x)[count], const Exponent& factor) {
   const __m512 round_to_integer = _mm512_set1_ps(12582912.0f);
   const float coefficients[] = {1.339887385e-3f, 9.618436918e-3f, 5.550332367e-2f, 2.402264774e-1f, 6.931471825e-1f,
                                 1.0f};
   __m512 n[count], f[count], y[count];
-  for (int i = 0; i < count; ++i) n[i] = _mm512_fmadd_ps(x[i], beta.high, round_to_integer);
+  for (int i = 0; i < count; ++i) n[i] = _mm512_fmadd_ps(x[i], factor.high, round_to_integer);
   for (int i = 0; i < count; ++i) n[i] = _mm512_sub_ps(n[i], round_to_integer);
-  for (int i = 0; i < count; ++i) f[i] = _mm512_fmsub_ps(x[i], beta.high, n[i]);
-  for (int i = 0; i < count; ++i) f[i] = _mm512_fmadd_ps(x[i], beta.low, f[i]);
+  for (int i = 0; i < count; ++i) f[i] = _mm512_fmsub_ps(x[i], factor.high, n[i]);
+  for (int i = 0; i < count; ++i) f[i] = _mm512_fmadd_ps(x[i], factor.low, f[i]);
   for (int i = 0; i < count; ++i) y[i] = _mm512_set1_ps(1.535336196e-4f);
   for (float coefficient : coefficients)
     for (int i = 0; i < count; ++i) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(coefficient));

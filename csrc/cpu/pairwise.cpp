@@ -104,7 +104,7 @@ template <class T, class Call> struct Cloud {
     if (!(temperature > 0)) temperature = NAN;
   }
   template <class X> T of_row(const X& numbers, int64_t row) const { return ((const T*)numbers)[cloud * rows + row]; }
-  bool is_kept(int64_t row) const { return of_row(call.kept, row) != 0; }
+  bool is_kept(int64_t row) const { return of_row(call.row_mass, row) != 0; }
   int64_t columns_of(int64_t tile) const {
     int64_t left = call.columns - tile * width;
     return left < width ? left : width;
@@ -121,12 +121,12 @@ template <class T, class Call> struct Cloud {
       const int64_t start = cloud * x.outer_stride + row * x.inner_stride + tile * width;
       const int64_t stride = call.clouds * rows;  // between the floats
       const T* floats = (const T*)call.floats + (is_teacher ? 2 : 0) * stride;
-      const T max = of_row(floats, row), log_sum = of_row(floats + stride, row), beta = 1 / temperature;
+      const T max = of_row(floats, row), log_sum = of_row(floats + stride, row), inverse_temperature = 1 / temperature;
       alignas(64) T buffer[kBlock];
       const T* in = widen((const char*)x.data + start * bytes_of(x.dtype), x.dtype, (int)columns, buffer);
 #pragma omp simd
       for (int64_t v = 0; v < columns; ++v) {
-        T log_prob = (in[v] - max) * beta - log_sum;
+        T log_prob = (in[v] - max) * inverse_temperature - log_sum;
         out[v] = exp_of_nonpositive(log_prob > 0 ? T(0) : log_prob);  // above 0 by a rounding
       }
     }
@@ -251,12 +251,12 @@ template <class T> void all_costs(const PairCostsCall& call) {
       for (int64_t part = 0; part < call.clouds * slices; ++part) {
         const int64_t slice = part % slices;
         costs(part, omp_get_thread_num())
-            .template add_tiles<Alone>(tiles * slice / slices, tiles * (slice + 1) / slices);
+            .template add_tiles<OneThread>(tiles * slice / slices, tiles * (slice + 1) / slices);
       }
     } else {
       for (int64_t part = 0; part < call.clouds * slices; ++part) {
         const int64_t slice = part % slices;
-        costs(part, 0).template add_tiles<Together>(tiles * slice / slices, tiles * (slice + 1) / slices);
+        costs(part, 0).template add_tiles<AllThreads>(tiles * slice / slices, tiles * (slice + 1) / slices);
       }
     }
 #pragma omp for schedule(static)
@@ -320,10 +320,11 @@ template <class T> struct Gradient : Cloud<T, PairGradientCall> {
         memset(to, 0, columns * bytes);
         continue;
       }
-      const T *of_row = p + (i + r) * width, dot = this->of_row(call.dot, i + r), beta = 1 / this->temperature;
+      const T *of_row = p + (i + r) * width, dot = this->of_row(call.dot, i + r);
+      const T inverse_temperature = 1 / this->temperature;
       T* out = g[r];
 #pragma omp simd
-      for (int64_t v = 0; v < columns; ++v) out[v] = of_row[v] * beta * (out[v] - dot);
+      for (int64_t v = 0; v < columns; ++v) out[v] = of_row[v] * inverse_temperature * (out[v] - dot);
       narrow(out, to, call.student.dtype, (int)columns);
     }
   }
@@ -347,7 +348,7 @@ template <class T> void all_gradients(const PairGradientCall& call) {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t part = 0; part < call.clouds * tiles; ++part) {
       const Gradient<T> of_cloud = gradient(part / tiles);
-      of_cloud.template fill_tile<Alone>(part % tiles);
+      of_cloud.template fill_tile<OneThread>(part % tiles);
       for (int64_t block = 0; block < blocks; ++block) of_cloud.write(part % tiles, block);
     }
 #pragma omp for schedule(static)
@@ -369,7 +370,8 @@ void pair_gradient(const PairGradientCall& call) noexcept {
   by_type(call.run.fp64, [&](auto type) { all_gradients<decltype(type)>(call); });
 }
 int64_t pair_gradient_bytes(const PairGradientCall& call) noexcept {
-  const int64_t bytes = call.run.fp64 ? 8 * Gradient<double>::numbers(call.rows) : 4 * Gradient<float>::numbers(call.rows);
+  const int64_t bytes =
+      call.run.fp64 ? 8 * Gradient<double>::numbers(call.rows) : 4 * Gradient<float>::numbers(call.rows);
   return 64 + call.run.threads * bytes;
 }
 

@@ -52,7 +52,7 @@ template <bool keep>
 void lane_exponentials(const float* x, int n, float max, float inverse_temperature, float* e, float* sums,
                        const void* next, int64_t element) {
   const __m512 shift = _mm512_set1_ps(max);
-  const Exponent beta(inverse_temperature);
+  const Exponent factor(inverse_temperature);
   __m512 sum[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
   int i = 0;
   for (; i + 64 <= n; i += 64) {
@@ -60,7 +60,7 @@ void lane_exponentials(const float* x, int n, float max, float inverse_temperatu
       __builtin_prefetch((const char*)next + byte, 0, 2);
     __m512 v[4];
     for (int j = 0; j < 4; ++j) v[j] = _mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * j), shift);
-    exps_of_nonpositive(v, beta);
+    exps_of_nonpositive(v, factor);
     for (int j = 0; j < 4; ++j) {
       if (keep) _mm512_storeu_ps(e + i + 16 * j, v[j]);
       sum[j] = _mm512_add_ps(sum[j], v[j]);
@@ -70,7 +70,7 @@ void lane_exponentials(const float* x, int n, float max, float inverse_temperatu
   for (; i < n; i += 16, sums += 16) {
     __mmask16 inside = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
     __m512 v[1] = {_mm512_sub_ps(_mm512_maskz_loadu_ps(inside, x + i), shift)};
-    exps_of_nonpositive(v, beta);
+    exps_of_nonpositive(v, factor);
     if (keep) _mm512_mask_storeu_ps(e + i, inside, v[0]);
     _mm512_store_ps(sums, _mm512_mask_add_ps(_mm512_load_ps(sums), inside, _mm512_load_ps(sums), v[0]));
   }
@@ -97,13 +97,13 @@ T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void
 }
 
 // Who works on a row: one thread, or all threads of a region block by block.
-struct Alone {
+struct OneThread {
   template <class F> static void blocks(int64_t n, F body) {
     for (int64_t b = 0; b < n; ++b) body(b);
   }
   template <class F> static void once(F body) { body(); }
 };
-struct Together {
+struct AllThreads {
   template <class F> static void blocks(int64_t n, F body) {
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < n; ++b) body(b);
@@ -113,6 +113,8 @@ struct Together {
     body();
   }
 };
+using Alone = OneThread;
+using Together = AllThreads;
 
 template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
 

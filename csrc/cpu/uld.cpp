@@ -149,7 +149,7 @@ template <class Key> Key* sorted(Key* keys, Key* other, int64_t n) {
 }
 
 template <class T, class Element>
-Ranked<T> rank_wide(const Element* x, int64_t n, T beta, uint64_t* first, uint64_t* second, T* e) {
+Ranked<T> rank_wide(const Element* x, int64_t n, T inverse_temperature, uint64_t* first, uint64_t* second, T* e) {
   using Key = typename KeyOf<Element>::type;
   Key* keys = (Key*)first;
   for (int64_t i = 0; i < n; ++i) keys[i] = key_of(x[i]);
@@ -165,14 +165,15 @@ Ranked<T> rank_wide(const Element* x, int64_t n, T beta, uint64_t* first, uint64
   for (int64_t start = 0; start < n; start += kBlock) {
     const int width = n - start < kBlock ? (int)(n - start) : kBlock;
     for (int i = 0; i < width; ++i) buffer[i] = logit(start + i);
-    found.sum += exponentials<true>(buffer, width, found.max, beta, e + start, keys + start, sizeof(Key));
+    found.sum +=
+        exponentials<true>(buffer, width, found.max, inverse_temperature, e + start, keys + start, sizeof(Key));
   }
   return found;
 }
 
 // The runs go to scratch.values and scratch.ends.
 template <class T>
-Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T beta, Scratch<T>& scratch, T* e) {
+Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T inverse_temperature, Scratch<T>& scratch, T* e) {
   int32_t* counts = scratch.counts;
   for (int64_t i = 0; i < n; ++i) ++counts[x[i]];
   counts[0] += counts[0x8000], counts[0x8000] = 0;  // -0 is 0
@@ -207,7 +208,7 @@ Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T beta, Scratch
   for (int64_t start = 0; start < found.runs; start += kBlock) {
     const int width = found.runs - start < kBlock ? (int)(found.runs - start) : kBlock;
     const T* logits = widen(scratch.values + start, dtype, width, buffer);
-    exponentials<true>(logits, width, found.max, beta, of_run, scratch.values + start, 2);
+    exponentials<true>(logits, width, found.max, inverse_temperature, of_run, scratch.values + start, 2);
     for (int i = 0; i < width; ++i) {
       const int32_t run_end = scratch.ends[start + i];
       const T value = of_run[i];
@@ -261,7 +262,7 @@ inline double mean_of(const int8_t* signs, int64_t begin, int64_t end) {
 template <class T> struct UldRow {
   const UldCall& call;
   const int64_t row;
-  const T scale, beta;  // beta: 1 / temperature
+  const T scale, inverse_temperature;
   const GradientRow<T> gradient;
   Scratch<T>& scratch;
   T max, student_factor, slope, signed_mass;  // slope: row scale / temperature
@@ -270,15 +271,15 @@ template <class T> struct UldRow {
       : call(call),
         row(row),
         scale(per_row<T>(call.row_scale, row)),
-        beta(1 / per_row<T>(call.temperature, row)),
+        inverse_temperature(1 / per_row<T>(call.temperature, row)),
         gradient(call.gradient, call.student.dtype, row, call.gradient_columns),
         scratch(scratch) {}
 
   Ranked<T> ranked(const Logits& x, int64_t columns, uint64_t* first, uint64_t* second, T* e) const {
     const char* data = start_of(x, row, call.inner);
-    if (x.dtype == Dtype::f64) return rank_wide<T>((const double*)data, columns, beta, first, second, e);
-    if (x.dtype == Dtype::f32) return rank_wide<T>((const float*)data, columns, beta, first, second, e);
-    return rank_halves<T>((const uint16_t*)data, x.dtype, columns, beta, scratch, e);
+    if (x.dtype == Dtype::f64) return rank_wide<T>((const double*)data, columns, inverse_temperature, first, second, e);
+    if (x.dtype == Dtype::f32) return rank_wide<T>((const float*)data, columns, inverse_temperature, first, second, e);
+    return rank_halves<T>((const uint16_t*)data, x.dtype, columns, inverse_temperature, scratch, e);
   }
 
   void sweep() {
@@ -297,7 +298,7 @@ template <class T> struct UldRow {
     ((T*)call.loss)[row] = scale * (T)sums.loss;
     ((T*)call.divergence)[row] = (T)sums.loss;
     if (!call.gradient) return;
-    max = student.max, slope = scale * beta, signed_mass = (T)sums.signed_mass;
+    max = student.max, slope = scale * inverse_temperature, signed_mass = (T)sums.signed_mass;
     if (call.student.dtype == Dtype::f64)
       gradient_of_wide<double>(student);
     else if (call.student.dtype == Dtype::f32)
@@ -406,7 +407,8 @@ template <class T> struct UldRow {
     for (int64_t start = 0; start < call.student_columns; start += kBlock) {
       const int width = call.student_columns - start < kBlock ? (int)(call.student_columns - start) : kBlock;
       const Element* x = logits + start;
-      exponentials<true>(widen(x, call.student.dtype, width, buffer), width, max, beta, e, x + width, sizeof(Element));
+      exponentials<true>(widen(x, call.student.dtype, width, buffer), width, max, inverse_temperature, e, x + width,
+                         sizeof(Element));
       for (int i = 0; i < width; ++i) key[i] = key_of(x[i]);
       int mixed = 0;
       for (int i = 0; i < width; ++i) {

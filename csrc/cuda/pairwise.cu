@@ -49,7 +49,7 @@ struct Probabilities {
   __device__ Probabilities(const Call& call, const Logits& logits, const float* floats, int64_t cloud, int64_t number)
       : row(nullptr), dtype(logits.dtype), there(false), max(0), scale(0), log2_sum(0) {
     const int64_t at = cloud * call.rows + number;
-    if (number >= call.rows || load((const float*)call.kept + at) == 0) return;
+    if (number >= call.rows || load((const float*)call.row_mass + at) == 0) return;
     there = true;
     row = (const char*)logits.data +
           (cloud * logits.outer_stride + number * logits.inner_stride) * bytes_of(dtype);
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kFinishedPairs* kPartsOfRanges)
       moment += moments[i * kFinishedPairs + lane];
     }
     const int64_t student = pair / call.rows, teacher = student / call.rows * call.rows + pair % call.rows;
-    const bool kept = load((const float*)call.kept + student) != 0 && load((const float*)call.kept + teacher) != 0;
+    const bool kept = load((const float*)call.row_mass + student) != 0 && load((const float*)call.row_mass + teacher) != 0;
     if (kind == PairCost::l2) {
       cost = sqrtf(cost);
       moment = cost == 0 ? 0 : moment / cost;
@@ -303,7 +303,7 @@ template <int rows> struct GradientTile {
       const int row = i / teachers, column = i % teachers;
       const int64_t student = first_row + row, teacher = first_teacher + column, start = cloud * call.rows;
       float weight = 0;
-      if (student < call.rows && teacher < call.rows && load((const float*)call.kept + start + teacher) != 0)
+      if (student < call.rows && teacher < call.rows && load((const float*)call.row_mass + start + teacher) != 0)
         weight = load((const float*)call.weights + (start + student) * call.rows + teacher);
       weights[column * weights_stride + row] = weight;
     }
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kThreadsOfGradient, 2)
   const float temperature = load((const float*)call.temperature.data);
   for (int i = 0; i < kQuad; ++i) {
     const int64_t row = tile.first_row + first_row + i, at = tile.cloud * call.rows + row;
-    const bool kept = row < call.rows && load((const float*)call.kept + at) != 0;
+    const bool kept = row < call.rows && load((const float*)call.row_mass + at) != 0;
     const float dot = kept ? load((const float*)call.dot + at) : 0;
     for (int j = 0; j < kQuad; ++j) {
       const bool counts = kept && tile.first_column + first_column + j < call.columns;
@@ -420,7 +420,8 @@ PairCostsPlan plan_costs(const PairCostsCall& call) {
   plan.blocks = 1, plan.threads = threads_of_square(side), plan.shared = shared_of_square(side);
   require_room(plan.shared <= chip.shared);
   plan.tiles = parts_of(rows, side);
-  const int64_t squares = clouds * plan.tiles * plan.tiles, fill = teams_at_once(kernel, plan, chip, call.run.device) / squares;
+  const int64_t squares = clouds * plan.tiles * plan.tiles;
+  const int64_t fill = teams_at_once(kernel, plan, chip, call.run.device) / squares;
   const int64_t least = parts_of(columns, kRunningSum), most = parts_of(columns, 4 * columns_of_square(side));
   plan.ranges = fill < least ? least : fill < most ? fill : most;
   plan.range = parts_of(parts_of(columns, plan.ranges), columns_of_square(side)) * columns_of_square(side);

@@ -13,7 +13,7 @@
 // Sums of P C and their derivatives are of C - min C too: as the columns of P add up to b, the rest is min C sum b.
 //
 // Unrolled, the steps of all rounds are kept. The reverse sweep is a row's and a column's sum a round, of each step's
-// shares of its sum times the derivatives of the potentials it gave; those are kept too, and of_C is found at the end,
+// shares of its sum times the derivatives of the potentials it gave; those are kept too, and grad_C is found at the end,
 // each element once, as the sum over the rounds of what both half steps add to it: no [n, m] is written more than once.
 //
 // Matrix and history are in shared memory where they fit (n = m = 160 with 20 rounds, on an H100), else in the
@@ -29,51 +29,23 @@
 
 #include "device.h"
 #include "launch.h"
+#include "sinkhorn_data.h"
+#include "sinkhorn_domains.h"
 #include "table.h"
 #include "team.h"
 
 namespace kdk {
 namespace cuda {
 
-constexpr float kLargestSpan = 30;     // of the costs, in epsilons, in the domain of scalings
 constexpr float kGuard = 80 * kLog2e;  // exponents of points without mass, which no sum bounds, end here
 constexpr int kRowsAtOnce = 4;         // of a warp
-constexpr float kLeastMass = 0x1p-100f, kMostMass = 0x1p100f;  // sums of masses that a power of two takes near 1
-
-// What shared memory holds beside the vectors of the points; the workspace has the rest.
-enum class Kept { matrix_and_history, matrix, nothing };
 
 struct SinkhornPlan : Launch {
-  Kept kept;
+  InShared in_shared;
   int64_t workspace;  // floats of a block
 };
 
 // ---- sums along rows and columns
-
-struct Sum {
-  float sum;
-
-  static __device__ Sum none() { return {0}; }
-  __device__ void merge(const Sum& other) { sum += other.sum; }
-};
-
-// log2 of a sum of powers of 2, relative to the largest. One that is NaN makes `sum` NaN.
-struct LogSum {
-  float max, sum;
-
-  static __device__ LogSum none() { return {-INFINITY, 0}; }
-  __device__ void add(float exponent) {
-    if (exponent == -INFINITY) return;
-    const float smaller = exp2_approx(-fabsf(exponent - max));
-    sum = exponent > max ? fmaf(sum, smaller, 1) : sum + smaller;
-    max = fmaxf(max, exponent);
-  }
-  __device__ void merge(const LogSum& other) {
-    const float larger = fmaxf(max, other.max), base = base_of(larger);
-    sum = sum * exp2_approx(max - base) + other.sum * exp2_approx(other.max - base);
-    max = larger;
-  }
-};
 
 template <class X> inline __device__ X from_lane_across(const X& x, int bits) {
   Words<X> moved(x);
@@ -142,81 +114,18 @@ inline __device__ void reduce_columns(int n, int m, X* parts, Each each, Result 
   }
 }
 
-// ---- the two domains: what stands for exp(f / epsilon), and what a matrix element stores
-
-// A half step's result for a point: its potential, and how the step found it, as what each term is divided by. The
-// terms of its sum, over that, add up to 1 to the last digits, which exponentials of the rounded potential do not;
-// derivatives that nearly cancel need it.
-struct Step {
-  float potential;
-  float base, inverse;  // term / sum = 2^(exponent - base) * inverse
-};
-
-// `factor` is what a point's mass is in the domain, and share(x, stored, step) a term of the step's sum, over the sum:
-// that of a point whose potential, mass included or not, is x.
-struct Scalings {
-  static constexpr bool kNormalizes = false;  // steps have a potential, and nothing else
-  using Total = Sum;
-
-  static __device__ Step first() { return {1, 0, 1}; }  // of potential 0
-  static __device__ float stored(float exponent) { return exp2_approx(exponent); }
-  static __device__ float factor(float mass) { return mass; }
-  static __device__ float weighted(float potential, float factor) { return potential * factor; }
-  static __device__ void add(Total& total, float stored, float weighted) {
-    total.sum = fmaf(stored, weighted, total.sum);
-  }
-  static __device__ Step step(const Total& total, float) { return {1 / total.sum, 0, 1}; }
-  static __device__ float log2_of(float potential) { return log2f(potential); }
-  static __device__ float ratio(float before, float after) { return before / after; }
-  static __device__ float share(float x, float stored, const Step& step, float) { return x * step.potential * stored; }
-  // What a round adds to a cost's derivative: row and column_before are weighted, and of_rounds comes after the sum.
-  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
-                                   const Step& column_step, float alpha_g, float) {
-    return fmaf(row, column_step.potential * alpha_g, row_step.potential * alpha_f * column_before);
-  }
-  static __device__ float of_rounds(float sum, float stored) { return sum * stored; }
-};
-
-struct Logarithms {
-  static constexpr bool kNormalizes = true;
-  using Total = LogSum;
-
-  static __device__ Step first() { return {0, 0, 1}; }
-  static __device__ float stored(float exponent) { return exponent; }
-  static __device__ float factor(float mass) { return log2f(mass); }
-  static __device__ float weighted(float potential, float factor) { return potential + factor; }
-  static __device__ void add(Total& total, float stored, float weighted) { total.add(stored + weighted); }
-  // -inf stands for the potential 0 of a point that has no partner: it has no part in any sum.
-  static __device__ Step step(const Total& total, float own_mass) {
-    if (total.sum == 0) return own_mass == 0 ? Step{-INFINITY, INFINITY, 1} : Step{NAN, NAN, NAN};
-    return {-(total.max + log2f(total.sum)), total.max, 1 / total.sum};
-  }
-  static __device__ float log2_of(float potential) { return potential; }
-  static __device__ float ratio(float before, float after) { return exp2_approx(before - after); }
-  static __device__ float share(float x, float stored, const Step& step, float limit) {
-    const float exponent = (stored + x) - step.base;
-    return exp2_approx(exponent > limit ? limit : exponent) * step.inverse;
-  }
-  static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
-                                   const Step& column_step, float alpha_g, float stored) {
-    return fmaf(share(row, stored, column_step, INFINITY), alpha_g,
-                share(column_before, stored, row_step, INFINITY) * alpha_f);
-  }
-  static __device__ float of_rounds(float sum, float) { return sum; }
-};
-
 // ---- what a block keeps
 
 // The points of one side, in shared memory. Masses are in units of the problem's.
 struct Points {
   static constexpr int kVectors = 9;
   int count;
-  float *mass, *factor, *potential, *weighted, *next, *base, *inverse, *alpha, *of_mass;
+  float *mass, *factor, *potential, *weighted, *next, *base, *inverse, *alpha, *grad_mass;
 
   __device__ Points(float* memory, int count)
       : count(count), mass(memory), factor(mass + count), potential(factor + count), weighted(potential + count),
         next(weighted + count), base(next + count), inverse(base + count), alpha(inverse + count),
-        of_mass(alpha + count) {}
+        grad_mass(alpha + count) {}
   __device__ Step step(int i) const { return {potential[i], base[i], inverse[i]}; }
   // What stands for the point where it is not summed over: one without mass has derivatives too. No sum bounds them.
   __device__ float own(int i) const { return mass[i] == 0 ? potential[i] : weighted[i]; }
@@ -226,124 +135,18 @@ struct Points {
   __device__ float with_mass(int i, float x) const { return mass[i] == 0 ? 0 : x; }
 };
 
-// Of costs as the domain stores them.
-template <Kept kept> struct Matrix {
-  float* data;
-
-  __device__ float get(int at) const { return kept == Kept::nothing ? load(data + at) : data[at]; }
-  __device__ void set(int at, float x) const {
-    if (kept == Kept::nothing) store(data + at, x);
-    else data[at] = x;
-  }
-};
-
-// Of the rows' steps [rounds], and the columns' [rounds + 1], of which the first is what the rounds began with: the
-// step's three numbers, and the derivative with respect to its potential.
-template <Kept kept> struct History {
-  static constexpr int kOfStep = 4, kAlpha = 3;
-  float* data;
-  int n, m;
-  int64_t rounds;
-
-  static __host__ __device__ int64_t floats(int64_t n, int64_t m, int64_t rounds) {
-    return kOfStep * (rounds * n + (rounds + 1) * m);
-  }
-  __device__ int64_t row(int what, int64_t t, int i) const { return (what * rounds + t) * n + i; }
-  __device__ int64_t column(int what, int64_t t, int j) const {
-    return kOfStep * rounds * n + (what * (rounds + 1) + t) * m + j;
-  }
-  __device__ float get(int64_t at) const { return kept == Kept::matrix_and_history ? data[at] : load(data + at); }
-  __device__ void set(int64_t at, float x) const {
-    if (kept == Kept::matrix_and_history) data[at] = x;
-    else store(data + at, x);
-  }
-  // `at` is row or column: of what number of a step.
-  template <class Domain, class At> __device__ void set_step(const Step& x, At at) const {
-    set(at(0), x.potential);
-    if (Domain::kNormalizes) set(at(1), x.base), set(at(2), x.inverse);
-  }
-  template <class Domain, class At> __device__ Step step(At at) const {
-    if (!Domain::kNormalizes) return {get(at(0)), 0, 1};
-    return {get(at(0)), get(at(1)), get(at(2))};
-  }
-  template <class Domain> __device__ void set_row(int64_t t, int i, const Step& x) const {
-    set_step<Domain>(x, [&](int what) { return row(what, t, i); });
-  }
-  template <class Domain> __device__ void set_column(int64_t t, int j, const Step& x) const {
-    set_step<Domain>(x, [&](int what) { return column(what, t, j); });
-  }
-  template <class Domain> __device__ Step row_step(int64_t t, int i) const {
-    return step<Domain>([&](int what) { return row(what, t, i); });
-  }
-  template <class Domain> __device__ Step column_step(int64_t t, int j) const {
-    return step<Domain>([&](int what) { return column(what, t, j); });
-  }
-};
-
-// What costs and masses say of a problem, each thread's and merged.
-struct Facts {
-  float least, largest;  // of finite costs
-  float mass_a, mass_b;
-  int forbidden, wrong;  // whether a pair is; whether a cost is NaN or -inf
-
-  static __device__ Facts none() { return {INFINITY, -INFINITY, 0, 0, 0, 0}; }
-  __device__ void add(float cost) {
-    if (cost == INFINITY) {
-      forbidden = 1;
-    } else if (cost > -INFINITY) {
-      least = fminf(least, cost), largest = fmaxf(largest, cost);
-    } else {
-      wrong = 1;
-    }
-  }
-  __device__ void merge(const Facts& below) {
-    least = fminf(least, below.least), largest = fmaxf(largest, below.largest);
-    mass_a += below.mass_a, mass_b += below.mass_b;
-    forbidden |= below.forbidden, wrong |= below.wrong;
-  }
-};
-
-// What all threads know of a problem.
-struct Units {
-  float epsilon, tolerance;
-  float offset;            // min C; NaN makes the problem NaN
-  float exponents;         // of 2 in a cost: log2(e) / epsilon
-  float mass;              // a power of two
-  float mass_a, mass_b;    // the sums, not in units
-  bool scalings;           // the domain
-
-  __device__ Units(const SinkhornCall& call, const Facts& facts)
-      : epsilon(load((const float*)call.epsilon)), tolerance(load((const float*)call.tolerance)), mass(1),
-        mass_a(facts.mass_a), mass_b(facts.mass_b) {
-    const bool wrong = facts.wrong || !(mass_a >= 0) || !(mass_b >= 0) || !(epsilon > 0);
-    offset = wrong ? NAN : facts.least < INFINITY ? facts.least : 0;
-    exponents = kLog2e / epsilon;
-    const bool ordinary = mass_a >= kLeastMass && mass_a <= kMostMass && mass_b >= kLeastMass && mass_b <= kMostMass;
-    if (ordinary) mass = __uint_as_float(__float_as_uint(mass_a) & 0x7f800000u);
-    scalings = ordinary && !wrong && !facts.forbidden && facts.largest - facts.least <= kLargestSpan * epsilon;
-  }
-  __device__ float exponent(float cost) const { return (offset - cost) * exponents; }
-  // Potentials as the caller has them, of their logarithms.
-  __device__ float f(float log2_potential) const {
-    return log2_potential == -INFINITY ? 0 : offset + (log2_potential - log2f(mass)) * (epsilon * kLn2);
-  }
-  __device__ float g(float log2_potential) const {
-    return log2_potential == -INFINITY ? 0 : log2_potential * (epsilon * kLn2);
-  }
-};
-
 // P C, where P is 0 if the pair is forbidden.
 inline __device__ float cost_of_plan(float plan, float cost) { return cost == INFINITY ? 0 : plan * cost; }
 
 // ---- a problem
 
-template <class Domain, Kept kept> struct Problem {
+template <class Domain, InShared in_shared> struct Problem {
   const SinkhornCall& call;
   const Units& units;
   Team& team;
   Points rows, columns;
-  Matrix<kept> matrix;
-  History<kept> history;
+  Matrix<in_shared> matrix;
+  History<in_shared> history;
   void* parts;
   const float* cost;
 
@@ -368,7 +171,7 @@ template <class Domain, Kept kept> struct Problem {
 
   __device__ void begin() {
     for (int at = threadIdx.x; at < rows.count * columns.count; at += blockDim.x) {
-      const float x = kept == Kept::nothing ? load(cost + at) : matrix.get(at);
+      const float x = in_shared == InShared::nothing ? load(cost + at) : matrix.get(at);
       matrix.set(at, Domain::stored(units.exponent(x)));
     }
     each_point(rows, [&](int i) {
@@ -484,12 +287,12 @@ template <class Domain, Kept kept> struct Problem {
   __device__ void begin_reverse() const {
     each_point(rows, [&](int i) {
       rows.alpha[i] = call.entropic ? units.epsilon * rows.mass[i] : rows.with_mass(i, rows.next[i]);
-      rows.of_mass[i] = call.entropic ? f_of(i) + units.epsilon * units.mass_b : rows.without_mass(i, rows.next[i]);
+      rows.grad_mass[i] = call.entropic ? f_of(i) + units.epsilon * units.mass_b : rows.without_mass(i, rows.next[i]);
     });
     each_point(columns, [&](int j) {
       columns.alpha[j] = columns.mass[j] * (call.entropic ? units.epsilon : columns.next[j]);
       const float smallest = columns.potential[j] == -INFINITY ? 0 : units.offset;  // no partner, no cost
-      columns.of_mass[j] = call.entropic ? g_of(j) + units.epsilon * (units.mass_a - 1) : columns.next[j] + smallest;
+      columns.grad_mass[j] = call.entropic ? g_of(j) + units.epsilon * (units.mass_a - 1) : columns.next[j] + smallest;
     });
     __syncthreads();
   }
@@ -503,7 +306,7 @@ template <class Domain, Kept kept> struct Problem {
     __syncthreads();
     each_row<Sum>([&](Sum& x, int i, int j) { x.sum += of_column_own(i, j) * columns.alpha[j]; },
                   [&](int i, const Sum& x) {
-                    rows.of_mass[i] -= rows.without_mass(i, x.sum);
+                    rows.grad_mass[i] -= rows.without_mass(i, x.sum);
                     rows.alpha[i] = (last ? rows.alpha[i] : 0) - rows.with_mass(i, x.sum);
                     history.set(history.row(history.kAlpha, round, i), rows.alpha[i]);
                   });
@@ -512,14 +315,14 @@ template <class Domain, Kept kept> struct Problem {
     __syncthreads();
     each_column<Sum>([&](Sum& x, int i, int j) { x.sum += of_row_own(i, j) * rows.alpha[i]; },
                      [&](int j, const Sum& x) {
-                       columns.of_mass[j] -= columns.without_mass(j, x.sum);
+                       columns.grad_mass[j] -= columns.without_mass(j, x.sum);
                        columns.alpha[j] = -columns.with_mass(j, x.sum);
                      });
     __syncthreads();
   }
 
   // P - P C / epsilon, or 0, and the sum over the rounds of (a_i w_ij alpha_g_j + b_j w_ij alpha_f_i) / epsilon.
-  __device__ void write_of_costs(float* of_cost, int64_t rounds) const {
+  __device__ void write_grad_cost(float* grad_cost, int64_t rounds) const {
     each_point(rows, [&](int i) { set(rows, i, history.template row_step<Domain>(rounds - 1, i)); });
     each_point(columns, [&](int j) { set(columns, j, history.template column_step<Domain>(rounds, j)); });
     __syncthreads();
@@ -554,7 +357,7 @@ template <class Domain, Kept kept> struct Problem {
             const float plan = columns.mass[j] * of_column(row[r], j);
             of_pair += plan - cost_of_plan(plan, cost_at(row[r], j)) * per_epsilon;
           }
-          store(of_cost + (int64_t)row[r] * columns.count + j, units.mass * of_pair);
+          store(grad_cost + (int64_t)row[r] * columns.count + j, units.mass * of_pair);
         }
       }
   }
@@ -562,9 +365,9 @@ template <class Domain, Kept kept> struct Problem {
   __device__ void reverse(int64_t problem, int64_t rounds) const {
     begin_reverse();
     for (int64_t round = rounds - 1; round >= 0; --round) reverse_round(round, round == rounds - 1);
-    each_point(rows, [&](int i) { store((float*)call.of_a + problem * rows.count + i, rows.of_mass[i]); });
-    each_point(columns, [&](int j) { store((float*)call.of_b + problem * columns.count + j, columns.of_mass[j]); });
-    write_of_costs((float*)call.of_cost + problem * rows.count * columns.count, rounds);
+    each_point(rows, [&](int i) { store((float*)call.grad_a + problem * rows.count + i, rows.grad_mass[i]); });
+    each_point(columns, [&](int j) { store((float*)call.grad_b + problem * columns.count + j, columns.grad_mass[j]); });
+    write_grad_cost((float*)call.grad_cost + problem * rows.count * columns.count, rounds);
   }
 
   __device__ void solve(int64_t problem) {
@@ -579,13 +382,13 @@ template <class Domain, Kept kept> struct Problem {
 };
 
 // Reads costs and masses; the costs stay in shared memory where it holds the matrix.
-template <Kept kept>
+template <InShared in_shared>
 inline __device__ Facts read_problem(const SinkhornCall& call, int64_t problem, const float* cost, const Points& rows,
-                                     const Points& columns, const Matrix<kept>& matrix, Team& team) {
+                                     const Points& columns, const Matrix<in_shared>& matrix, Team& team) {
   Facts mine = Facts::none();
   for (int at = threadIdx.x; at < rows.count * columns.count; at += blockDim.x) {
     const float x = load(cost + at);
-    if (kept != Kept::nothing) matrix.set(at, x);
+    if (in_shared != InShared::nothing) matrix.set(at, x);
     mine.add(x);
   }
   for (int i = threadIdx.x; i < rows.count; i += blockDim.x)
@@ -595,7 +398,7 @@ inline __device__ Facts read_problem(const SinkhornCall& call, int64_t problem, 
   return team.merged(mine);
 }
 
-template <Kept kept>
+template <InShared in_shared>
 __global__ void __launch_bounds__(kMaxThreads)
     sinkhorn_kernel(const __grid_constant__ SinkhornCall call, const __grid_constant__ SinkhornPlan plan) {
   Team team(1);
@@ -606,18 +409,20 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Points rows(vectors, n), columns(vectors + Points::kVectors * n, m);
   vectors += Points::kVectors * (n + m);
   float* const workspace = (float*)call.run.workspace + blockIdx.x * plan.workspace;
-  const Matrix<kept> matrix = {kept == Kept::nothing ? workspace : vectors};
-  const History<kept> history = {
-      kept == Kept::matrix_and_history ? vectors + n * m : kept == Kept::matrix ? workspace : workspace + n * m, n, m,
-      call.iterations};
+  const Matrix<in_shared> matrix = {in_shared == InShared::nothing ? workspace : vectors};
+  const History<in_shared> history = {
+      in_shared == InShared::matrix_and_history ? vectors + n * m
+      : in_shared == InShared::matrix           ? workspace
+                                                : workspace + n * m,
+      n, m, call.iterations};
 
   for (int64_t problem = blockIdx.x; problem < call.problems; problem += gridDim.x) {
     const float* cost = (const float*)call.cost + problem * n * m;
     const Units units(call, read_problem(call, problem, cost, rows, columns, matrix, team));
     if (units.scalings)
-      Problem<Scalings, kept>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
+      Problem<Scalings, in_shared>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
     else
-      Problem<Logarithms, kept>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
+      Problem<Logarithms, in_shared>{call, units, team, rows, columns, matrix, history, parts, cost}.solve(problem);
     __syncthreads();  // all have read what the next problem overwrites
   }
 }
@@ -628,17 +433,17 @@ namespace {
 
 using SinkhornKernel = void (*)(const SinkhornCall, const SinkhornPlan);
 
-SinkhornKernel sinkhorn_kernel_of(Kept kept) {
-  return kept == Kept::matrix_and_history ? sinkhorn_kernel<Kept::matrix_and_history>
-         : kept == Kept::matrix           ? sinkhorn_kernel<Kept::matrix>
-                                          : sinkhorn_kernel<Kept::nothing>;
+SinkhornKernel sinkhorn_kernel_of(InShared in_shared) {
+  return in_shared == InShared::matrix_and_history ? sinkhorn_kernel<InShared::matrix_and_history>
+         : in_shared == InShared::matrix           ? sinkhorn_kernel<InShared::matrix>
+                                                   : sinkhorn_kernel<InShared::nothing>;
 }
 
 // Some 16 pairs a thread: a problem that is small leaves its multiprocessor to others.
 SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
   const int64_t n = call.n, m = call.m;
   const int device = call.run.device;
-  const Chip chip(device, sinkhorn_kernel_of(Kept::nothing));
+  const Chip chip(device, sinkhorn_kernel_of(InShared::nothing));
   SinkhornPlan plan = {};
   plan.blocks = 1;
   plan.threads = kWarp;
@@ -650,13 +455,17 @@ SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
                              " points take " + std::to_string(vectors) + " bytes of shared memory beside their " +
                              "costs, and a block of this device may have " + std::to_string(chip.shared) +
                              "; the backend reference takes any number");
-  const int64_t matrix = n * m, history = call.unrolled ? History<Kept::nothing>::floats(n, m, call.iterations) : 0;
+  const int64_t matrix = n * m, history = call.unrolled ? History<InShared::nothing>::floats(n, m, call.iterations) : 0;
   auto fits = [&](int64_t more) { return vectors + more * (int64_t)sizeof(float) <= chip.shared; };
-  plan.kept = fits(matrix + history) ? Kept::matrix_and_history : fits(matrix) ? Kept::matrix : Kept::nothing;
-  const int64_t shared = plan.kept == Kept::nothing ? 0 : plan.kept == Kept::matrix ? matrix : matrix + history;
+  plan.in_shared = fits(matrix + history) ? InShared::matrix_and_history
+                   : fits(matrix)         ? InShared::matrix
+                                          : InShared::nothing;
+  const int64_t shared = plan.in_shared == InShared::nothing  ? 0
+                         : plan.in_shared == InShared::matrix ? matrix
+                                                              : matrix + history;
   plan.shared = (int)(vectors + shared * (int64_t)sizeof(float));
   plan.workspace = matrix + history - shared;
-  const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.kept), plan, chip, device);
+  const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.in_shared), plan, chip, device);
   require_room(at_once > 0);
   plan.grid = (int)(call.problems < at_once ? call.problems : at_once);
   return plan;
@@ -675,13 +484,13 @@ int64_t sinkhorn_bytes(const SinkhornCall& call) {
 void sinkhorn(const SinkhornCall& call) {
   OnDevice guard(call.run.device);
   const SinkhornPlan plan = plan_sinkhorn(call);
-  launch(sinkhorn_kernel_of(plan.kept), plan, call.run, call, plan);
+  launch(sinkhorn_kernel_of(plan.in_shared), plan, call.run, call, plan);
 }
 
 void load_sinkhorn() {
   cudaFuncAttributes attributes;
-  for (Kept kept : {Kept::matrix_and_history, Kept::matrix, Kept::nothing})
-    KDK_CHECK(cudaFuncGetAttributes, &attributes, sinkhorn_kernel_of(kept));
+  for (InShared in_shared : {InShared::matrix_and_history, InShared::matrix, InShared::nothing})
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, sinkhorn_kernel_of(in_shared));
 }
 
 }  // namespace cuda

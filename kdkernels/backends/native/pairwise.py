@@ -41,7 +41,7 @@ def _fields(clouds: Clouds, floats: Tensor) -> dict:
         "columns": clouds.vocab_size,
         "student": clouds.student,
         "teacher": clouds.teacher,
-        "kept": clouds.row_mass,
+        "row_mass": clouds.row_mass,
         "temperature": clouds.temperature,
         "floats": floats,
     }

@@ -19,7 +19,7 @@ class SinkhornKernels(Launcher):
             "error": cost.new_empty(problems),
             "done": torch.empty(problems, dtype=torch.int32, device=cost.device),
         }
-        for name, x in (("of_cost", cost), ("of_a", a), ("of_b", b)):
+        for name, x in (("grad_cost", cost), ("grad_a", a), ("grad_b", b)):
             results[name] = torch.empty_like(x) if unrolled else cost.new_empty(0)
         if problems:
             fields = {
@@ -47,7 +47,7 @@ class CpuSinkhornKernels(SinkhornKernels):
         """The results of `families.sinkhorn.plan_gradient`, in a fraction of its time and memory."""
         cost, a, b = problem[:3]
         problems, n, m = cost.shape
-        results = {f"of_{name}": torch.empty_like(x) for name, x in (("cost", cost), ("a", a), ("b", b))}
+        results = {f"grad_{name}": torch.empty_like(x) for name, x in (("cost", cost), ("a", a), ("b", b))}
         if cost.numel():
             fields = {
                 "problems": problems,
