@@ -3,7 +3,7 @@
 //     value(lp, lq, p, q)   phi, the class's share of the row's loss   L = sum phi
 //     slope(lp, lq, p, q)   psi = d phi / d lq                         dL/ds = (psi - q * sum psi) / temperature
 //
-// lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
+// lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (q - p)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. No loop, mask, softmax or device in this file, so that any C++ or CUDA
 // compiler can take these lines. The includer provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x),
@@ -11,7 +11,7 @@
 // with x. It includes this file inside its own namespace (once per instruction set, so that no template is shared).
 //
 // To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,
-// kdkernels/backends/reference.py and kdkernels/backends/triton/table.py.
+// kdkernels/backends/reference/table.py and kdkernels/backends/triton/table.py.
 
 // 0 * log 0 = 0: a term of probability exactly 0 is dropped before the product. (NaN == 0 is false, so NaN stays.)
 template <class T> KDK_HD T weighted(T weight, T x) { return weight == T(0) ? T(0) : weight * x; }

@@ -181,8 +181,8 @@ class SparseLogProbs:
         The mass as it is given, M = sum t, with 0 outside of S: sum t (log t - log q), whose gradient is (M q - t) / T.
         For teachers that are samples (`sampled_log_probs`). Indices that repeat add up, and M may be above 1.
 
-    Where the teacher has no mass outside ("renormalize", "truncate"), reverse_kl, mixed_kl with a weight below 1 and
-    alpha below 0 are infinite, and raise.
+    Where the teacher has no mass outside ("renormalize", "truncate"), a divergence that is infinite without the
+    teacher's mass (`Divergence.is_infinite_without_teacher`: reverse_kl, for example) raises.
 
     A row without any entry: in "bucket" the loss of the tail alone, which is 0 without a tail_log_prob; in the others
     it is masked, and not counted. "support" and "renormalize" take values that are not normalised (the top k logits)

@@ -1,8 +1,8 @@
 """The catalogue of divergences: names, parameters, formulas, sources. No tensors here.
 
 Throughout, p is the teacher's and q the student's distribution over the classes of a row, and the direction follows
-GKD (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). To add one: an entry here, and its pointwise value and slope in
-backends/reference.py, backends/triton/table.py and csrc/divergences.h.
+GKD (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). docs/architecture.md says how to add one: an entry here,
+its pointwise value in backends/reference/table.py, value and slope in backends/triton/table.py and csrc/divergences.h.
 """
 
 import difflib
@@ -17,10 +17,20 @@ _MARGIN = 0.001
 class Entry:
     """One divergence of the catalogue.
 
-    `low` and `high` bound its parameter; `closed` admits the bounds themselves. What lies within 0.001 of an `excluded`
-    value is refused. Of the parameter, `infinite` says whether the divergence is +inf where the teacher has no mass and
-    the student has, and `slack` is c of the pointwise value, which is the formula's term plus c (q − p): a sparse
-    teacher's mass may differ from 1.
+    `low` and `high` bound its parameter; `closed` admits the bounds themselves. A value within 0.001 of an `excluded`
+    one is refused. `examples` are parameters that the tests try; without them the tests try the default. The other
+    fields are functions of the parameter:
+
+    - `infinite_without_teacher`: the divergence is +inf where the teacher has no mass and the student has. The gradient
+      of such a row is NaN.
+    - `infinite_without_student`: the divergence is +inf where the student has no mass and the teacher has. The gradient
+      of such a row is NaN if the divergence is steep; otherwise it is the finite gradient of the formula.
+    - `steep`: the terms are exponentials of the log-ratio. They overflow in fp32 where they do not in fp64, and the
+      rounding of a log-probability becomes an error relative to the loss.
+    - `magnification`: if log-probabilities are right to 4 units in the last place of the log-sum-exp, the loss is right
+      to `magnification · (1 + loss)` times that.
+    - `slack`: c of the pointwise value, which is the formula's term plus c (q − p). The terms c (q − p) cancel in a
+      row unless a sparse teacher's mass differs from 1.
     """
 
     formula: str
@@ -32,16 +42,25 @@ class Entry:
     closed: bool = False
     excluded: tuple[float, ...] = ()
     hint: str = ""
-    infinite: Callable[[float | None], bool] = lambda parameter: False
+    examples: tuple[float, ...] = ()
+    infinite_without_teacher: Callable[[float | None], bool] = lambda parameter: False
+    infinite_without_student: Callable[[float | None], bool] = lambda parameter: False
+    steep: Callable[[float | None], bool] = lambda parameter: False
+    magnification: Callable[[float | None], float] = lambda parameter: 1.0
     slack: Callable = lambda parameter: 0.0
 
 
 CATALOGUE: dict[str, Entry] = {
-    "kl": Entry("KL(p‖q) = Σ p log(p/q)", "Hinton et al. 2015, arXiv:1503.02531", slack=lambda _: 1.0),
+    "kl": Entry(
+        "KL(p‖q) = Σ p log(p/q)",
+        "Hinton et al. 2015, arXiv:1503.02531",
+        infinite_without_student=lambda _: True,
+        slack=lambda _: 1.0,
+    ),
     "reverse_kl": Entry(
         "KL(q‖p) = Σ q log(q/p)",
         "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1",
-        infinite=lambda _: True,
+        infinite_without_teacher=lambda _: True,
         slack=lambda _: -1.0,
     ),
     "mixed_kl": Entry(
@@ -52,7 +71,9 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         closed=True,
-        infinite=lambda weight: weight != 1,
+        examples=(0.3,),
+        infinite_without_teacher=lambda weight: weight < 1,
+        infinite_without_student=lambda weight: weight > 0,
         slack=lambda weight: 2 * weight - 1,
     ),
     "js": Entry(
@@ -63,6 +84,7 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         hint='at 0 and 1 it vanishes; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
+        examples=(0.5, 0.1),
     ),
     "skew_kl": Entry(
         "KL(p‖αp + (1−α)q)",
@@ -93,7 +115,12 @@ CATALOGUE: dict[str, Entry] = {
         default=0.5,
         excluded=(0.0, 1.0),
         hint='its limit at 1 is "kl", at 0 "reverse_kl", and near them fp32 loses its digits',
-        infinite=lambda alpha: alpha < 0,
+        examples=(0.5, 1.5, -0.5),
+        infinite_without_teacher=lambda alpha: alpha < 0,
+        infinite_without_student=lambda alpha: alpha > 1,
+        steep=lambda alpha: not 0 < alpha < 1,
+        # Terms are divided by α (α − 1); and of a log-probability's 1.5 ulp, a power gets |α| + |1 − α| times that.
+        magnification=lambda alpha: max(1 / abs(alpha * (alpha - 1)), 1.5 / 4 * (abs(alpha) + abs(1 - alpha))),
         slack=lambda alpha: 1 / (alpha - 1),
     ),
 }
@@ -133,10 +160,33 @@ class Divergence:
             return Divergence("reverse_kl")
         return Divergence("js", beta=beta)
 
+    @staticmethod
+    def examples(name: str) -> list["Divergence"]:
+        """The divergence of that name with each of its entry's `examples`, or with its default."""
+        entry = CATALOGUE[name]
+        if not entry.examples:
+            return [Divergence(name)]
+        return [Divergence(name, **{entry.parameter: value}) for value in entry.examples]
+
     @property
-    def is_infinite_without_mass(self) -> bool:
+    def is_infinite_without_teacher(self) -> bool:
         """Whether it is +inf where the teacher has no mass and the student has."""
-        return CATALOGUE[self.name].infinite(self.parameter)
+        return CATALOGUE[self.name].infinite_without_teacher(self.parameter)
+
+    @property
+    def is_infinite_without_student(self) -> bool:
+        """Whether it is +inf where the student has no mass and the teacher has."""
+        return CATALOGUE[self.name].infinite_without_student(self.parameter)
+
+    @property
+    def is_steep(self) -> bool:
+        """Whether its terms are exponentials of the log-ratio, which overflow and magnify rounding."""
+        return CATALOGUE[self.name].steep(self.parameter)
+
+    @property
+    def magnification(self) -> float:
+        """By which factor, times 1 + loss, it magnifies the rounding of log-probabilities."""
+        return CATALOGUE[self.name].magnification(self.parameter)
 
     def __repr__(self):
         parameter = CATALOGUE[self.name].parameter

@@ -102,16 +102,17 @@ def fused_divergence(
     Returns:
         The loss in fp32 (fp64 when a side is fp64); `LossOutput` when statistics are asked for. The gradient has the
         student's dtype (of a head's parts each its own); between logits and gradient all arithmetic is fp32 (fp64). In
-        fp32 the loss of a row is right to 1e-6 of itself and 4 units in the last place of its log-sum-exp. alpha
-        magnifies that: near 0 and 1 its terms are divided by alpha (alpha - 1), and outside (0, 1) they are
-        exponentials of the log-ratio, which also overflow where fp64 does not.
+        fp32 the loss of a row is right to 1e-6 of itself and 4 units in the last place of its log-sum-exp.
+        `Divergence.magnification` multiplies the latter; it is large for alpha near 0 and 1. The terms of a steep
+        divergence (`Divergence.is_steep`: alpha outside (0, 1)) are exponentials of the log-ratio: its rounding is
+        relative to the loss, and they overflow where fp64 does not.
 
     Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
-    Where only the teacher is -inf, kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
-    reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. Where only the student is
-    -inf and the teacher has mass, kl and mixed_kl (weight > 0) are +inf with the finite gradient of their formula, and
-    alpha > 1 is +inf with a NaN gradient. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN, no
-    other's. A divergence of weight 0, at hard_weight = 1, is dropped by the kernels whatever it is.
+    Where only the teacher is -inf and the student has mass, reverse_kl, mixed_kl (weight < 1) and alpha (alpha < 0) are
+    +inf, and the row's gradient is NaN. Where only the student is -inf and the teacher has mass, kl and mixed_kl
+    (weight > 0) are +inf with the finite gradient of their formula; alpha (alpha > 1) are +inf with a
+    NaN gradient. All others are finite there. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN,
+    no other's. A divergence of weight 0, at hard_weight = 1, is dropped by the kernels whatever it is.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, saying what was expected and what came. Labels out of

@@ -113,7 +113,7 @@ def check_stored_or_head(name: str, x: Tensor | LinearLogits):
 
 def check_tail(divergence: Divergence, teacher: SparseLogProbs):
     """Raises where a divergence is infinite whatever the student is."""
-    if divergence.is_infinite_without_mass and teacher.tail in ("renormalize", "truncate"):
+    if divergence.is_infinite_without_teacher and teacher.tail in ("renormalize", "truncate"):
         raise ValueError(
             f"{divergence} is infinite where the teacher has no mass, which tail={teacher.tail!r} gives the "
             "classes that are not named; 'bucket', 'support' and 'uniform' take every divergence"

@@ -18,7 +18,7 @@ def log_mixture(lp: Tensor, lq: Tensor, weight: Tensor) -> Tensor:
 
 
 # The table: value(lp, lq, p, q, parameter) of one class, the teacher's and the student's log-probability and their
-# exponentials. Free up to c * (p - q), which is used to make every value vanish at p = q.
+# exponentials. Free up to c * (q - p), which is used to make every value vanish at p = q.
 
 
 def kl(lp, lq, p, q, _):
