@@ -123,6 +123,14 @@ CATALOGUE: dict[str, Entry] = {
         magnification=lambda alpha: max(1 / abs(alpha * (alpha - 1)), 1.5 / 4 * (abs(alpha) + abs(1 - alpha))),
         slack=lambda alpha: 1 / (alpha - 1),
     ),
+    "chi_square": Entry(
+        "Σ (p − q)² / q",
+        "Pearson 1900; Nielsen and Nock 2014, arXiv:1309.3029",
+        infinite_without_student=lambda _: True,
+        steep=lambda _: True,
+        # Σ |∂/∂log p| + |∂/∂log q| ≤ 3 χ² + 4 √χ² ≤ 4 (1 + χ²), and a log-probability is off by 1.5 ulp.
+        magnification=lambda _: 1.5,
+    ),
 }
 
 

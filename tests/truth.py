@@ -168,6 +168,9 @@ def formula_value(divergence: Divergence, p, q):
             nowhere = (p == 0) & (q == 0)
             power = torch.where(nowhere, 1, p) ** a * torch.where(nowhere, 1, q) ** (1 - a)
             return (torch.where(nowhere, 0, power).sum(-1) - 1) / (a * (a - 1))
+        case "chi_square":
+            nowhere = (p == 0) & (q == 0)
+            return ((p - q) ** 2 / torch.where(nowhere, 1, q)).sum(-1)
     raise AssertionError(divergence)
 
 

@@ -54,7 +54,7 @@ def fused_divergence(
         teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Or a
             `SparseLogProbs` of that leading shape: the top k of a teacher, or samples. Must not require grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
-            alpha) or a `Divergence` with its parameter.
+            alpha, chi_square) or a `Divergence` with its parameter.
         temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, not the label term's.
         temperature_squared: multiplies the divergence by T**2, which keeps the gradient's scale as T grows
             (Hinton et al. 2015). False: the divergence as it is, whose gradient shrinks as 1/T.
@@ -104,13 +104,13 @@ def fused_divergence(
         student's dtype (of a head's parts each its own); between logits and gradient all arithmetic is fp32 (fp64). In
         fp32 the loss of a row is right to 1e-6 of itself and 4 units in the last place of its log-sum-exp.
         `Divergence.magnification` multiplies the latter; it is large for alpha near 0 and 1. The terms of a steep
-        divergence (`Divergence.is_steep`: alpha outside (0, 1)) are exponentials of the log-ratio: its rounding is
-        relative to the loss, and they overflow where fp64 does not.
+        divergence (`Divergence.is_steep`: alpha outside (0, 1), chi_square) are exponentials of the log-ratio: its
+        rounding is relative to the loss, and they overflow where fp64 does not.
 
     Infinite logits: -inf is probability 0, and 0 log 0 = 0: a class that is -inf on both sides contributes nothing.
     Where only the teacher is -inf and the student has mass, reverse_kl, mixed_kl (weight < 1) and alpha (alpha < 0) are
     +inf, and the row's gradient is NaN. Where only the student is -inf and the teacher has mass, kl and mixed_kl
-    (weight > 0) are +inf with the finite gradient of their formula; alpha (alpha > 1) are +inf with a
+    (weight > 0) are +inf with the finite gradient of their formula; alpha (alpha > 1) and chi_square are +inf with a
     NaN gradient. All others are finite there. NaN, +inf, and a row of -inf alone make that row's loss and gradient NaN,
     no other's. A divergence of weight 0, at hard_weight = 1, is dropped by the kernels whatever it is.
 

@@ -63,6 +63,13 @@ def alpha(lp, lq, p, q, alpha):
     return (power - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
 
 
+def chi_square(lp, lq, p, q, _):
+    is_normal = lq > -87  # elsewhere q may underflow where p does not
+    nowhere = torch.isneginf(lp) & torch.isneginf(lq)
+    power = torch.where(nowhere, 0, torch.exp(2 * torch.where(nowhere, 0, lp) - torch.where(nowhere, 0, lq)))
+    return torch.where(is_normal, (p - q) ** 2 / torch.where(is_normal, q, 1), power - 2 * p + q)
+
+
 TABLE = {
     "kl": kl,
     "reverse_kl": reverse_kl,
@@ -73,4 +80,5 @@ TABLE = {
     "tv": tv,
     "hellinger": hellinger,
     "alpha": alpha,
+    "chi_square": chi_square,
 }
