@@ -166,7 +166,7 @@ def family(device: str = "cpu", with_peers: bool = True, divergence: str = "kl")
         ]
         add_peers(losses, skipped, peers, device, needs_gpu=("Liger", "speculators"))
     truth = kdkernels_loss(divergence, "reference")
-    errors, allowed = answer_errors(divergence), allowed_errors
+    errors, allowed = answer_errors(divergence), allowed_by(divergence)
     return Family("rows", losses, truth, errors, allowed, label(divergence), skipped=skipped)
 
 
@@ -192,7 +192,9 @@ def checked_family(divergence: str, device: str, with_trl: bool) -> Family:
         losses[TRL] = partial(trl_reductions, divergence)
     truth = partial(both_reductions, kdkernels_loss, divergence, "reference")
     errors = answer_errors(divergence)
-    return Family("rows", losses, truth, errors, allowed_errors, label(divergence), answer=row_losses_and_gradient)
+    return Family(
+        "rows", losses, truth, errors, allowed_by(divergence), label(divergence), answer=row_losses_and_gradient
+    )
 
 
 def both_reductions(factory, divergence: str, backend: str, temperature: float) -> tuple[Loss, Loss]:
@@ -231,18 +233,28 @@ def answer_errors(divergence: str) -> Callable[..., Errors]:
     return errors
 
 
-def allowed_errors(problems, truths, errors) -> tuple[float, float]:
-    tolerance = TOLERANCE[problems[0].student.device.type]
+def allowed_by(divergence: str) -> Callable[..., tuple[float, float]]:
+    entry = kdkernels.Divergence(divergence, **CATALOGUE[divergence])
+    return partial(allowed_errors, steepness=entry.magnification if entry.is_steep else 0.0)
+
+
+def allowed_errors(problems, truths, errors, steepness: float) -> tuple[float, float]:
+    """A steep divergence magnifies the rounding of log-probabilities, relative to its loss and gradient."""
+    tolerance = TOLERANCE[problems[0].student.device.type] + steepness * max(map(lse_rounding, problems))
     loss, gradient = errors[EAGER].judged if EAGER in errors else (0.0, 0.0)
     cancelled = max(map(cancellation, problems, truths))
     return loss + tolerance + cancelled, gradient + tolerance
 
 
 def cancellation(problem: Problem, truth) -> float:
-    """The error of fp32 log-sum-exps relative to a smaller loss: 4 units in the last place of the largest."""
+    """The error of fp32 log-sum-exps relative to a smaller loss."""
+    return lse_rounding(problem) / truth[0].abs().max().item()
+
+
+def lse_rounding(problem: Problem) -> float:
+    """4 units in the last place of the largest log-sum-exp, in fp32."""
     logits = problem.student.detach(), problem.others[0]
-    largest = max(x.double().logsumexp(-1).abs().max().item() for x in logits)
-    return 4 * torch.finfo(torch.float32).eps * largest / truth[0].abs().max().item()
+    return 4 * torch.finfo(torch.float32).eps * max(x.double().logsumexp(-1).abs().max().item() for x in logits)
 
 
 def check_answers(benchmark, divergence: str, student: torch.Tensor, teacher: torch.Tensor, with_trl: bool) -> None:

@@ -3,7 +3,7 @@
 //     value(lp, lq, p, q)   phi, the class's share of the row's loss   L = sum phi
 //     slope(lp, lq, p, q)   psi = d phi / d lq                         dL/ds = (psi - q * sum psi) / temperature
 //
-// lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (p - q)
+// lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (q - p)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. No loop, mask, softmax or device in this file, so that any C++ or CUDA
 // compiler can take these lines. The includer provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x),
@@ -11,7 +11,7 @@
 // with x. It includes this file inside its own namespace (once per instruction set, so that no template is shared).
 //
 // To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,
-// kdkernels/backends/reference.py and kdkernels/backends/triton/table.py.
+// kdkernels/backends/reference/table.py and kdkernels/backends/triton/table.py.
 
 // 0 * log 0 = 0: a term of probability exactly 0 is dropped before the product. (NaN == 0 is false, so NaN stays.)
 template <class T> KDK_HD T weighted(T weight, T x) { return weight == T(0) ? T(0) : weight * x; }
@@ -126,6 +126,26 @@ template <class T> struct Alpha {
   KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) * slope_scale; }
 };
 
+// sum (p - q)^2 / q.  Where q may have underflowed, p^2 / q is found in log space: it may be of any size.
+template <class T> struct ChiSquare {
+  KDK_HD explicit ChiSquare(const T*) {}
+  KDK_HD bool is_normal(T lq) const { return lq > T(-87); }  // of q in fp32, and so in fp64
+  KDK_HD T power(T lp, T lq, T p) const {
+    T power = exp_of(lp + (lp - lq));
+    return lp == lq ? p : power;  // also where both are -inf
+  }
+  KDK_HD T value(T lp, T lq, T p, T q) const {
+    T d = p - q, direct = d * ratio(d, q);
+    T far = power(lp, lq, p) - p - d;
+    return is_normal(lq) ? direct : far;
+  }
+  KDK_HD T slope(T lp, T lq, T p, T q) const {
+    T direct = (q - p) * ratio(p + q, q);
+    T far = q - power(lp, lq, p);
+    return is_normal(lq) ? direct : far;
+  }
+};
+
 // Where sum psi follows without a sweep of its own: it is 0, or a function slope_sum of E_q[lq - lp], which the sweep
 // for the normalisers can carry along. Optional: a divergence that is not named here has its slopes summed.
 enum class SlopeSum { swept, zero, from_log_ratio };
@@ -144,7 +164,8 @@ template <class T> constexpr SlopeSum slope_sum_of<MixedKl<T>> = SlopeSum::from_
   X(skew_reverse_kl, SkewReverseKl) \
   X(tv, Tv)                \
   X(hellinger, Hellinger)  \
-  X(alpha, Alpha)
+  X(alpha, Alpha)          \
+  X(chi_square, ChiSquare)
 
 // Calls body with the divergence of that index.
 template <class T, class Body> KDK_HD void with_divergence(int index, const T* parameters, Body body) {

@@ -149,7 +149,7 @@ def parse() -> argparse.Namespace:
         parser.error("--cache-samples needs --teacher-cache")
     if options.loss not in eager.DIVERGENCES and (options.head or options.teacher_cache):
         parser.error(f"--loss {options.loss} needs logits: use neither --head nor --teacher-cache")
-    if options.cache_samples and kdkernels.Divergence(options.loss).is_infinite_without_mass:
+    if options.cache_samples and kdkernels.Divergence(options.loss).is_infinite_without_teacher:
         parser.error(
             f"--loss {options.loss} is infinite where the teacher has no mass, and samples give most classes no mass"
         )

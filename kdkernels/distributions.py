@@ -183,8 +183,8 @@ class SparseLogProbs:
         The mass as given, M = sum t, and 0 outside S: sum t (log t - log q), with the gradient (M q - t) / T. For
         teachers made of samples (`sampled_log_probs`). Repeated indices add up, and M may be above 1.
 
-    Under "renormalize" and "truncate" the teacher has no mass outside S. There reverse_kl, mixed_kl with a weight below
-    1 and alpha below 0 are infinite, and raise.
+    Under "renormalize" and "truncate" the teacher has no mass outside S. A divergence that is infinite without the
+    teacher's mass (`Divergence.is_infinite_without_teacher`: reverse_kl, for example) raises there.
 
     A row without entries: under "bucket" it has the loss of the tail alone, which is 0 without a tail_log_prob; under
     the other tails it is masked and not counted. "support" and "renormalize" also take values that are not normalised

@@ -18,9 +18,19 @@ class Entry:
     """One divergence of the catalogue.
 
     `low` and `high` bound its parameter; `closed` admits the bounds themselves. A parameter within 0.001 of an
-    `excluded` value is refused. `infinite(parameter)` says whether the divergence is +inf if the student has mass on a
-    class without teacher mass. `slack(parameter)` is c in the value of one class: the formula's term plus c (q − p). Σ
-    c (q − p) is 0 unless a sparse teacher's mass differs from 1.
+    `excluded` value is refused. `examples` are parameters that the tests try; without them the tests try the default.
+    The other fields are functions of the parameter:
+
+    - `infinite_without_teacher`: the divergence is +inf if the student has mass on a class without teacher mass. The
+      gradient of such a row is NaN.
+    - `infinite_without_student`: the divergence is +inf if the teacher has mass on a class without student mass. The
+      gradient of such a row is NaN if the divergence is steep; otherwise it is the finite gradient of the formula.
+    - `steep`: the terms are exponentials of the log-ratio. They overflow in fp32 before they do in fp64, and the
+      rounding of a log-probability becomes an error relative to the loss.
+    - `magnification`: if log-probabilities are right to 4 units in the last place of the log-sum-exp, the loss is right
+      to `magnification · (1 + loss)` times that.
+    - `slack`: c in the value of one class, which is the formula's term plus c (q − p). Σ c (q − p) is 0 unless a sparse
+      teacher's mass differs from 1.
     """
 
     formula: str
@@ -32,16 +42,25 @@ class Entry:
     closed: bool = False
     excluded: tuple[float, ...] = ()
     hint: str = ""
-    infinite: Callable[[float | None], bool] = lambda parameter: False
+    examples: tuple[float, ...] = ()
+    infinite_without_teacher: Callable[[float | None], bool] = lambda parameter: False
+    infinite_without_student: Callable[[float | None], bool] = lambda parameter: False
+    steep: Callable[[float | None], bool] = lambda parameter: False
+    magnification: Callable[[float | None], float] = lambda parameter: 1.0
     slack: Callable = lambda parameter: 0.0
 
 
 CATALOGUE: dict[str, Entry] = {
-    "kl": Entry("KL(p‖q) = Σ p log(p/q)", "Hinton et al. 2015, arXiv:1503.02531", slack=lambda _: 1.0),
+    "kl": Entry(
+        "KL(p‖q) = Σ p log(p/q)",
+        "Hinton et al. 2015, arXiv:1503.02531",
+        infinite_without_student=lambda _: True,
+        slack=lambda _: 1.0,
+    ),
     "reverse_kl": Entry(
         "KL(q‖p) = Σ q log(q/p)",
         "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1",
-        infinite=lambda _: True,
+        infinite_without_teacher=lambda _: True,
         slack=lambda _: -1.0,
     ),
     "mixed_kl": Entry(
@@ -52,7 +71,9 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         closed=True,
-        infinite=lambda weight: weight != 1,
+        examples=(0.3,),
+        infinite_without_teacher=lambda weight: weight < 1,
+        infinite_without_student=lambda weight: weight > 0,
         slack=lambda weight: 2 * weight - 1,
     ),
     "js": Entry(
@@ -63,6 +84,7 @@ CATALOGUE: dict[str, Entry] = {
         low=0.0,
         high=1.0,
         hint='at 0 and 1 js is 0; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
+        examples=(0.5, 0.1),
     ),
     "skew_kl": Entry(
         "KL(p‖αp + (1−α)q)",
@@ -93,8 +115,21 @@ CATALOGUE: dict[str, Entry] = {
         default=0.5,
         excluded=(0.0, 1.0),
         hint='its limit at 1 is "kl", at 0 "reverse_kl", and near them fp32 loses its digits',
-        infinite=lambda alpha: alpha < 0,
+        examples=(0.5, 1.5, -0.5),
+        infinite_without_teacher=lambda alpha: alpha < 0,
+        infinite_without_student=lambda alpha: alpha > 1,
+        steep=lambda alpha: not 0 < alpha < 1,
+        # Terms are divided by α (α − 1); and of a log-probability's 1.5 ulp, a power gets |α| + |1 − α| times that.
+        magnification=lambda alpha: max(1 / abs(alpha * (alpha - 1)), 1.5 / 4 * (abs(alpha) + abs(1 - alpha))),
         slack=lambda alpha: 1 / (alpha - 1),
+    ),
+    "chi_square": Entry(
+        "Σ (p − q)² / q",
+        "Pearson 1900; Nielsen and Nock 2014, arXiv:1309.3029",
+        infinite_without_student=lambda _: True,
+        steep=lambda _: True,
+        # Σ |∂/∂log p| + |∂/∂log q| ≤ 3 χ² + 4 √χ² ≤ 4 (1 + χ²), and a log-probability is off by 1.5 ulp.
+        magnification=lambda _: 1.5,
     ),
 }
 
@@ -135,10 +170,33 @@ class Divergence:
             return Divergence("reverse_kl")
         return Divergence("js", beta=beta)
 
+    @staticmethod
+    def examples(name: str) -> list["Divergence"]:
+        """The divergence of that name with each of its entry's `examples`, or with its default."""
+        entry = CATALOGUE[name]
+        if not entry.examples:
+            return [Divergence(name)]
+        return [Divergence(name, **{entry.parameter: value}) for value in entry.examples]
+
     @property
-    def is_infinite_without_mass(self) -> bool:
+    def is_infinite_without_teacher(self) -> bool:
         """Whether the divergence is +inf if the student has mass on a class without teacher mass."""
-        return CATALOGUE[self.name].infinite(self.parameter)
+        return CATALOGUE[self.name].infinite_without_teacher(self.parameter)
+
+    @property
+    def is_infinite_without_student(self) -> bool:
+        """Whether the divergence is +inf if the teacher has mass on a class without student mass."""
+        return CATALOGUE[self.name].infinite_without_student(self.parameter)
+
+    @property
+    def is_steep(self) -> bool:
+        """Whether the terms are exponentials of the log-ratio, which overflow and magnify rounding."""
+        return CATALOGUE[self.name].steep(self.parameter)
+
+    @property
+    def magnification(self) -> float:
+        """The factor, times 1 + loss, by which the divergence magnifies the rounding of log-probabilities."""
+        return CATALOGUE[self.name].magnification(self.parameter)
 
     def __repr__(self):
         parameter = CATALOGUE[self.name].parameter

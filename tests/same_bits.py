@@ -79,7 +79,7 @@ def divergences() -> Iterator[Divergence]:
     for name, entry in CATALOGUE.items():
         yield Divergence(name)
         if entry.parameter:
-            yield from (Divergence(name, **{entry.parameter: x}) for x in PARAMETERS[name])
+            yield from (Divergence(name, **{entry.parameter: x}) for x in PARAMETERS.get(name, entry.examples))
 
 
 def rows(target: Target) -> Iterator:
@@ -165,7 +165,7 @@ def sparse(target: Target) -> Iterator:
     call = partial(partial, chunked, target=target, teacher="sparse")
 
     def takes(divergence: Divergence, tail: str) -> bool:
-        return tail not in ("renormalize", "truncate") or not divergence.is_infinite_without_mass
+        return tail not in ("renormalize", "truncate") or not divergence.is_infinite_without_teacher
 
     for tail, divergence, mode in itertools.product(TAILS, divergences(), MODES):
         if takes(divergence, tail) and (target.thorough or (divergence.name == "js" and mode == "forward")):

@@ -1,8 +1,10 @@
 """The layout's promises: imports go one way, the four tables agree, importing is cheap, commands work."""
 
 import ast
+import contextlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 import kdkernels
-from kdkernels import CATALOGUE, backends
+from kdkernels import CATALOGUE, Divergence, backends, fused_divergence
 from kdkernels.backends import native
 from kdkernels.backends.reference import table as reference
 from kdkernels.families import class_ot
@@ -125,6 +127,67 @@ def test_every_divergence_has_formula_and_source():
     for name, entry in CATALOGUE.items():
         assert entry.formula and entry.source, name
         assert (entry.parameter is None) == (entry.default is None), name
+
+
+def infinite_at(words: str) -> dict[str, tuple]:
+    """By name, of "kl and mixed_kl (weight > 0)": (parameter, comparison, bound), or ()."""
+    pattern = re.compile(r"(\w+)(?: \((\w+) ([<>]) (\S+)\))?")
+    found = [pattern.fullmatch(part) for part in re.split(", | and ", words.strip())]
+    assert all(found), words
+    return {part[1]: part.groups()[1:] if part[2] else () for part in found}
+
+
+def is_infinite_at(condition: tuple | None, divergence: Divergence) -> bool:
+    """Whether a condition of `infinite_at` holds: always if empty, never if there is none."""
+    if not condition:
+        return condition is not None
+    parameter, comparison, bound = condition
+    assert CATALOGUE[divergence.name].parameter == parameter
+    return divergence.parameter < float(bound) if comparison == "<" else divergence.parameter > float(bound)
+
+
+def some_of_each() -> list[Divergence]:
+    """Every divergence at its examples, and at some numbers that its parameter may be."""
+    found = [example for name in CATALOGUE for example in Divergence.examples(name)]
+    for name, entry in CATALOGUE.items():
+        for value in (-1.5, -0.01, 0.0, 0.01, 0.5, 0.99, 1.0, 1.01, 2.5) if entry.parameter else ():
+            with contextlib.suppress(ValueError):
+                found.append(Divergence(name, **{entry.parameter: value}))
+    return found
+
+
+def test_the_readme_lists_the_catalogue():
+    readme = (ROOT / "README.md").read_text()
+    _, _, *lines = readme[readme.index("| name | value of a row |") :].split("\n\n")[0].split("\n")
+    cells = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+    assert [name for name, *_ in cells] == [f'`"{name}"`' for name in CATALOGUE]
+    for (name, entry), (_, formula, parameter, infinite) in zip(CATALOGUE.items(), cells, strict=True):
+        assert entry.formula.endswith(formula.replace("\\|", "|")), name
+        assert bool(parameter) == bool(entry.parameter), name
+        if entry.parameter:
+            assert parameter.startswith(f"`{entry.parameter}` ") and parameter.endswith(f" default {entry.default:g}")
+        sides = infinite_at(infinite.replace("the ", "")) if infinite else {}
+        for divergence in some_of_each():
+            if divergence.name == name:
+                assert is_infinite_at(sides.get("teacher"), divergence) == divergence.is_infinite_without_teacher
+                assert is_infinite_at(sides.get("student"), divergence) == divergence.is_infinite_without_student
+
+
+def test_the_docstring_of_fused_divergence_lists_the_catalogue():
+    text = " ".join(fused_divergence.__doc__.split())
+    assert re.search(r"divergence: a name of the catalogue \((.*?)\)", text)[1].split(", ") == list(CATALOGUE)
+    alone = re.search(r"the student has mass, (.*?) are \+inf, and the row's gradient is NaN", text)[1]
+    finite, nan = re.search(
+        r"the teacher has mass, (.*?) are \+inf with the finite gradient of their formula; (.*?) are \+inf with a NaN",
+        text,
+    ).groups()
+    without_teacher, finite, nan = map(infinite_at, (alone, finite, nan))
+    for divergence in some_of_each():
+        name = divergence.name
+        assert is_infinite_at(without_teacher.get(name), divergence) == divergence.is_infinite_without_teacher
+        is_infinite = is_infinite_at((finite | nan).get(name), divergence)
+        assert is_infinite == divergence.is_infinite_without_student, divergence
+        assert not is_infinite or divergence.is_steep == (name in nan), divergence
 
 
 def test_importing_loads_no_triton_and_no_numpy_of_ours():

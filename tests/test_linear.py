@@ -208,8 +208,8 @@ def test_matches_fp64_from_the_hidden_states(divergence, backend):
         for x, y in zip(got[1], [x for x in parts(student) if x is not None], strict=True):
             assert x.dtype == y.dtype and x.shape == y.shape
         want = truth(student, teacher, divergence, **options)
-        # Outside (0, 1), alpha's terms are exponentials of the log-ratio, which magnify the rounding of logits.
-        assume(divergence.name != "alpha" or 0 < divergence.parameter < 1 or want[0].abs().max() < 1e1)
+        # Exponentials of the log-ratio magnify the rounding of logits.
+        assume(not divergence.is_steep or want[0].abs().max() < 1e1)
         dtypes = [x.dtype for x in (student, teacher)]
         undecided = undecided_slopes(student, teacher, options) if divergence.name == "tv" else (0, 0, 0, 0)
         assert_close(got, want, eager(student, teacher, divergence, **options), dtypes, divergence, undecided)

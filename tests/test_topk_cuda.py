@@ -128,7 +128,7 @@ def assert_right(call: Call, divergence: Divergence, got, what="", gradient=True
         if divergence.name == "tv":
             of_class = undecided_signs(call, allowed)
         found, right = (x.flatten(0, 1)[:, : call.vocab] for x in (found_gradient, want_gradient))
-        too_large = right.abs() > torch.finfo(found.dtype).max  # for fp16, of alpha where the student has little mass
+        too_large = right.abs() > torch.finfo(found.dtype).max  # for fp16, of a steep divergence
         assert found[too_large].isinf().all(), what
         found, right = (torch.where(too_large, 0, x) for x in (found, right))
         assert_gradient_close(found, right, of_row, f"gradient {what}", of_class)
@@ -275,7 +275,7 @@ def test_against_the_reference_in_fp64(divergence):
     )  # fmt: skip
     def property_holds(recipe, hard_weight, gradient, statistics, chip):
         recipe = replace(recipe, hard_weight=hard_weight if recipe.labels else None)
-        if divergence.name == "alpha":  # its powers leave fp32
+        if divergence.is_steep:  # its powers leave fp32
             recipe = replace(recipe, scale=min(recipe.scale, 3.0))
         call = recipe.make()
         got = call.run(divergence, chip, recipe.seed, gradient, statistics)
@@ -362,12 +362,15 @@ def test_a_sure_student_has_an_exact_gradient_outside_the_entries(divergence):
     logits[..., 100:110] += 138.0
     log_probs = torch.full((2, 10), 0.09).log()
     call = Call(logits, indices, log_probs, torch.full((2,), 0.1).log(), torch.ones(2), torch.ones(2), vocab)
-    right = call.truth(divergence)[1]
+    want_loss, right, _, _ = call.truth(divergence)
     named = torch.zeros(vocab, dtype=torch.bool)
     named[100:110] = True
     assert (logits.double().log_softmax(-1)[..., ~named].logsumexp(-1) < -120).all()
     for chip in ("small", "streaming", "a100"):
         got = call.run(divergence, chip)
+        if divergence.is_steep and (want_loss > torch.finfo(torch.float32).max).all():
+            assert got[0].isinf().all(), got[0]
+            continue
         assert_right(call, divergence, got, chip)
         want = right[..., ~named]
         seen = want.abs() > 1e-36  # what fp32 has numbers for

@@ -55,7 +55,7 @@ def fused_divergence(
         teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Or a
             `SparseLogProbs` of that leading shape: the top k of a teacher, or samples. Must not require grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
-            alpha) or a `Divergence` with its parameter.
+            alpha, chi_square) or a `Divergence` with its parameter.
         temperature: T > 0, a number, a 0-d tensor or one per row. Divides both sides' logits, but not the logits of the
             label term.
         temperature_squared: multiplies the divergence by T**2, which keeps the gradient's scale as T grows
@@ -111,16 +111,17 @@ def fused_divergence(
         The loss in fp32 (fp64 if a side is fp64), or a `LossOutput` if `statistics` names any. The gradient has the
         student's dtype (for a head, the dtype of each tensor); between logits and gradient all arithmetic is fp32
         (fp64). In fp32, the error of a row's loss is at most 1e-6 of the loss plus 4 units in the last place of its
-        log-sum-exp. alpha magnifies that error: near 0 and 1, alpha (alpha - 1) divides its terms; outside (0, 1), the
-        terms are exponentials of the log-ratio, which also overflow in fp32 before they do in fp64.
+        log-sum-exp. `Divergence.magnification` multiplies the latter; it is large for alpha near 0 and 1. The terms of
+        a steep divergence (`Divergence.is_steep`: alpha outside (0, 1), chi_square) are exponentials of the log-ratio:
+        their rounding is relative to the loss, and they overflow in fp32 before they do in fp64.
 
     Infinite logits: -inf is probability 0, and 0 log 0 = 0. A class that is -inf on both sides contributes nothing. A
-    class that is -inf for the teacher only: kl, js, skew_kl, skew_reverse_kl, tv, hellinger and alpha > 0 are finite;
-    reverse_kl, mixed_kl (weight < 1) and alpha < 0 are +inf, and the row's gradient is NaN. A class that is -inf for
-    the student only, with teacher mass: kl and mixed_kl (weight > 0) are +inf with the finite gradient of their
-    formula, and alpha > 1 is +inf with a NaN gradient. NaN, +inf, or a row of -inf alone make that row's loss and
-    gradient NaN, and no other row's. The kernels drop a divergence of weight 0 (hard_weight = 1), whatever its value
-    is.
+    class that is -inf for the teacher only, with student mass: reverse_kl, mixed_kl (weight < 1) and alpha (alpha < 0)
+    are +inf, and the row's gradient is NaN. A class that is -inf for the student only, with teacher mass: kl and
+    mixed_kl (weight > 0) are +inf with the finite gradient of their formula; alpha (alpha > 1) and chi_square are +inf
+    with a NaN gradient. All other divergences are finite there. NaN, +inf, or a row of -inf alone make that row's loss
+    and gradient NaN, and no other row's. The kernels drop a divergence of weight 0 (hard_weight = 1), whatever its
+    value is.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. Labels

@@ -129,7 +129,7 @@ def check_tail(divergence: Divergence, teacher: SparseLogProbs, rows: RowOptions
     for a loss cap with the tail "truncate", whose offset is added after the kernel has capped the loss."""
     if rows.loss_cap is not None and teacher.tail == "truncate":
         raise ValueError("loss_cap: expected None for tail='truncate'; got a cap; the other tails take it")
-    if divergence.is_infinite_without_mass and teacher.tail in ("renormalize", "truncate"):
+    if divergence.is_infinite_without_teacher and teacher.tail in ("renormalize", "truncate"):
         raise ValueError(
             f"{divergence} is infinite for a teacher without mass in some class; tail={teacher.tail!r} gives no mass "
             "to classes that the teacher does not name; 'bucket', 'support' and 'uniform' take every divergence"

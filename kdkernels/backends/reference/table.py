@@ -18,7 +18,7 @@ def log_mixture(lp: Tensor, lq: Tensor, weight: Tensor) -> Tensor:
 
 
 # The table: value(lp, lq, p, q, parameter) of one class, from the teacher's and the student's log-probability and their
-# exponentials. A value may add c * (p - q), which sums to 0 over the classes; c makes every value and slope 0 at p = q.
+# exponentials. A value may add c * (q - p), which sums to 0 over the classes; c makes every value and slope 0 at p = q.
 
 
 def kl(lp, lq, p, q, _):
@@ -64,6 +64,13 @@ def alpha(lp, lq, p, q, alpha):
     return (power - alpha * p - (1 - alpha) * q) / (alpha * (alpha - 1))
 
 
+def chi_square(lp, lq, p, q, _):
+    is_normal = lq > -87  # elsewhere q may underflow where p does not
+    nowhere = torch.isneginf(lp) & torch.isneginf(lq)
+    power = torch.where(nowhere, 0, torch.exp(2 * torch.where(nowhere, 0, lp) - torch.where(nowhere, 0, lq)))
+    return torch.where(is_normal, (p - q) ** 2 / torch.where(is_normal, q, 1), power - 2 * p + q)
+
+
 TABLE = {
     "kl": kl,
     "reverse_kl": reverse_kl,
@@ -74,4 +81,5 @@ TABLE = {
     "tv": tv,
     "hellinger": hellinger,
     "alpha": alpha,
+    "chi_square": chi_square,
 }

@@ -194,6 +194,25 @@ def alpha_slope(lp, lq, p, q, alpha):
     return (q - power(lp, lq, p, alpha)) / alpha
 
 
+# sum (p - q)^2 / q.  Where q may have underflowed, p^2 / q is found in log space: it may be of any size.
+
+
+@triton.jit
+def square_over_q(lp, lq, p):
+    return tl.where(lp == lq, p, tl.exp(lp + (lp - lq)))  # also where both are -inf
+
+
+@triton.jit
+def chi_square_value(lp, lq, p, q, _):
+    d = p - q
+    return tl.where(lq > -87.0, d * ratio(d, q), square_over_q(lp, lq, p) - p - d)
+
+
+@triton.jit
+def chi_square_slope(lp, lq, p, q, _):
+    return tl.where(lq > -87.0, (q - p) * ratio(p + q, q), q - square_over_q(lp, lq, p))
+
+
 # name in kdkernels/divergences.py: (value, slope, slope_sum or None)
 TABLE = {
     "kl": (kl_value, kl_slope, kl_slope_sum),
@@ -205,4 +224,5 @@ TABLE = {
     "tv": (tv_value, tv_slope, None),
     "hellinger": (hellinger_value, hellinger_slope, None),
     "alpha": (alpha_value, alpha_slope, None),
+    "chi_square": (chi_square_value, chi_square_slope, None),
 }
