@@ -119,7 +119,7 @@ template <class T> struct TopkRow {
     return low;
   }
   bool needs_unit_sum() const { return terms.has_label_term() || (call.statistics && call.options.labels); }
-  bool sweeps_logits() const { return !call.conditional || terms.has_label_term() || call.statistics; }
+  bool sweeps_logits() const { return !call.support_only || terms.has_label_term() || call.statistics; }
 
   void find_entries(RowScratch<T>& scratch) const {
     int k = 0;
@@ -175,7 +175,7 @@ template <class T> struct TopkRow {
     log_sum = ::log(of_all(bucket_sum, bucket_max) + of_all(entries_sum, entries_max));
     if (needs_unit_sum())
       unit_log_sum = ::log(unit_sum + moved(sum_of_entries(scratch.logits, T(1)), entries_max, max, T(1)));
-    if (call.conditional) {
+    if (call.support_only) {
       log_probs_of_entries(scratch, entries_max, ::log(entries_sum));
       find_sums(scratch, entries);
     } else {
@@ -246,7 +246,7 @@ template <class T> struct TopkRow {
     for (int64_t k = 0; k < entries; ++k)
       if (scratch.lp[k] > largest || (scratch.lp[k] != scratch.lp[k] && largest == largest))
         largest = scratch.lp[k], teacher_top1 = indices[k];
-    double mass = call.conditional ? 0 : ::exp((double)tail);
+    double mass = call.support_only ? 0 : ::exp((double)tail);
     for (int64_t k = 0; k < entries; ++k) mass += ::exp((double)scratch.lp[k]);
     x.divergence = sums.phi;
     x.tv = sums.tv;
@@ -269,7 +269,7 @@ template <class T> struct TopkRow {
   Slopes slopes(const RowScratch<T>& scratch) const {
     const T soft = factors.soft, hard = factors.hard;
     T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
-    T others = call.conditional ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
+    T others = call.support_only ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
     return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};
   }
   void block_gradient(int64_t b, const RowScratch<T>& scratch, const Slopes& slopes) const {

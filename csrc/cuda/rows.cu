@@ -225,7 +225,7 @@ struct Outcome {
 template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
-  const Tempering at(numbers.temperature, call.unit_log_sum);
+  const Tempering at(numbers.temperature, call.needs_unit_log_sum);
   // Whether the factors of the gradient wait for the loss, which is found with sum psi.
   const bool waits = call.options.gradient_needs_loss() && (call.sweeps & kGradient);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats) && !waits;
@@ -246,7 +246,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     // A row of -inf alone has no distribution: NaN, as log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
     floats[2] = x.teacher_max, floats[3] = x.teacher_sum == 0 ? NAN : logf(x.teacher_sum);
-    floats[4] = !call.unit_log_sum ? 0 : at.unit ? logf(x.unit_sum) : floats[1];
+    floats[4] = !call.needs_unit_log_sum ? 0 : at.unit ? logf(x.unit_sum) : floats[1];
     log_ratio = x.log_ratio / x.student_sum * at.inverse_temperature + (floats[3] - floats[1]);
     if (team.first_thread()) write_column(call.floats, call, row, floats, kRowFloats);
   } else {

@@ -238,7 +238,7 @@ inline __host__ __device__ bool wants_label(const TopkRowsCall& call) {
   return call.options.labels && (call.options.hard_weight.data || call.statistics);
 }
 inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
-  return !call.conditional || call.options.hard_weight.data || call.statistics;
+  return !call.support_only || call.options.hard_weight.data || call.statistics;
 }
 
 // The loss and the statistics of a row, by one thread.
@@ -259,7 +259,7 @@ struct TopkOutcome {
     const float p = exp_of(lp), q = exp_of(lq);
     // The teacher's mass and the bucket's: log-probabilities that may all be far below 0.
     Masses teacher = masses;
-    if (!call.conditional) {
+    if (!call.support_only) {
       found.tv += 0.5f * fabsf(p - q);
       found.teacher_entropy -= weighted(p, lp);
       teacher.add_teacher(lp);
@@ -317,7 +317,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
                         masses.entries.unit_sum * exp_of(masses.entries.max - base));
   Normalizer norm = all;  // of the log-probabilities that the divergence is given
   float bucket_lp = -INFINITY, bucket_lq = -INFINITY;
-  if (call.conditional) {
+  if (call.support_only) {
     norm.max = masses.entries.max;
     norm.log_sum = masses.entries.sum == 0 ? NAN : logf(masses.entries.sum);
   } else {
@@ -351,7 +351,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
       sums.phi += divergence.value(lp, lq, p, q);
       sums.psi += divergence.slope(lp, lq, p, q);
     });
-    if (call.conditional) return;
+    if (call.support_only) return;
     const float bucket_p = exp_of(bucket_lp);
     bucket_phi = divergence.value(bucket_lp, bucket_lq, bucket_p, bucket_q);
     bucket_psi = divergence.slope(bucket_lp, bucket_lq, bucket_p, bucket_q);
@@ -376,10 +376,10 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
   gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;
   gradient.others_base = base_of(masses.others.max);
-  gradient.of_others = gradient.softened(bucket_psi, call.conditional ? 0 : bucket_q);
+  gradient.of_others = gradient.softened(bucket_psi, call.support_only ? 0 : bucket_q);
   // Without a mass of their own the others are all -inf, or none.
-  if (!call.conditional) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
-  gradient.reads_others = !call.conditional || gradient.hard != 0;
+  if (!call.support_only) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
+  gradient.reads_others = !call.support_only || gradient.hard != 0;
 
   with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
     each_entry(call, team, row, [&](int64_t k, int column) {
@@ -462,7 +462,7 @@ TopkRowsKernel topk_rows_kernel_of(Way way) {
 Shape shape_of(const TopkRowsCall& call) {
   Shape shape = {};
   shape.rows = call.rows, shape.columns = call.columns;
-  const bool gradient = call.gradient.data && (!call.conditional || call.options.hard_weight.data);
+  const bool gradient = call.gradient.data && (!call.support_only || call.options.hard_weight.data);
   shape.sweeps = wants_others(call) ? 1 + !!call.statistics + gradient : 0;
   shape.column_bytes = bytes_of(call.student.dtype);
   shape.column_bits = 1;
