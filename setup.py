@@ -29,8 +29,8 @@ CSRC = ROOT / "csrc"
 # One build folder per Python, for every command. In a temporary folder, its default, an editable installation would
 # compile everything again.
 FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
-# Each family of kernels has a file of its name in csrc/calls, csrc/cpu and csrc/cuda.
-FAMILIES = ("rows", "linear", "topk", "pairwise", "sinkhorn", "uld")
+# Each has a file of its name in csrc/cpu and csrc/cuda. csrc/calls has a file for each too, but topk_rows is in topk.h.
+FAMILIES = ("rows", "linear", "topk", "topk_rows", "pairwise", "sinkhorn", "uld")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # -fno-trapping-math lets g++ vectorise selects. Never -ffast-math: it flushes denormals for the whole process, drops

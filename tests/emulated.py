@@ -250,7 +250,7 @@ def _kept_rows(kernel: str, fields: dict, x: Tensor) -> list[Tensor]:
 
 
 def _reads_all_logits(fields: dict) -> bool:
-    return not fields["conditional"] or fields["hard_weight"] is not None or fields["statistics"].numel() > 0
+    return not fields["support_only"] or fields["hard_weight"] is not None or fields["statistics"].numel() > 0
 
 
 def _logits_of_entries(fields: dict) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 // instruction set's kernels, and the functions of the Python module (cpu_NAME and cuda_NAME).
 //
 // A kernel `name` is two functions of one call: name(call) runs it, name_bytes(call) is the workspace that it needs.
-// cpu/*.cpp and cuda/*.cu define them, a family a file.
+// cpu/*.cpp and cuda/*.cu define them.
 #pragma once
 #include <string>
 

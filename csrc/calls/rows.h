@@ -68,7 +68,7 @@ struct RowsCall {
   Logits student, teacher;
   RowOptions options;
   Numbers parameters;        // of the divergence
-  bool unit_log_sum;         // find unit_log_sum (the label term and the cross-entropy statistic need it)
+  bool needs_unit_log_sum;   // find unit_log_sum (the label term and the cross-entropy statistic need it)
   Numbers floats;            // [kRowFloats, rows]
   Numbers sums;              // [kRowSums, rows]
   Numbers loss;              // [rows], with both floats and sums
@@ -77,7 +77,7 @@ struct RowsCall {
   Stored gradient;           // [rows, gradient_columns] in the student's dtype; it may lie where the student's logits do,
                              // which then are contiguous too
   KDK_FIELDS(sweeps, divergence, rows, inner, columns, gradient_columns, student, teacher, options, parameters,
-             unit_log_sum, floats, sums, loss, statistics, top1, gradient)
+             needs_unit_log_sum, floats, sums, loss, statistics, top1, gradient)
   Execution run;
 };
 

@@ -13,12 +13,12 @@ namespace kdk {
 //     gradient      (psi - q Psi) / temperature of an entry, (psi_R - q_R Psi) (q / q_R) / temperature of the others,
 //                   where q / q_R is the softmax over the others: exact however small q_R is
 //
-// conditional: the entries alone, with the student's log-probabilities renormalised over them; the gradient of the
+// support_only: the entries alone, with the student's log-probabilities renormalised over them; the gradient of the
 // others is 0. Row scale, hard weight and the label's cross-entropy (over all classes, at temperature 1) are as in
 // RowsCall.
 struct TopkRowsCall {
   Divergence divergence;
-  bool conditional;
+  bool support_only;
   int64_t rows, inner;         // row r is (r / inner, r % inner)
   int64_t columns;             // classes that count
   int64_t gradient_columns;    // width of the gradient; zeros past `columns`
@@ -30,13 +30,13 @@ struct TopkRowsCall {
   RowOptions options;
   Numbers parameters;          // of the divergence
   Numbers loss;                // [rows]
-  // [kRowStatistics, rows] or null. tv and the teacher's entropy are of the entries and the bucket (conditional: of the
+  // [kRowStatistics, rows] or null. tv and the teacher's entropy are of the entries and the bucket (support_only: of the
   // entries), the student's are of all classes. teacher_label_log_prob is the bucket's where no entry is the label,
   // teacher_max_log_prob the largest of the entries, teacher_lse the log of the teacher's whole mass.
   Numbers statistics;
   int64_t* top1;               // [2, rows] with statistics: the student's, and the teacher's among the entries
   Stored gradient;             // as in RowsCall, or null
-  KDK_FIELDS(divergence, conditional, rows, inner, columns, gradient_columns, entries, student, indices, log_probs,
+  KDK_FIELDS(divergence, support_only, rows, inner, columns, gradient_columns, entries, student, indices, log_probs,
              tail_log_prob, options, parameters, loss, statistics, top1, gradient)
   Execution run;
 };

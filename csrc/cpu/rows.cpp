@@ -137,7 +137,7 @@ template <class T> struct Row {
     out.student_max = block_max(s, student.width(b));
     const T base = finite(out.student_max);
     out.student_sum = student.template block_exponentials<true>(b, s, base, beta, student_e(scratch) + b * kBlock);
-    if (call.unit_log_sum)
+    if (call.needs_unit_log_sum)
       out.unit_sum = terms.temperature == 1 ? out.student_sum
                                       : student.template block_exponentials<false>(b, s, base, T(1), (T*)0);
     const T* t = teacher.load(b, buffer);
@@ -163,7 +163,7 @@ template <class T> struct Row {
     student_log_sum = merged(&B::student_max, &B::student_sum, terms.inverse_temperature, scratch, &student_max);
     teacher_log_sum = merged(&B::teacher_max, &B::teacher_sum, terms.inverse_temperature, scratch, &teacher_max);
     unit_log_sum = 0;
-    if (call.unit_log_sum) unit_log_sum = merged(&B::student_max, &B::unit_sum, 1, scratch, &student_max);
+    if (call.needs_unit_log_sum) unit_log_sum = merged(&B::student_max, &B::unit_sum, 1, scratch, &student_max);
     T* out = (T*)call.floats + row;
     T values[kRowFloats] = {student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum};
     for (int i = 0; i < kRowFloats; ++i) out[i * call.rows] = values[i];

@@ -6,6 +6,8 @@
 namespace kdk {
 namespace cuda {
 
+void load_topk_rows();
+
 // Loads every kernel, so that none is loaded later: a CUDA graph may capture the first call.
 std::string refusal(int device) {
   try {
@@ -17,6 +19,7 @@ std::string refusal(int device) {
     load_pairwise();
     load_sinkhorn();
     load_topk();
+    load_topk_rows();
     load_uld();
   } catch (const std::runtime_error& error) {
     return error.what();

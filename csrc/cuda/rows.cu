@@ -56,62 +56,12 @@
 #include "launch.h"
 #include "plan.h"
 #include "row.h"
+#include "rows_partials.h"
 #include "table.h"
 #include "team.h"
 
 namespace kdk {
 namespace cuda {
-
-// ---- partial results, and how they merge across a warp: lane 0 has the whole
-
-struct Floats {
-  float student_max, student_sum, teacher_max, teacher_sum;
-  float unit_sum;   // of the student at temperature 1
-  float log_ratio;  // sum of e * ((s - student base) - (t - teacher base)), e the student's exponential
-
-  static __device__ Floats none() { return {-INFINITY, 0, -INFINITY, 0, 0, 0}; }
-
-  // The same relative to new maxima, which are not smaller. An infinite sum whose exponentials have decayed to 0 is
-  // dropped with them.
-  __device__ void rebase(float new_student_max, float new_teacher_max, Tempering at) {
-    float student_base = base_of(new_student_max), teacher_base = base_of(new_teacher_max);
-    float decay = at.exp(student_max - student_base);
-    float shift = (base_of(student_max) - student_base) - (base_of(teacher_max) - teacher_base);
-    log_ratio = weighted(decay, log_ratio + student_sum * shift);
-    student_sum *= decay;
-    teacher_sum *= at.exp(teacher_max - teacher_base);
-    if (at.unit) unit_sum *= exp_of(student_max - student_base);
-    student_max = new_student_max, teacher_max = new_teacher_max;
-  }
-  __device__ void share(Tempering at) {
-    rebase(warp_max(student_max), warp_max(teacher_max), at);
-  }
-  __device__ void merge(const Floats& below) {
-    student_sum += below.student_sum, teacher_sum += below.teacher_sum;
-    unit_sum += below.unit_sum, log_ratio += below.log_ratio;
-  }
-};
-
-struct Sums {
-  float phi, psi;
-
-  static __device__ Sums none() { return {0, 0}; }
-  __device__ void merge(const Sums& below) {
-    phi += below.phi, psi += below.psi;
-  }
-};
-
-struct Statistics {
-  float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // first column that holds the maximum; INT32_MAX: none does
-
-  static __device__ Statistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX}; }
-  __device__ void merge(const Statistics& below) {
-    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
-    student_first = min(student_first, below.student_first);
-    teacher_first = min(teacher_first, below.teacher_first);
-  }
-};
 
 // ---- the sweeps
 
@@ -275,7 +225,7 @@ struct Outcome {
 template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
-  const Tempering at(numbers.temperature, call.unit_log_sum);
+  const Tempering at(numbers.temperature, call.needs_unit_log_sum);
   // Whether the factors of the gradient wait for the loss, which is found with sum psi.
   const bool waits = call.options.gradient_needs_loss() && (call.sweeps & kGradient);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats) && !waits;
@@ -296,7 +246,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     // A row of -inf alone has no distribution: NaN, as log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
     floats[2] = x.teacher_max, floats[3] = x.teacher_sum == 0 ? NAN : logf(x.teacher_sum);
-    floats[4] = !call.unit_log_sum ? 0 : at.unit ? logf(x.unit_sum) : floats[1];
+    floats[4] = !call.needs_unit_log_sum ? 0 : at.unit ? logf(x.unit_sum) : floats[1];
     log_ratio = x.log_ratio / x.student_sum * at.inverse_temperature + (floats[3] - floats[1]);
     if (team.first_thread()) write_column(call.floats, call, row, floats, kRowFloats);
   } else {

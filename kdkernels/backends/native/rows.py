@@ -50,7 +50,7 @@ class RowKernels(Launcher):
         self._sweep(GRADIENT, problem, problem.options, False, {"floats": floats, "sums": sums, "gradient": gradient})
         return gradient
 
-    def _sweep(self, sweeps: int, problem: Rows, options: RowOptions, unit_log_sum: bool, results: dict) -> None:
+    def _sweep(self, sweeps: int, problem: Rows, options: RowOptions, needs_unit_log_sum: bool, results: dict) -> None:
         """Launches sweeps over the rows. `results`: of these sweeps, and of earlier sweeps that these read."""
         rows = options.row_scale.numel()
         if not rows:
@@ -68,7 +68,7 @@ class RowKernels(Launcher):
             "teacher": problem.teacher,
             "options": options,
             "parameters": problem.parameters,
-            "unit_log_sum": unit_log_sum,
+            "needs_unit_log_sum": needs_unit_log_sum,
             **results,
         }
         self.launch("rows", problem.student.device, fields)

@@ -21,7 +21,7 @@ class TopkKernels(Launcher):
         if row_scale.numel():
             fields = {
                 "divergence": problem.divergence,
-                "conditional": problem.support_only,
+                "support_only": problem.support_only,
                 "rows": row_scale.numel(),
                 "inner": student.shape[1],
                 "columns": problem.vocab_size,

@@ -1,4 +1,4 @@
-"""The loss against a sparse teacher in Triton, a twin of csrc/cpu/topk.cpp; csrc/calls/topk.h has the formulas.
+"""The loss against a sparse teacher in Triton, a twin of csrc/cpu/topk_rows.cpp; csrc/calls/topk.h has the formulas.
 
 One program works on one row, a tile of BLOCK columns at a time:
 

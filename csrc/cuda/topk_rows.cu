@@ -1,0 +1,496 @@
+// The loss against a sparse teacher on an NVIDIA GPU: the twin of csrc/cpu/topk_rows.cpp.
+//
+// ---- The loss of a row against K entries and the bucket of all other classes (calls/topk.h). A team works on a row, as
+// in rows.cu, and reads its logits once (staged) or once a sweep (streaming):
+//
+//     names       a bit for each class that an entry names, in shared memory
+//     masses      (max, sum of exponentials) of the others and of the entries, each relative to its own maximum
+//     sums        the divergence's value and slope of each entry and of the bucket         -> sum phi, sum psi
+//     gradient    of each entry, and of the others (psi_R - q_R sum psi) times their softmax among themselves
+//
+// Only masses and gradient are sweeps over all classes, and neither knows the divergence: one kernel serves all of
+// them, and turns to one where it works on entries. The bucket is never 1 - the entries' mass: its sum is its own, and
+// the gradient of the others is relative to it, so that both are exact where a sure student leaves it 1e-60.
+//
+// In place, what is read of an entry's class is read by the one thread that then writes its gradient; the sweep of the
+// others skips what has a name, and whatever lies there already. The label's logit is read before the first merge.
+//
+// A perfect kernel reads each logit once and writes each gradient once: 4 bytes a column in bf16, 2 without a gradient,
+// and 8 bytes an entry. Computed for an H100, and not yet measured: 152k columns in bf16 with their gradients are
+// 608 KB, 0.18 us a row at 3.35 TB/s. The inner loops of the two sweeps take (sm_90a, staged, bf16, no label term)
+// about 18 instructions and 2 special functions a column together, of the 34 and 4.3 that 132 multiprocessors at
+// 1.7 GHz issue in that time.
+#include <cuda_runtime.h>
+#include <math.h>
+#include <stdint.h>
+
+#include "device.h"
+#include "groups.h"
+#include "launch.h"
+#include "mass.h"
+#include "plan.h"
+#include "row.h"
+#include "table.h"
+#include "team.h"
+
+namespace kdk {
+namespace cuda {
+
+// ---- partial results, and how they merge across a warp: lane 0 has the whole
+
+struct Masses {
+  Mass others, entries;
+  float teacher_max, teacher_sum;  // of the teacher's log-probabilities, for the statistics
+
+  static __device__ Masses none() { return {Mass::none(), Mass::none(), -INFINITY, 0}; }
+  __device__ void rebase_teacher(float larger) {
+    teacher_sum *= exp_of(teacher_max - base_of(larger));
+    teacher_max = larger;
+  }
+  __device__ void add_teacher(float log_prob) {
+    if (log_prob > teacher_max) rebase_teacher(log_prob);
+    teacher_sum += exp_of(log_prob - base_of(teacher_max));
+  }
+  __device__ void share(Tempering at) {
+    others.rebase(warp_max(others.max), at);
+    entries.rebase(warp_max(entries.max), at);
+    rebase_teacher(warp_max(teacher_max));
+  }
+  __device__ void merge(const Masses& below) {
+    others.sum += below.others.sum, others.unit_sum += below.others.unit_sum;
+    entries.sum += below.entries.sum, entries.unit_sum += below.entries.unit_sum;
+    teacher_sum += below.teacher_sum;
+  }
+};
+
+struct EntrySums {
+  float phi, psi;
+
+  static __device__ EntrySums none() { return {0, 0}; }
+  __device__ void merge(const EntrySums& below) {
+    phi += below.phi, psi += below.psi;
+  }
+};
+
+struct EntryStatistics {
+  float tv, student_entropy, teacher_entropy;
+  int student_first, teacher_first;  // first class that has the maximum; INT32_MAX: none does
+  int label_entry;                   // the entry that is the label; INT32_MAX: none is
+
+  static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
+  __device__ void merge(const EntryStatistics& below) {
+    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
+    student_first = min(student_first, below.student_first);
+    teacher_first = min(teacher_first, below.teacher_first);
+    label_entry = min(label_entry, below.label_entry);
+  }
+};
+
+// ---- entries and the classes they name
+
+// A class, of what an index says: whatever it is, no memory outside the row is touched for it.
+inline __device__ bool is_class(int index, int64_t columns) { return index >= 0 && index < columns; }
+
+// Calls body(k, column) for this thread's entries of the row, the same ones each time.
+template <class Body>
+inline __device__ void each_entry(const TopkRowsCall& call, const Team& team, int64_t row, Body body) {
+  const int32_t* indices = call.indices + row * call.entries;
+  const int64_t step = (int64_t)team.blocks * blockDim.x;
+  for (int64_t k = (int64_t)team.rank * blockDim.x + threadIdx.x; k < call.entries; k += step) {
+    const int column = load(indices + k);
+    if (is_class(column, call.columns)) body(k, column);
+  }
+}
+
+// The bits of a block's slice, a byte for each group: set where an entry names the class. No two threads write to the
+// same word: indices ascend, and the first entry of each word writes those that follow.
+struct Names {
+  uint32_t* words;
+  int count;
+
+  __device__ Names(char* memory, const Plan& plan)
+      : words((uint32_t*)memory), count((plan.slice + kWarp - 1) / kWarp) {}
+
+  // All of the block, which has to wait before it reads them.
+  __device__ void set(const TopkRowsCall& call, int64_t row, const Cut& cut) {
+    for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
+    __syncthreads();
+    const int32_t* indices = call.indices + row * call.entries;
+    auto position_of = [&](int64_t k) {
+      const int column = load(indices + k), position = is_class(column, call.columns) ? column - cut.first_column : -1;
+      return position >= cut.begin && position < cut.end ? position : -1;
+    };
+    for (int64_t k = threadIdx.x; k < call.entries; k += blockDim.x) {
+      int position = position_of(k);
+      if (position < 0) continue;
+      const int word = position / kWarp, before = k > 0 ? position_of(k - 1) : -1;
+      if (before >= 0 && before / kWarp == word) continue;
+      uint32_t bits = 0;
+      for (int64_t next = k; position >= 0 && position / kWarp == word;) {
+        bits |= 1u << position % kWarp;
+        position = ++next < call.entries ? position_of(next) : -1;
+      }
+      words[word] = bits;
+    }
+  }
+  __device__ uint32_t of_group(int position) const { return ((const uint8_t*)words)[position / kGroup]; }
+};
+
+// The group at a position; -inf in place of what has a name. Returns its names.
+template <Way way>
+inline __device__ uint32_t load_others(const Slice& student, const Names& names, int position, float (&s)[kGroup]) {
+  widen<way == Way::halves>(load_group<way != Way::streaming, way == Way::halves>(student, position), student.dtype, s);
+  const uint32_t named = names.of_group(position);
+  if (named)
+    for (int i = 0; i < kGroup; ++i) s[i] = named >> i & 1 ? -INFINITY : s[i];
+  return named;
+}
+
+// ---- the sweeps
+
+template <Way way>
+inline __device__ Mass mass_of_others(const Slice& student, const Names& names, Tempering at) {
+  Mass x = Mass::none();
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
+    float s[kGroup];
+    load_others<way>(student, names, position, s);
+    x.add(s, at);
+  }
+  return x;
+}
+
+template <Way way>
+inline __device__ void add_statistics_of_others(EntryStatistics& x, const Slice& student, const Names& names,
+                                                Normalizer norm, int first_column) {
+  const Groups groups(student.end);
+  for (int position = groups.first; groups.has(position); position += groups.step) {
+    float s[kGroup];
+    load_others<way>(student, names, position, s);
+    for (int i = 0; i < kGroup; ++i) {
+      const float lq = norm.log_prob(s[i]);
+      x.student_entropy -= weighted(exp_of(lq), lq);
+      if (s[i] == norm.max && student.holds(position + i))
+        x.student_first = min(x.student_first, first_column + position + i);
+    }
+  }
+}
+
+// What a thread needs to write gradients: of a class with log-probability slope psi and probability q
+//     soft * (psi - q * slope_sum) + hard * (softmax(s) - one_hot(label))
+// where the factors hold the row's scale, and of the others soft * (psi_R - q_R * slope_sum) * q / q_R.
+struct TopkGradient {
+  char* row;  // of the gradient
+  Dtype dtype;
+  float soft, hard, slope_sum;
+  float of_others, others_base;  // of_others * exp((s - others_base) / temperature) is the others' soft part
+  float max, unit_log_sum;
+  int label;
+  bool reads_others;  // else the others all have the gradient of_others: 0, or NaN
+
+  __device__ float softened(float slope, float q) const { return soft == 0 ? 0 : soft * (slope - q * slope_sum); }
+  __device__ float hard_of(float logit, int column) const {
+    const float q = exp_of(logit - max - unit_log_sum);
+    return hard * (column == label ? q - 1 : q);
+  }
+
+  template <Way way>
+  __device__ void write_others(const Slice& student, const Names& names, int first_column, Tempering at) const {
+    char* data = row + (int64_t)first_column * bytes_of(dtype);
+    const bool aligned = (uint64_t)data % 16 == 0;
+    const Groups groups(student.end, way == Way::streaming);
+    for (int position = groups.first; groups.has(position); position += groups.step) {
+      float x[kGroup];
+      uint32_t named;
+      if (reads_others) {
+        float s[kGroup];
+        named = load_others<way>(student, names, position, s);
+        for (int i = 0; i < kGroup; ++i) x[i] = of_others * at.exp(s[i] - others_base);
+        if (hard != 0)
+          for (int i = 0; i < kGroup; ++i) x[i] += hard_of(s[i], first_column + position + i);
+      } else {
+        named = names.of_group(position);
+        for (int i = 0; i < kGroup; ++i) x[i] = of_others;
+      }
+      if (!named) {
+        const bool full = aligned && position >= student.begin && position + kGroup <= student.end;
+        store_group<way == Way::halves>(data, dtype, full, position, student.begin, student.end, x);
+      } else {
+        for (int i = 0; i < kGroup; ++i)
+          if (!(named >> i & 1) && student.holds(position + i)) store_logit(data, dtype, position + i, x[i]);
+      }
+    }
+  }
+};
+
+// ---- a row
+
+// A skipped row is 0 everywhere; a row with a bad value is NaN.
+inline __device__ void fill_row(const TopkRowsCall& call, const Team& team, int64_t row, float value) {
+  if (call.gradient) fill_gradient(call, team, row, 0, value);
+  if (!team.first_thread()) return;
+  store((float*)call.loss + row, value);
+  if (call.statistics) fill_statistics(call, row, value);
+}
+
+// Whether a label's cross-entropy is wanted, and whether the classes that no entry names are.
+inline __host__ __device__ bool wants_label(const TopkRowsCall& call) {
+  return call.options.labels && (call.options.hard_weight.data || call.statistics);
+}
+inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
+  return !call.support_only || call.options.hard_weight.data || call.statistics;
+}
+
+// The loss and the statistics of a row, by one thread.
+struct TopkOutcome {
+  const TopkRowsCall& call;
+  int64_t row;
+  const RowTerms& numbers;
+  Normalizer student;               // of all classes
+  float unit_log_sum, label_logit;  // label_logit: the student's
+
+  // With the label, at temperature 1.
+  __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  __device__ void write_loss(float phi) const {
+    store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
+  }
+  // `found` is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
+  __device__ void write_statistics(float phi, EntryStatistics found, const Masses& masses, float lp, float lq) const {
+    const float p = exp_of(lp), q = exp_of(lq);
+    // The teacher's mass and the bucket's: log-probabilities that may all be far below 0.
+    Masses teacher = masses;
+    if (!call.support_only) {
+      found.tv += 0.5f * fabsf(p - q);
+      found.teacher_entropy -= weighted(p, lp);
+      teacher.add_teacher(lp);
+    }
+    RowStatistics<float> x = {};
+    x.divergence = phi;
+    x.cross_entropy = cross_entropy();
+    x.tv = found.tv;
+    x.student_entropy = found.student_entropy, x.teacher_entropy = found.teacher_entropy;
+    x.student_max_log_prob = -student.log_sum;
+    x.teacher_max_log_prob = masses.teacher_max + (masses.teacher_sum == masses.teacher_sum ? 0 : NAN);
+    if (call.options.labels) {
+      x.student_label_log_prob = student.log_prob(label_logit);
+      const bool named = found.label_entry != INT32_MAX;
+      const Numbers& from = named ? call.log_probs : call.tail_log_prob;
+      x.teacher_label_log_prob = load((const float*)from + (named ? row * call.entries + found.label_entry : row));
+    }
+    x.student_lse = student.max * student.inverse_temperature + student.log_sum;
+    x.teacher_lse = base_of(teacher.teacher_max) + logf(teacher.teacher_sum);
+    cuda::write_statistics(call, row, x, found.student_first, found.teacher_first);
+  }
+};
+
+template <Way way>
+inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
+                                      const char* logits, int first_column, const Slice& student, const Names& names) {
+  const Dtype dtype = call.student.dtype;
+  const bool labelled = wants_label(call), unit = call.options.hard_weight.data || labelled;
+  const Tempering at(numbers.temperature, unit);
+  const float* log_probs = (const float*)call.log_probs + row * call.entries;
+  // The gradient may take the place of the logits: the label's is loaded before the first merge, which no thread leaves
+  // before all have come to it.
+  if (labelled && team.first_thread()) team.board.label_logit = load_logit(logits, dtype, numbers.label);
+  // Whether the factors of the gradient wait for the loss.
+  const bool waits = call.options.gradient_needs_loss() && call.gradient;
+  float label_logit = 0;
+  if (labelled && waits) label_logit = load_logit(logits, dtype, numbers.label);
+
+  Masses mine = Masses::none();
+  if (wants_others(call)) mine.others = mass_of_others<way>(student, names, at);
+  each_entry(call, team, row, [&](int64_t k, int column) {
+    mine.entries.add(load_logit(logits, dtype, column), at);
+    if (call.statistics) mine.add_teacher(load(log_probs + k));
+  });
+  const Masses masses = team.merged(mine, at);
+
+  // A row of -inf alone has no distribution: NaN, as log_softmax.
+  const float max = fmaxf(masses.others.max, masses.entries.max), base = base_of(max);
+  const float others_sum = masses.others.sum_from(base, at), entries_sum = masses.entries.sum_from(base, at);
+  const float sum = others_sum + entries_sum;
+  const Normalizer all = {max, sum == 0 ? NAN : logf(sum), at.inverse_temperature};
+  float unit_log_sum = unit ? all.log_sum : 0;
+  if (at.unit)
+    unit_log_sum = logf(masses.others.unit_sum * exp_of(masses.others.max - base) +
+                        masses.entries.unit_sum * exp_of(masses.entries.max - base));
+  Normalizer norm = all;  // of the log-probabilities that the divergence is given
+  float bucket_lp = -INFINITY, bucket_lq = -INFINITY;
+  if (call.support_only) {
+    norm.max = masses.entries.max;
+    norm.log_sum = masses.entries.sum == 0 ? NAN : logf(masses.entries.sum);
+  } else {
+    bucket_lp = load((const float*)call.tail_log_prob + row);
+    bucket_lq = log_share(masses.others, others_sum, entries_sum, all);
+  }
+  const float bucket_q = exp_of(bucket_lq);
+
+  EntryStatistics statistics = EntryStatistics::none();
+  if (call.statistics) {
+    add_statistics_of_others<way>(statistics, student, names, all, first_column);
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float logit = load_logit(logits, dtype, column), of_all = all.log_prob(logit);
+      const float lp = load(log_probs + k), p = exp_of(lp);
+      statistics.tv += 0.5f * fabsf(p - exp_of(norm.log_prob(logit)));
+      statistics.student_entropy -= weighted(exp_of(of_all), of_all);
+      statistics.teacher_entropy -= weighted(p, lp);
+      if (logit == max) statistics.student_first = min(statistics.student_first, column);
+      if (lp == masses.teacher_max) statistics.teacher_first = min(statistics.teacher_first, column);
+      if (call.options.labels && column == numbers.label) statistics.label_entry = (int)k;
+    });
+    statistics = team.merged(statistics);
+  }
+
+  EntrySums sums = EntrySums::none();
+  float bucket_phi = 0, bucket_psi = 0;
+  with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float lp = load(log_probs + k), lq = norm.log_prob(load_logit(logits, dtype, column));
+      const float p = exp_of(lp), q = exp_of(lq);
+      sums.phi += divergence.value(lp, lq, p, q);
+      sums.psi += divergence.slope(lp, lq, p, q);
+    });
+    if (call.support_only) return;
+    const float bucket_p = exp_of(bucket_lp);
+    bucket_phi = divergence.value(bucket_lp, bucket_lq, bucket_p, bucket_q);
+    bucket_psi = divergence.slope(bucket_lp, bucket_lq, bucket_p, bucket_q);
+  });
+  sums = team.merged(sums);
+  sums.phi += bucket_phi, sums.psi += bucket_psi;
+  if (team.first_thread()) {
+    const TopkOutcome outcome = {call, row, numbers, all, unit_log_sum, team.board.label_logit};
+    outcome.write_loss(sums.phi);
+    if (call.statistics) outcome.write_statistics(sums.phi, statistics, masses, bucket_lp, bucket_lq);
+  }
+  if (!call.gradient) return;
+
+  TopkGradient gradient;
+  gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
+  gradient.dtype = dtype;
+  const Factors factors = waits ? numbers.factors(call.options, at.inverse_temperature, sums.phi,
+                                                  unit_log_sum + (max - label_logit))
+                                : numbers.factors(call.options, at.inverse_temperature);
+  gradient.soft = factors.soft, gradient.hard = factors.hard;
+  // An infinite slope leaves the whole row without a gradient.
+  gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
+  gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;
+  gradient.others_base = base_of(masses.others.max);
+  gradient.of_others = gradient.softened(bucket_psi, call.support_only ? 0 : bucket_q);
+  // Without a mass of their own the others are all -inf, or none.
+  if (!call.support_only) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
+  gradient.reads_others = !call.support_only || gradient.hard != 0;
+
+  with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+    each_entry(call, team, row, [&](int64_t k, int column) {
+      const float logit = load_logit(logits, dtype, column);
+      const float lp = load(log_probs + k), lq = norm.log_prob(logit), q = exp_of(lq);
+      const float soft_part = gradient.softened(divergence.slope(lp, lq, exp_of(lp), q), q);
+      const float hard_part = gradient.hard == 0 ? 0 : gradient.hard_of(logit, column);
+      store_logit(gradient.row, dtype, column, soft_part + hard_part);
+    });
+  });
+  gradient.write_others<way>(student, names, first_column, at);
+  fill_gradient(call, team, row, call.columns, 0);
+}
+
+// ---- the kernels of the loss
+
+// Without a gradient a row is read once, from memory: two blocks of a multiprocessor wait for it together.
+template <Way way>
+__global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : blocks_of(way))
+    topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (way != Way::streaming) return;  // never planned
+#endif
+  Team team(plan.blocks);
+  const Dtype dtype = call.student.dtype;
+  const int64_t teams = gridDim.x / plan.blocks;
+  const int staged_bytes = way == Way::streaming ? 0 : plan.slice * bytes_of(dtype);
+  Names names(shared_memory() + sizeof(Board) + staged_bytes, plan);
+  auto cut_of = [&](const char* logits) {
+    return Cut(call.columns, shift_of(logits, dtype, logits, dtype), plan, team);
+  };
+  auto each_row = [&](auto sweep) {
+    for (int64_t row = blockIdx.x / team.blocks; row < call.rows; row += teams) {
+      const RowTerms numbers(call, row);
+      if (numbers.swept(call)) {
+        const char* logits = row_start(call.student, call, row);
+        const Cut cut = cut_of(logits);
+        names.set(call, row, cut);
+        sweep(row, numbers, logits, cut);
+        __syncthreads();  // all have read the names
+      } else {
+        fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
+      }
+    }
+  };
+  if constexpr (way == Way::streaming) {
+    each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
+      __syncthreads();  // the names are there
+      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
+    });
+  } else {
+    Staging staging(dtype, plan, team.board);
+    each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
+      staging.stage(cut.slice(logits, dtype));  // the names are there too
+      // The row after comes from memory while this one is worked on.
+      if (threadIdx.x == 0 && RowTerms(call, row + teams).swept(call)) {
+        const char* after = row_start(call.student, call, row + teams);
+        staging.prefetch(cut_of(after).slice(after, dtype));
+      }
+      const Slice student = {staging.student, dtype, cut.begin, cut.end, true};
+      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, student, names);
+      bulk_fence();
+    });
+  }
+  if (plan.blocks > 1) cluster_sync(plan.blocks);  // no block leaves while another may read its shared memory
+}
+
+// ---- the host
+
+namespace {
+
+using TopkRowsKernel = void (*)(const TopkRowsCall, const Plan);
+
+TopkRowsKernel topk_rows_kernel_of(Way way) {
+  return way == Way::halves   ? topk_rows_kernel<Way::halves>
+         : way == Way::staged ? topk_rows_kernel<Way::staged>
+                              : topk_rows_kernel<Way::streaming>;
+}
+
+Shape shape_of(const TopkRowsCall& call) {
+  Shape shape = {};
+  shape.rows = call.rows, shape.columns = call.columns;
+  const bool gradient = call.gradient.data && (!call.support_only || call.options.hard_weight.data);
+  shape.sweeps = wants_others(call) ? 1 + !!call.statistics + gradient : 0;
+  shape.column_bytes = bytes_of(call.student.dtype);
+  shape.column_bits = 1;
+  shape.aligned = rows_are_aligned(call.student);
+  shape.halves = call.student.dtype != Dtype::f32;
+  return shape;
+}
+
+}  // namespace
+
+void topk_rows(const TopkRowsCall& original) {
+  if (original.rows == 0) return;
+  TopkRowsCall call = original;
+  call.inner = collapse(call.rows, call.inner, call.student);
+  const int device = call.run.device;
+  OnDevice guard(device);
+  const Plan planned = plan(shape_of(call), Chip(device, topk_rows_kernel<Way::streaming>), device,
+                            topk_rows_kernel_of);
+  launch(topk_rows_kernel_of(planned.way), planned, call.run, call, planned);
+}
+
+int64_t topk_rows_bytes(const TopkRowsCall&) { return 0; }
+
+void load_topk_rows() {
+  cudaFuncAttributes attributes;
+  for (Way way : {Way::streaming, Way::staged, Way::halves})
+    KDK_CHECK(cudaFuncGetAttributes, &attributes, topk_rows_kernel_of(way));
+}
+
+}  // namespace cuda
+}  // namespace kdk
