@@ -1,5 +1,8 @@
-"""The chips that the CUDA kernels are tested on, in the execution model: so small that tests of a few hundred classes
-meet clusters, rows too long for shared memory, and more rows than the chip holds at once."""
+"""The modelled chips on which the CUDA kernels are tested.
+
+The chips are small: a few hundred classes already need a cluster or exceed the shared memory, and a few rows already
+exceed the blocks that the chip runs at once.
+"""
 
 import functools
 
@@ -7,11 +10,11 @@ import emulated
 
 
 def small(blocks: int, shared: int, **attributes: int) -> dict[str, int]:
-    """A chip that holds so many blocks, one on a multiprocessor, each with so much shared memory."""
+    """A chip with `blocks` multiprocessors; each runs one block, with `shared` bytes of shared memory."""
     return {
         "multiprocessors": blocks,
         "shared_memory_per_block": shared,
-        "shared_memory_per_multiprocessor": shared + 1024,  # which the system takes of every block
+        "shared_memory_per_multiprocessor": shared + 1024,  # the system reserves 1 KiB for every block
         **attributes,
     }
 
@@ -20,15 +23,15 @@ CHIPS = {
     "h100": {},
     # A row of a few hundred classes takes a cluster of 2 to 16 blocks.
     "small": small(16, 2048),
-    # A cluster alone on the chip: it works on all rows, one after the other.
+    # Only one cluster fits on the chip, so it processes all rows one after the other.
     "single": small(2, 4096, max_cluster=2),
-    # Rows of some thousand classes to a block, of several warps.
+    # A block of several warps holds a row of some thousand classes.
     "wide": small(3, 40_000),
-    # No cluster of 16.
+    # The largest cluster has 8 blocks, not 16.
     "portable": small(9, 1536, max_cluster=8),
-    # Rows that no cluster holds are read from memory, by clusters.
+    # Rows too long for every cluster are read from memory, by clusters.
     "streaming": small(12, 800, l2_bytes=20_000),
-    # Before clusters.
+    # A chip without clusters.
     "a100": small(3, 160_000, major=8, l2_bytes=50_000),
 }
 
@@ -39,7 +42,7 @@ def device_of(name: str) -> int:
 
 
 def on(name: str, seed: int = 0):
-    """The backend "cuda" serves CPU tensors: on the chip of that name, threads running in the order of the seed."""
+    """Makes the backend "cuda" serve CPU tensors on the chip `name`; the seed determines the order of the threads."""
     return emulated.serving(device=device_of(name), seed=seed)
 
 

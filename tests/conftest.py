@@ -1,18 +1,18 @@
-"""What every test runs under: a CPU executes Triton and CUDA kernels, and fresh memory is NaN."""
+"""Settings of every test: a CPU executes the Triton and CUDA kernels, and new memory is filled with NaN."""
 
 import os
 
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # triton reads it at import
 
 import chips
 import emulated
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
-# The suite draws the same examples in each run. With --fuzz they follow from pytest's --hypothesis-seed alone.
+# The suite draws the same examples in each run. With --fuzz, pytest's --hypothesis-seed alone determines them.
 COMMON = {"deadline": None, "print_blob": True, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("kdkernels", derandomize=True, **COMMON)
 settings.register_profile("fuzz", derandomize=False, **COMMON)
@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def is_property(function) -> bool:
-    """Whether hypothesis draws the arguments of a test, or those of a function that the test defines with @given."""
+    """Whether hypothesis draws the arguments of the test, or of a function that the test decorates with @given."""
     return is_hypothesis_test(function) or "given" in function.__code__.co_names
 
 
@@ -52,7 +52,7 @@ def seeded():
 
 @pytest.fixture(autouse=True)
 def uninitialised_memory_is_nan():
-    """torch.empty fills with NaN (integers: their maximum), so that an element that no kernel wrote shows."""
+    """torch.empty fills with NaN (integers: their maximum), so that an element that no kernel wrote is visible."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -60,8 +60,10 @@ def uninitialised_memory_is_nan():
 
 @pytest.fixture(autouse=True)
 def cuda_kernels_on_a_cpu(request):
-    """Where there is no GPU, the tests of the backend "cuda" run its kernels in the execution model: on a small chip,
-    or the one that their file names."""
+    """Without a GPU, tests of the backend "cuda" run the CUDA kernels in the execution model.
+
+    The modelled chip is "small", unless the test module names another in CUDA_CHIP.
+    """
     callspec = getattr(request.node, "callspec", None)
     if torch.cuda.is_available() or callspec is None or callspec.params.get("backend") != "cuda":
         yield

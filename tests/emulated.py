@@ -1,10 +1,11 @@
-"""The CUDA kernels on a CPU: compiles csrc/cuda with a host compiler under the model in cuda_model/, and stands in for
-the compiled module's CUDA functions.
+"""Runs the CUDA kernels on a CPU: a host compiler builds csrc/cuda with the model in cuda_model/.
+
+The resulting module replaces the CUDA functions of the compiled module:
 
     with emulated.serving(seed=3):
         kdkernels.fused_kl(student, teacher, backend="cuda")  # CPU tensors
 
-What is compiled is kept under build/cuda_model, by a hash of everything that goes into it.
+build/cuda_model caches the compiled files, keyed by a hash of all their inputs.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ BINDINGS = MODEL / "module.cpp"
 KEPT = ROOT / "build" / "cuda_model"
 
 COMPILER = os.environ.get("CXX", "g++")
-# Without -fvisibility=hidden two modules in one process would share a machine.
+# -fvisibility=hidden keeps two modules in one process from sharing the state of the model.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
 
 
@@ -52,18 +53,18 @@ missing_because = _missing()
 
 @functools.cache
 def cuda_model() -> ModuleType:
-    """The kernels of csrc/cuda and what controls the model: cuda_model/module.cpp, cuda_model/control.h."""
+    """The kernels of csrc/cuda with the controls of the model: cuda_model/module.cpp, cuda_model/control.h."""
     return _module("cuda_model", *_kernels(), BINDINGS)
 
 
 @functools.cache
 def faults() -> ModuleType:
-    """Kernels that can be made wrong: cuda_model/faults.cu."""
+    """Kernels with switchable faults: cuda_model/faults.cu."""
     return _module("faults", MODEL / "faults.cu")
 
 
 def mutated(old: str, new: str) -> ModuleType:
-    """`cuda_model` with `new` in place of `old`, which stands once in the files of csrc/cuda."""
+    """`cuda_model` with `new` in place of `old`. The files of csrc/cuda must contain `old` exactly once."""
     found = {path: path.read_text() for path in sorted((CSRC / "cuda").iterdir()) if old in path.read_text()}
     times = sum(text.count(old) for text in found.values())
     assert times == 1, f"expected {old!r} once in csrc/cuda, found it {times} times"
@@ -77,7 +78,7 @@ def mutated(old: str, new: str) -> ModuleType:
             shutil.copytree(CSRC, unfinished, dirs_exist_ok=True)
             (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
             unfinished.rename(copy)
-    # What includes no changed line is what it was, and compiled already.
+    # A source that does not include the changed file is compiled from its original path, so that the cache serves it.
     kernels = [copy / path.relative_to(CSRC) if original in (path, *_headers()) else path for path in _kernels()]
     return _module("cuda_model", *kernels, BINDINGS)
 
@@ -96,7 +97,7 @@ def _module(name: str, *sources: Path) -> ModuleType:
     key = _hash(name, *(object.name for object in objects))
     path = KEPT / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     _make(path, [COMPILER, "-shared", *map(str, objects)])
-    # pybind11 makes one module of each full name, and the last part of it names the function that makes it.
+    # pybind11 makes one module for each full name; the last part of the name selects the module's init function.
     spec = importlib.util.spec_from_file_location(f"{key}.{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -122,7 +123,7 @@ def _compiler_version() -> str:
 
 
 def _make(path: Path, command: list[str]) -> None:
-    """Makes a file that is not there yet; several processes may want the same one."""
+    """Makes a file unless it exists. Several processes may ask for the same file."""
 
     def compile(unfinished: Path):
         done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
@@ -144,13 +145,14 @@ def _hash(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
-# ---- in place of the compiled module
+# ---- the replacement of the compiled module
 
 
 class Emulated:
-    """The CUDA functions of the compiled module, on a device of the model, and whatever else the module has.
+    """The CUDA functions of the compiled module on a modelled device, and the other functions of the module.
 
-    Around each call exactly the memory that the call may touch is allowed: no logits of a skipped row.
+    During a call, the model allows access to exactly the memory that the call may touch: skipped rows' logits are not
+    part of it.
     """
 
     def __init__(self, module: ModuleType | None = None, device: int = 0):
@@ -181,7 +183,7 @@ class Emulated:
 
 @contextlib.contextmanager
 def serving(module: ModuleType | None = None, device: int = 0, seed: int = 0):
-    """Lets the backend "cuda" serve CPU tensors, through the model."""
+    """Makes the backend "cuda" serve CPU tensors through the model."""
     emulation = Emulated(module, device)
     emulation.set_seed(seed)
     before = native.cuda.module, native.cuda.device_type
@@ -194,7 +196,7 @@ def serving(module: ModuleType | None = None, device: int = 0, seed: int = 0):
 
 # ---- the memory that a call may touch
 
-# Fields that a kernel writes; those that only some calls write are in `memory_of`.
+# Fields that a kernel always writes. `memory_of` adds the fields that only some calls write.
 WRITTEN = {
     "rows": ("loss", "statistics", "top1", "gradient"),
     "scale_rows": ("x",),
@@ -207,8 +209,8 @@ WRITTEN = {
     "pair_gradient": ("gradient",),
     "sinkhorn": ("value", "f", "g", "error", "done", "grad_cost", "grad_a", "grad_b"),
 }
-# Fields with a row of columns for each row of the call, of which a kernel may touch the kept rows alone; and the field
-# that says how many of the columns count. None: all columns.
+# Fields that hold one row of columns per row of the call; a kernel may touch only the kept rows. The value is the name
+# of the field with the number of columns in use, or None if all columns are in use.
 OF_KEPT_ROWS = {
     "rows": {"student": "columns", "teacher": "columns"},
     "scale_rows": {"x": "columns"},
@@ -221,7 +223,7 @@ OF_KEPT_ROWS = {
 
 
 def memory_of(kernel: str, fields: dict) -> Iterator[tuple[int, int, bool]]:
-    """(address, bytes, writable) of all that a call of cuda_`kernel` may touch."""
+    """(address, bytes, writable) for each range of memory that a call of cuda_`kernel` may touch."""
     fields = fields | (fields["options"]._asdict() if "options" in fields else {})
     written = set(WRITTEN[kernel])
     if kernel == "rows":
@@ -242,7 +244,7 @@ def memory_of(kernel: str, fields: dict) -> Iterator[tuple[int, int, bool]]:
 
 
 def _kept_rows(kernel: str, fields: dict, x: Tensor) -> list[Tensor]:
-    """The rows of x [..., columns] that are kept; of scale_rows, those whose factor is not 1."""
+    """The kept rows of x [..., columns]. scale_rows keeps the rows whose factor is not 1."""
     name = {"scale_rows": "factor", "pair_costs": "row_mass", "pair_gradient": "row_mass"}.get(kernel, "row_scale")
     kept = fields[name].flatten() != (1 if kernel == "scale_rows" else 0)
     rows = [x[index] for index in itertools.product(*map(range, x.shape[:-1]))]
@@ -262,7 +264,7 @@ def _logits_of_entries(fields: dict) -> Iterator[Tensor]:
 
 
 def _ranges(x: Tensor) -> Iterator[tuple[int, int]]:
-    """The memory of x: one range where it is contiguous, else one for each element."""
+    """The memory of x: one range if x is contiguous, otherwise one range per element."""
     if x.is_contiguous():
         yield x.data_ptr(), x.nbytes
     elif x.dim() > 1:

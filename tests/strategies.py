@@ -1,4 +1,4 @@
-"""Hypothesis draws shapes, dtypes, scales and a seed, not arrays."""
+"""Recipes that hypothesis draws: shapes, dtypes, scales and a seed instead of arrays."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ class Logits:
 
     leading: tuple[int, ...]
     vocab: int
-    padding: tuple[int, int]  # columns past the vocabulary, NaN-filled
+    padding: tuple[int, int]  # columns past the vocabulary, filled with NaN
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
     scale: float
     offset: float
-    closeness: float  # 0: independent; towards 1: the teacher is the student but for noise
+    closeness: float  # 0: independent of the student; towards 1: the student plus little noise
     strided: bool
     seed: int
 
@@ -32,7 +32,7 @@ class Logits:
 
         student = self.scale * normal()
         teacher = self.closeness * student + (1 - self.closeness) * self.scale * normal()
-        # Like a language model: a few classes take most of the mass.
+        # As in a language model, a few classes take most of the mass.
         student[..., 0] += 3 * self.scale
         teacher[..., self.vocab // 2] += 3 * self.scale
         made = []

@@ -1,6 +1,7 @@
-"""Sinkhorn and SinKD: closed forms, symmetries and bounds, other libraries, derivatives, and what callers do wrong.
+"""Sinkhorn and SinKD: closed forms, symmetries, bounds, other libraries, derivatives and argument errors.
 
-The CUDA and Triton kernels have files of their own; here the reference and the CPU kernels are held to the mathematics.
+These tests compare the reference and the CPU kernels with the mathematics. The CUDA and Triton kernels have test files
+of their own.
 """
 
 import itertools
@@ -51,7 +52,7 @@ def converged(cost, a=None, b=None, *, epsilon, **options):
 
 
 @both_backends
-@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.02, 0.002])  # scalings, and log-sum-exps
+@pytest.mark.parametrize("epsilon", [0.5, 0.1, 0.02, 0.002])  # the scaling form and the log-sum-exp form
 def test_marginals_and_formula(backend, epsilon):
     cost, a, b = problems()
     out = fused_sinkhorn(cost, a, b, epsilon=epsilon, iterations=30, plan=True, backend=backend)
@@ -65,7 +66,7 @@ def test_marginals_and_formula(backend, epsilon):
 
 @both_backends
 def test_literal_loop(backend):
-    """The row and column divisions that everyone writes, to the last digit of fp64."""
+    """The plan must match the common loop of row and column divisions, up to fp64 rounding."""
     cost, _, _ = problems(3, 6, 6)
     ones = torch.ones(3, 6, dtype=torch.float64)
     plan = torch.exp(-cost / 0.1)
@@ -86,7 +87,7 @@ def test_scaling_shift_and_swap(backend, value):
     torch.testing.assert_close(scaled, 7 * want)
     torch.testing.assert_close(converged(cost + 3, a, b, epsilon=0.05, **options).value, want + 3)
     torch.testing.assert_close(converged(cost.transpose(1, 2), b, a, epsilon=0.05, **options).value, want)
-    # Masses of another sum: transport is linear in them, and so is a (x) b in each.
+    # The transport value is linear in the masses, and so is the product a (x) b in each factor.
     if value == "transport":
         torch.testing.assert_close(converged(cost, 5 * a, 5 * b, epsilon=0.05, **options).value, 5 * want)
 
@@ -117,7 +118,7 @@ def test_linear_program_is_the_limit(backend):
 
 @both_backends
 def test_two_classes_have_a_closed_form(backend):
-    """For V = 2 the L1 cost is twice a distance on a line: sorted rows meet, as epsilon goes to 0."""
+    """For V = 2 the L1 cost is twice a distance on a line: sorted rows are matched as epsilon goes to 0."""
     student, teacher = clouds(rows=32, vocab=2, scale=1.0)
     p, q = (torch.softmax(x / 2, -1)[:, 0].sort().values for x in (student, teacher))
     exact = 2 * (p - q).abs().sum()
@@ -146,7 +147,7 @@ def test_geomloss_finds_the_same(backend, debias):
     geomloss = pytest.importorskip("geomloss")
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.rand(2, size, 3, generator=generator, dtype=torch.float64) for size in (9, 6))
-    # With a fine schedule, at whose end it has converged.
+    # The schedule is fine enough that geomloss converges.
     theirs = geomloss.SamplesLoss("sinkhorn", p=2, blur=0.2, scaling=0.995, debias=debias, backend="tensorized")(x, y)
 
     def half_squares(x, y):
@@ -179,7 +180,7 @@ def test_divergence_of_equal_clouds_is_zero(backend):
 
 
 def test_divergence_that_has_not_converged_is_nan():
-    """Where it may be negative: the schedule of another library gave such, without a word."""
+    """Without convergence the divergence may be negative; it must be NaN if a tolerance is given."""
     x, y = torch.rand(1, 9, 2, dtype=torch.float64), torch.rand(1, 9, 2, dtype=torch.float64)
     costs = [torch.cdist(u, v) for u, v in ((x, y), (x, x), (y, y))]
     assert torch.isnan(fused_sinkhorn_divergence(*costs, epsilon=0.01, iterations=3, tolerance=1e-12)).all()
@@ -193,7 +194,7 @@ def test_tolerance_is_reported(backend):
     assert torch.equal(out.converged, out.error <= 1e-4)
     stopped = out.iterations < 40
     assert stopped.any() and out.converged[stopped].all()
-    for problem in range(6):  # each is what so many rounds alone give
+    for problem in range(6):  # each problem matches a separate call with the same number of rounds
         rounds = out.iterations[problem].item()
         alone = fused_sinkhorn(cost[problem], a[problem], b[problem], epsilon=0.05, iterations=rounds, backend=backend)
         torch.testing.assert_close(alone.value, out.value[problem])
@@ -206,7 +207,7 @@ def test_tolerance_is_reported(backend):
     assert not hurried.converged.any() and (hurried.error > 1e-9).all()
 
 
-# ---- what has no mass, or no way
+# ---- points without mass, forbidden pairs, small epsilon
 
 
 @both_backends
@@ -226,7 +227,7 @@ def test_no_mass_is_no_point(backend, epsilon, gradient):
     torch.testing.assert_close(whole.value, want.value)
     expected = torch.autograd.grad(want.value.sum(), fewer)
     found = [gradients[0][:, rows][:, :, columns], gradients[1][:, rows], gradients[2][:, columns]]
-    if gradient == "implicit" and epsilon < 0.01:  # blocks of points that hardly exchange mass: a constant for each
+    if gradient == "implicit" and epsilon < 0.01:  # nearly separate blocks: each has its own constant
         found, expected = found[:1], expected[:1]
     for got, its in zip(found, expected, strict=True):
         torch.testing.assert_close(got, its, rtol=1e-5, atol=1e-7)
@@ -261,7 +262,7 @@ def test_forbidden_pairs(backend, gradient):
     assert torch.isfinite(out.value).all() and torch.isfinite(found).all() and not found[0, 0, 1:3].any()
     assert not out.plan[0, 0, 1:3].any()
     torch.testing.assert_close(out.plan.sum(2), a)
-    cost[0, 0] = torch.inf  # nowhere to go: a problem without a plan
+    cost[0, 0] = torch.inf  # row 0 has mass and no allowed partner: no plan exists
     nowhere = fused_sinkhorn(cost, a, b, epsilon=0.1, iterations=5, backend=backend)
     assert torch.isnan(nowhere.value).all()
     a = torch.tensor([[0, 1, 1, 2]], dtype=torch.float64) / 4
@@ -270,7 +271,7 @@ def test_forbidden_pairs(backend, gradient):
 
 @both_backends
 def test_small_epsilon(backend):
-    """exp(-C / epsilon) is 0 in fp32 from epsilon = 0.02 down: there the kernel domain of others is NaN."""
+    """exp(-C / epsilon) underflows in fp32 for epsilon <= 0.02; values and gradients must stay finite."""
     cost, a, b = problems(3, 20, 20, dtype=torch.float32)
     for epsilon in (0.05, 0.02, 0.01, 0.005):
         for gradient in GRADIENTS:
@@ -331,7 +332,7 @@ def test_many_rounds_unrolled_are_implicit(backend, value):
         options = {"epsilon": 0.1, "iterations": 1500, "value": value, "gradient": gradient, "backend": backend}
         found[gradient] = torch.autograd.grad(fused_sinkhorn(*leaves, **options).value.sum(), leaves)
     for name, got, want in zip("Cab", found["unrolled"], found["implicit"], strict=True):
-        if name != "C":  # up to a constant, as sums of masses stay equal
+        if name != "C":  # defined up to a constant, because the sums of the masses stay equal
             got, want = got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True)
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
 
@@ -343,7 +344,7 @@ def test_envelope_holds_the_plan():
     torch.testing.assert_close(torch.autograd.grad(out.value.sum(), leaf)[0], out.plan)
     unrolled = fused_sinkhorn(leaf, a, b, epsilon=0.1, iterations=9, gradient="unrolled")
     other = torch.autograd.grad(unrolled.value.sum(), leaf)[0]
-    assert not torch.allclose(other, out.plan, rtol=0.05)  # the detached plan's is not the loss's gradient
+    assert not torch.allclose(other, out.plan, rtol=0.05)  # the plan is not the unrolled gradient
 
 
 @given(
@@ -363,7 +364,7 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
     cost = (spread * cost).to(dtype)
     a, b = a.to(dtype), b.to(dtype)
     found = {}
-    # What fp32 can do is what the reference does in fp32.
+    # The error of the reference in fp32 sets the scale of the allowed error.
     for name, backend, its in (
         ("cpu", "cpu", dtype),
         ("truth", "reference", torch.float64),
@@ -374,13 +375,13 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
             *leaves, epsilon=epsilon, iterations=rounds, value=value, gradient=gradient, plan=True, backend=backend
         )
         derivatives = torch.autograd.grad(out.value.sum(), leaves) if gradient != "implicit" else ()
-        # An implicit derivative is as ill-conditioned as the rounds are slow: test_many_rounds_unrolled_are_implicit.
+        # An implicit derivative is ill-conditioned if the rounds converge slowly: test_many_rounds_unrolled_are_implicit.
         potentials = out.f[:, :, None] + out.g[:, None]
         found[name] = [x.double() for x in (out.value, potentials, out.error, out.plan, *derivatives)]
     unit = torch.finfo(dtype).eps
     for number, (got, want, eager) in enumerate(zip(found["cpu"], found["truth"], found["eager"], strict=True)):
-        # An exponent has the rounding of cost / epsilon, an adjoint that of each round; a potential and an error have
-        # that of about 1, and others that of terms of size epsilon.
+        # The error of an exponent is relative to cost / epsilon; the error of an adjoint is relative to the adjoint of
+        # each round. Potentials and errors are of size 1, the other results of size epsilon.
         size = want.abs().max() + (1 if number in (1, 2) else epsilon)
         rounding = unit * (4 + rounds + 4 * spread / epsilon) * size
         allowed = 3 * (eager - want).abs().max() + 8 * rounding
@@ -392,7 +393,7 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
 @pytest.mark.parametrize("value", ["transport", "entropic"])
 def test_what_costs_have_in_common_does_not_cancel(backend, gradient, value):
     cost, a, b = problems(2, 6, 7)
-    cost = (64 * cost).round() / 64  # so that nothing of it is lost beside the offset
+    cost = (64 * cost).round() / 64  # multiples of 1/64 stay exact after the offset is added
     found = []
     for offset, dtype in ((0, torch.float64), (1024, torch.float32)):
         leaves = [x.to(dtype).clone().requires_grad_() for x in (cost + offset, a, b)]
@@ -403,7 +404,7 @@ def test_what_costs_have_in_common_does_not_cancel(backend, gradient, value):
         centred = (of_a - of_a.mean(-1, keepdim=True), of_b - of_b.mean(-1, keepdim=True))
         found.append((out.value - offset, out.plan, of_cost, *centred))
     for name, got, want in zip(("value", "plan", "C", "a", "b"), found[1], found[0], strict=True):
-        tolerance = 1e-3 if name == "value" else 2e-5  # the value has the offset's own rounding
+        tolerance = 1e-3 if name == "value" else 2e-5  # the value carries the offset's rounding error
         assert (got - want).abs().max() <= tolerance * want.abs().max() + 1e-7, name
 
 
@@ -435,7 +436,7 @@ def test_second_derivatives_are_of_rounds_alone():
 
 
 def literal_sinkd(student, teacher, temperature=2.0, epsilon=0.1, rounds=20):
-    """What everyone writes, of one cloud."""
+    """The published loop, for one cloud."""
     p, q = torch.softmax(student / temperature, -1), torch.softmax(teacher / temperature, -1)
     cost = (p[:, None] - q[None]).abs().sum(-1)
     plan = torch.exp(-cost / epsilon)
@@ -474,7 +475,7 @@ def test_sinkd_gradcheck(backend, cost, gradient):
     if gradient != "envelope":
         assert torch.autograd.gradcheck(loss, student.requires_grad_(), eps=1e-7, rtol=1e-5, atol=1e-6)
         return
-    # Of <P, C> with P a constant.
+    # The envelope gradient is the derivative of <P, C> with a constant P.
     leaf = student.clone().requires_grad_()
     (found,) = torch.autograd.grad(loss(leaf).sum(), leaf)
     p, q = torch.softmax(leaf / 1.3, -1), torch.softmax(teacher / 1.3, -1)
@@ -485,11 +486,11 @@ def test_sinkd_gradcheck(backend, cost, gradient):
 
 
 def rounding_of_slopes(p, q, mask, cost, gradient, unit):
-    """How far p (g - sum p g) may be off, [..., n, V], where g = sum_j W_ij dC_ij / dp_i and W = d loss / dC.
+    """The error allowed in p (g - sum p g), [..., n, V], with g = sum_j W_ij dC_ij / dp_i and W = d loss / dC.
 
-    A probability has a relative error of unit (|log p| + 4), which is that of its exponent, and a lane's 128 terms one
-    of 32 units: with an entropy of at most log 5000, sum p g is 64 units of sum_j |W_ij| |dC_ij / dp_i| off. In
-    saturated rows g and sum p g cancel, and that is all there is of the gradient.
+    A probability has a relative error of unit (|log p| + 4), from the rounding of its exponent. The sum of a lane's 128
+    terms has a relative error of 32 units. The entropy is at most log 5000, so the error of sum p g is 64 units of
+    sum_j |W_ij| |dC_ij / dp_i|. In saturated rows g and sum p g cancel, and the gradient is rounding error alone.
     """
     mass = mask.double()
     pairs = mask[..., :, None] & mask[..., None, :]
@@ -497,12 +498,12 @@ def rounding_of_slopes(p, q, mask, cost, gradient, unit):
     options = {"epsilon": 0.1, "iterations": 20, "gradient": gradient, "backend": "reference"}
     (weights,) = torch.autograd.grad(fused_sinkhorn(costs, mass, mass, **options).value.sum(), costs)
     weights, undecided = weights.abs(), 0
-    if cost == "l1":  # rounding decides the signs of p - q where it is about the size of p - q
+    if cost == "l1":  # rounding decides the sign of p - q if |p - q| is as small as its error
         of_p, of_q = (unit * x * (4 - x.clamp_min(1e-300).log()) for x in (p, q))
         close = (p[..., :, None, :] - q[..., None, :, :]).abs() <= of_p[..., :, None, :] + of_q[..., None, :, :]
         undecided = 2 * p * torch.einsum("...ij,...ijv->...iv", weights, close.double())
         undecided = undecided + p * undecided.sum(-1, keepdim=True)
-    elif cost == "l2":  # (p - q) / |p - q|: the error of a difference, over its size
+    elif cost == "l2":  # (p - q) / |p - q|: the error of the difference relative to its norm
         sizes = p.norm(dim=-1)[..., :, None] + q.norm(dim=-1)[..., None, :]
         weights = weights * sizes / costs.detach().clamp_min(unit)
     elif cost == "sqeuclidean":  # 2 (p - q)
@@ -587,7 +588,7 @@ def test_no_rows(backend, cost):
         loss = fused_sinkhorn_kd(student, teacher, mask=nothing, cost=cost, reduction=reduction, backend=backend)
         (gradient,) = torch.autograd.grad(loss, student)
         assert loss == 0 and not gradient.any()
-    # Of clouds with rows the mean; a NaN that comes back for one without is not let in.
+    # The mean is over clouds with rows. A NaN gradient for a cloud without rows must not reach the student.
     nothing[0] = True
     loss = fused_sinkhorn_kd(student, teacher, mask=nothing, cost=cost, reduction="none", backend=backend)
     mean = fused_sinkhorn_kd(student, teacher, mask=nothing, cost=cost, reduction="mean", backend=backend)
@@ -612,7 +613,7 @@ def test_one_row_is_its_cost(backend):
 
 @both_backends
 def test_equal_clouds_are_biased(backend):
-    """The loss of a student that is its teacher, and its gradient, are not 0."""
+    """The loss is not debiased: a student equal to its teacher has a nonzero loss and gradient."""
     student, _ = clouds(rows=8)
     leaf = student.clone().requires_grad_()
     loss = fused_sinkhorn_kd(leaf, student, epsilon=0.5, backend=backend)
@@ -621,7 +622,7 @@ def test_equal_clouds_are_biased(backend):
 
 @both_backends
 def test_ties_have_no_slope(backend):
-    """Where p = q the derivative of |p - q| is 0: equal uniform rows have gradient 0."""
+    """The derivative of |p - q| at p = q is 0: equal uniform rows must have gradient 0."""
     leaf = torch.zeros(4, 9, requires_grad=True)
     (gradient,) = torch.autograd.grad(fused_sinkhorn_kd(leaf, torch.zeros(4, 9), backend=backend), leaf)
     assert not gradient.any()
@@ -654,7 +655,7 @@ def test_nan_stays_in_its_cloud(backend, cost):
 
 
 def test_temperature_is_what_was_passed():
-    """The class of the paper's code takes one, and divides by 2."""
+    """The temperature applies unchanged. The class in the paper's code ignores its argument and divides by 2."""
     student, teacher = clouds()
     torch.testing.assert_close(
         fused_sinkhorn_kd(student, teacher, temperature=5.0), literal_sinkd(student, teacher, temperature=5.0)
@@ -662,14 +663,14 @@ def test_temperature_is_what_was_passed():
 
 
 def test_leading_dimensions_are_clouds():
-    """Not positions that softmax runs over, as 3-d logits are taken by the paper's code for language models."""
+    """Leading dimensions are clouds; the softmax never runs over positions, unlike the paper's code for 3-d logits."""
     student, teacher = clouds(2, 2)
     loss = fused_sinkhorn_kd(student, teacher, reduction="none")
     assert loss.shape == (2, 2)
     torch.testing.assert_close(loss[1, 0], literal_sinkd(student[1, 0], teacher[1, 0]))
 
 
-# ---- as a part of a program
+# ---- integration with PyTorch
 
 
 @pytest.mark.skipif(native._native is None, reason="no module")
@@ -739,7 +740,7 @@ def test_composes():
     leaf = student.clone().requires_grad_()
     want = fused_sinkhorn_kd(leaf, teacher)
     (expected,) = torch.autograd.grad(want, leaf, retain_graph=True)
-    assert torch.equal(torch.autograd.grad(want, leaf)[0], expected)  # a second backward
+    assert torch.equal(torch.autograd.grad(want, leaf)[0], expected)  # the backward runs a second time
     (of_products,) = torch.autograd.grad(fused_sinkhorn_kd(leaf, teacher, cost="dot"), leaf)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(fused_sinkhorn_kd(leaf, teacher), want)

@@ -1,7 +1,7 @@
-"""The CUDA kernels of transport, pairs of rows and Sinkhorn's iterations, against the reference in fp64.
+"""The CUDA kernels of optimal transport (pairwise costs, Sinkhorn's iterations) against the reference in fp64.
 
-They run in the execution model of CUDA (cuda_model/), on chips of chips.py that have room for them. What is right is
-that a kernel is no further from fp64 than twice the reference in fp32, beside what is said below.
+The kernels run in the execution model of CUDA (cuda_model/), on chips of chips.py with enough shared memory. The error
+against fp64 must be at most twice the error of the reference in fp32, plus the slack that each test states.
 """
 
 from contextlib import suppress
@@ -26,19 +26,20 @@ from kdkernels.families.rows import softmaxes
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 
-# All of a problem in shared memory; its history, or its matrix too, in the workspace; clusters or none.
+# h100: a whole problem in shared memory. wide, a100: the history, or the matrix too, in the workspace; a100 has no
+# clusters.
 CHIPS = ["h100", "wide", "a100"]
-EPSILONS = [float(torch.tensor(x)) for x in (0.005, 0.02, 0.1, 1.0)]  # as fp32 has them
+EPSILONS = [float(torch.tensor(x)) for x in (0.005, 0.02, 0.1, 1.0)]  # the fp32 values of these epsilons
 ULP = 2.0**-23
 
 
 def exponent_rounding(span: float, epsilon: float) -> float:
-    """What the rounding of exponents of such a size does to exponentials of them: half a unit in the last place."""
+    """The relative error of exp(x), |x| <= span / epsilon, when x is rounded: half a unit in the last place of x."""
     return ULP / 2 * (4 + span / epsilon)
 
 
 def assert_close(got, want, in_fp32, relative, size, what=""):
-    """Element by element [problems, ...]; `size` is absolute, a number or one of each problem."""
+    """Compares element by element, [problems, ...]. `size` is an absolute error: one number, or one per problem."""
     got, want, in_fp32 = got.double(), want.double(), in_fp32.double()
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in {got} where {want}"
     assert torch.equal(got.isinf(), want.isinf()), f"{what}: infinite in {got} where {want}"
@@ -53,7 +54,7 @@ def assert_close(got, want, in_fp32, relative, size, what=""):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of some problems: hypothesis draws these numbers, not tensors."""
+    """Recipe for a batch of problems: hypothesis draws these numbers, not tensors."""
 
     n: int
     m: int
@@ -63,7 +64,7 @@ class Recipe:
     dtype: torch.dtype = torch.float32
     scale: float = 1.0
     offset: float = 0.0
-    mass: float | None = 1.0  # None: the default's
+    mass: float | None = 1.0  # None: the default masses
     massless: bool = False
     forbidden: bool = False
     tolerance: float | None = None
@@ -72,7 +73,7 @@ class Recipe:
     seed: int = 0
 
     def make(self):
-        """cost, a and b."""
+        """Returns cost, a and b."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def uniform(*shape):
@@ -81,7 +82,7 @@ class Recipe:
         cost = (self.offset + self.scale * uniform(self.problems, self.n, self.m)).to(self.dtype)
         if self.forbidden:
             banned = uniform(*cost.shape) < 0.3
-            for i in range(max(self.n, self.m)):  # a partner with mass for each
+            for i in range(max(self.n, self.m)):  # every point keeps one partner with mass
                 banned[:, min(i, self.n - 1), min(i, self.m - 1)] = False
             cost[banned] = torch.inf
         if self.mass is None:
@@ -92,12 +93,12 @@ class Recipe:
             if self.massless and size > 2:
                 x[:, 1 : 1 + size // 3] = 0
             masses.append((self.mass * x / x.sum(1, keepdim=True)).float())
-        if self.massless and self.forbidden:  # the first has mass, and is joined to all
+        if self.massless and self.forbidden:  # the first point has mass and may be paired with all points
             cost[:, 0, :], cost[:, :, 0] = (torch.as_tensor(self.offset + 0.5 * self.scale).to(self.dtype),) * 2
         return cost, *masses
 
     def run(self, backend: str, dtype: torch.dtype, inputs=None):
-        """SinkhornOutput, and the derivatives with respect to cost, a and b."""
+        """Returns the SinkhornOutput and the gradients with respect to cost, a and b."""
         tensors = [None if x is None else x.detach().clone() for x in (inputs or self.make())]
         if backend == "reference":
             tensors = [None if x is None else x.to(dtype) for x in tensors]
@@ -132,14 +133,14 @@ class Recipe:
             self.assert_derivative(found, truth, other, relative, rounding, name, inputs)
 
     def assert_derivative(self, found, truth, other, relative, rounding, name, inputs):
-        # Of costs it is of the size of a plan, whose largest element no mass is below.
+        # The gradient with respect to costs is as large as the plan, and no mass exceeds the plan's largest element.
         size = abs(self.offset) + self.scale + self.epsilon
         if name == "C":
             size = 1 / self.m if inputs[2] is None else inputs[2].max().item()
-        if self.gradient == "implicit":  # a plan of rounded potentials, times costs in epsilons
+        if self.gradient == "implicit":  # the plan comes from rounded potentials and is multiplied by costs / epsilon
             size = size * (1 + (abs(self.offset) + self.scale) / self.epsilon)
         if name != "C" and self.massless:
-            # Of a point without mass it is a sum of terms as large as exp(span / epsilon) times those of others.
+            # A point without mass has a gradient with terms up to exp(span / epsilon) times those elsewhere.
             assert torch.isfinite(found).all(), found
             if self.scale > 5 * self.epsilon:
                 masses = inputs[1 if name == "a" else 2]
@@ -176,7 +177,7 @@ def test_against_the_reference_in_fp64(recipe, chip):
 
 @pytest.mark.parametrize("epsilon", EPSILONS[1:])
 def test_both_domains_find_the_same(epsilon):
-    """A forbidden pair takes a problem to the domain of logarithms. A point without mass changes nothing else."""
+    """A forbidden pair forces the log domain. Its point has no mass, so all other results must stay the same."""
     recipe = Recipe(9, 14, epsilon, 3, 8, scale=28 * epsilon, mass=2.0)
     cost, a, b = recipe.make()
     with_point = torch.cat([cost, torch.full((3, 9, 1), torch.inf)], 2), a, torch.cat([b, torch.zeros(3, 1)], 1)
@@ -195,7 +196,7 @@ def test_both_domains_find_the_same(epsilon):
 
 
 def test_costs_far_above_zero_and_their_span():
-    """The smallest cost is what potentials are relative to; only what they span decides the domain."""
+    """The offset of the costs must not matter: only their span selects the domain."""
     for offset in (-100.0, 0.0, 100.0):
         for scale in (0.5, 2.9, 3.1, 6.0):
             Recipe(5, 6, EPSILONS[2], scale=scale, offset=offset, iterations=4).assert_right("h100", 0)
@@ -205,7 +206,7 @@ def test_costs_far_above_zero_and_their_span():
 def test_masses_of_any_size(mass):
     for epsilon in EPSILONS[1:]:
         for value in ("transport", "entropic"):
-            if value == "entropic" and mass > 1:  # sum a sum b
+            if value == "entropic" and mass > 1:  # the entropic value has the term sum a sum b
                 continue
             for gradient in ("unrolled", "envelope"):
                 recipe = Recipe(6, 5, epsilon, mass=mass, value=value, gradient=gradient, iterations=3)
@@ -237,21 +238,21 @@ def test_problems_stop_at_their_own_round():
 
 
 def test_points_without_a_partner():
-    """One that has no mass has potential 0; one that has makes its problem NaN, and no other."""
+    """With no allowed partner, a point without mass has potential 0; a point with mass makes only its problem NaN."""
     cost, a, b = Recipe(6, 5, EPSILONS[2], 3, mass=1.0).make()
     a[0, 2] = 0
     a[0] /= a[0].sum()
-    cost[0, 2] = torch.inf  # no mass, and no partner
+    cost[0, 2] = torch.inf  # the point has no mass and no partner
     cost[0, 2, 1] = 0.5
     b[0, 1] = 0
     b[0] /= b[0].sum()
-    cost[2, 4] = torch.inf  # mass, and no partner
+    cost[2, 4] = torch.inf  # the point has mass and no partner
     for gradient in ("unrolled", "envelope"):
         recipe = Recipe(6, 5, EPSILONS[2], 3, gradient=gradient)
         with chips.on("h100"):
             found, derivatives = recipe.run("cuda", torch.float32, (cost, a, b))
         want, right = recipe.run("reference", torch.float64, (cost, a, b))
-        least = cost[0].min()  # 0, of costs less what they have in common
+        least = cost[0].min()  # potential 0, relative to the smallest cost
         assert abs(found.f[0, 2] - least) < 1e-6 and abs(want.f[0, 2] - least) < 1e-6
         assert found.value[2].isnan() and want.value[2].isnan()
         torch.testing.assert_close(found.value[:2].double(), want.value[:2], rtol=1e-5, atol=1e-6)
@@ -260,7 +261,7 @@ def test_points_without_a_partner():
 
 
 def sinkhorn(cost, a, b, epsilon, tolerance=0.0, iterations=3, entropic=False, unrolled=True, chip="h100", seed=0):
-    """The operator's own, which checks no value."""
+    """Calls the operator, which does not validate values."""
     numbers = [torch.tensor([x]) for x in (epsilon, tolerance)]
     problem = transport.Sinkhorn(cost, a, b, *numbers, iterations, entropic, "unrolled", 1 << 20)
     with chips.on(chip, seed):
@@ -274,7 +275,7 @@ def zeros(n, m, iterations, problems=1, dtype=torch.float32) -> transport.Sinkho
 
 
 def workspace_bytes(problem: transport.Sinkhorn, unrolled: bool) -> int:
-    """The workspace that the kernel asks for. It gets none, and so does not run."""
+    """The workspace size that the kernel requests. The allocation fails, so the kernel never runs."""
     asked = []
 
     def allocate(size):
@@ -297,7 +298,7 @@ def test_a_nan_makes_its_problem_nan_and_no_other():
     cost[1, 2, 3], cost[2, 4, 0] = torch.nan, -torch.inf
     a[3, 1] = b[4, 5] = torch.nan
     a[5, 0] = 0
-    cost[5, 0, 0] = torch.nan  # of a point without mass, too
+    cost[5, 0, 0] = torch.nan  # a point without mass counts too
     for entropic in (False, True):
         found = sinkhorn(cost, a, b, 0.1, entropic=entropic)
         for number in (0, 1, 2, 3, 5, 6, 7):
@@ -373,14 +374,14 @@ def test_too_many_points_are_refused_in_words():
 
 @dataclass(frozen=True)
 class Clouds:
-    """Of a call of fused_sinkhorn_kd."""
+    """Recipe for a call of fused_sinkhorn_kd."""
 
     rows: int
     vocab: int
     clouds: int = 2
     student: torch.dtype = torch.float32
     teacher: torch.dtype = torch.float32
-    padding: int = 0  # columns past the vocabulary, NaN-filled
+    padding: int = 0  # columns past the vocabulary, filled with NaN
     strided: bool = False
     scale: float = 2.0
     offset: float = 0.0
@@ -393,7 +394,7 @@ class Clouds:
     seed: int = 0
 
     def make(self):
-        """student, teacher and mask."""
+        """Returns student, teacher and mask."""
         generator = torch.Generator().manual_seed(self.seed)
         made = []
         for dtype, padding in ((self.student, self.padding), (self.teacher, 2 * self.padding)):
@@ -405,7 +406,7 @@ class Clouds:
         if not self.masked:
             return *made, None
         mask = torch.rand(self.clouds, self.rows, generator=generator) < 0.6
-        mask[0] = self.clouds == 1  # a cloud without rows, if there is another
+        mask[0] = self.clouds == 1  # the first of several clouds has no rows
         for logits in made:
             logits[~mask] = torch.nan
         return *made, mask
@@ -417,7 +418,7 @@ class Clouds:
         }  # fmt: skip
 
     def run(self, backend: str, dtype: torch.dtype | None = None, inputs=None):
-        """Losses [clouds] and the student's gradient; logits in the dtype, if one is given."""
+        """Losses [clouds] and the student's gradient. A `dtype` converts the logits first."""
         student, teacher, mask = inputs or self.make()
         if dtype is not None:
             student, teacher = student.to(dtype), teacher.to(dtype)
@@ -448,8 +449,7 @@ class Clouds:
         assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times what is allowed"
 
     def slack(self, inputs, rounding):
-        """How far the gradient may be off: by the rounding of costs and probabilities, relative to a row's slopes; and
-        where it decides the sign of p - q."""
+        """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from signs of p - q that rounding decides."""
         student, teacher, mask = inputs
         kept = torch.ones(self.clouds, self.rows, dtype=torch.float64) if mask is None else mask.double()
         there = (kept != 0)[..., None]
@@ -466,7 +466,7 @@ class Clouds:
         found = reference_sinkhorn(problem)
         weights = torch.arange(1, self.clouds + 1, dtype=torch.float64)
         of_pairs = torch.autograd.grad((found.value * weights).sum(), pairs)[0].abs()
-        if self.cost == "l2":  # whose derivative is at most 1 in norm
+        if self.cost == "l2":  # the derivative of the norm is at most 1
             off = torch.zeros_like(p)
         else:
             near = (p[:, :, None] - q[:, None]).abs() <= 32 * ULP * p[:, :, None]
@@ -477,14 +477,14 @@ class Clouds:
 
 
 def problem_of(student, teacher, mask=None, temperature=2.0, cost="l1") -> transport.Clouds:
-    """As the kernels take it."""
+    """The call in the form that the kernels take."""
     clouds, rows, vocab = student.shape
     row_mass = torch.ones(clouds, rows) if mask is None else mask.float()
     return transport.Clouds(student, teacher, row_mass, torch.tensor([temperature]), cost, vocab)
 
 
 def floats_of(problem: transport.Clouds) -> torch.Tensor:
-    """Of the rows, by the kernel: [4, clouds, n]."""
+    """The normalizers of the rows, computed by the kernel: [4, clouds, n]."""
     options = RowOptions(problem.row_mass.view(-1), problem.temperature)
     rows = softmaxes(problem.student, problem.teacher, options, problem.vocab_size)
     return native.cuda.row_floats(rows)[:4].view(4, *problem.row_mass.shape)
@@ -520,7 +520,7 @@ def test_clouds_against_the_reference_in_fp64(call, chip):
 @pytest.mark.parametrize("cost", ["l1", "l2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_rows_are_cut_into_ranges(cost, dtype):
-    """At least one for 4,096 columns, and as many as fill the chip; of either the same costs."""
+    """The columns form at least one range per 4,096, and enough ranges to fill the chip. The costs must stay right."""
     call = Clouds(3, 9001, 1, dtype, dtype, padding=3, scale=4.0, cost=cost)
     for chip in ("wide", "h100"):
         call.assert_right(chip, 1)
@@ -534,14 +534,14 @@ def test_long_rows_are_cut_into_ranges(cost, dtype):
 
 @pytest.mark.parametrize("cost", ["l1", "l2"])
 def test_rows_that_are_their_teacher(cost):
-    """Equal logits have equal probabilities to the last bit: their cost is 0, and its slope sign(0)."""
+    """Equal logits have bitwise equal probabilities: their cost must be 0, and its slope sign(0) = 0."""
     call = Clouds(7, 130, 2, torch.bfloat16, torch.float32, scale=3.0, cost=cost)
     student, _, _ = call.make()
     problem = problem_of(student, student.float(), cost=cost)
     with chips.on("h100"):
         floats = floats_of(problem)
         costs, moments = native.cuda.pairwise_costs(problem, floats, True)
-        weights = torch.eye(7).expand(2, 7, 7).contiguous()  # of the diagonal alone
+        weights = torch.eye(7).expand(2, 7, 7).contiguous()  # weights on the diagonal only
         gradient = native.cuda.pairwise_gradient(problem, floats, weights, torch.zeros(2, 7))
     assert not costs.diagonal(dim1=1, dim2=2).any() and not moments.diagonal(dim1=1, dim2=2).any()
     assert not gradient.any() and (costs.sum() > 1)
@@ -605,21 +605,21 @@ def test_clouds_do_not_depend_on_the_order_of_threads():
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
 
 
-# ---- the tests of these tests: kernels with one thing wrong are caught
+# ---- the tests of the tests: a kernel with one fault must fail
 
-# (what is wrong, text in csrc/cuda, what stands there instead)
+# (the fault, its text in csrc/cuda, the replacement)
 FAULTS = [
     ("columns are overwritten while they are read", "    __syncthreads();  // all have read the columns\n", ""),
     ("teachers are overwritten while they are read", "    __syncthreads();  // all have read the teachers\n", ""),
-    ("a problem overwrites the one before",
+    ("a problem overwrites the previous problem",
      "    __syncthreads();  // all have read what the next problem overwrites\n", ""),
-    ("columns are merged before their parts are there", "  __syncthreads();  // all parts are there\n", ""),
+    ("columns are merged before their parts are written", "  __syncthreads();  // all parts are there\n", ""),
     ("points without mass are not guarded", "return mass[i] == 0 ? kGuard : INFINITY;", "return INFINITY;"),
 ]  # fmt: skip
 
 
 def wrong_results(module) -> int:
-    """How many of some calls end in an error of the model or in a wrong result."""
+    """The number of calls that end in an error of the model or in a wrong result."""
     wrong = 0
 
     def attempt(chip, seed, body):
@@ -643,7 +643,7 @@ def wrong_results(module) -> int:
             assert torch.isfinite(x).all()
             counts = (
                 torch.ones_like(source) if source is inputs[0] else source
-            )  # of a point without mass it may be huge
+            )  # the gradient of a point without mass may be huge
             x, truth = (torch.where(counts == 0, 0, y.double()) for y in (x, truth))
             torch.testing.assert_close(x, truth, rtol=1e-2, atol=1e-3)
 

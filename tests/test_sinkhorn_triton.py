@@ -1,7 +1,7 @@
-"""The transport kernels in Triton, against the reference in fp64. What holds for every backend is tested elsewhere.
+"""The transport kernels in Triton against the reference in fp64. Tests of every backend are in other files.
 
-An exponent (f + g - C) / epsilon is rounded in its own size: plans are right to `ulps`, 4 ulp of 1 + max C / epsilon. A
-kernel may be off by that, and by 4 times what the reference in fp32 is off.
+The rounding error of an exponent (f + g - C) / epsilon is relative to its own size. A plan's relative error is `ulps`,
+4 ulp of 1 + max C / epsilon. A kernel's error may be `ulps` plus 4 times the error of the reference in fp32.
 """
 
 from dataclasses import dataclass
@@ -29,13 +29,13 @@ each_value = pytest.mark.parametrize("value", kdkernels.losses.sinkhorn.VALUES)
 
 
 def take_tiles(patch):
-    """Costs stay in memory, and some rows of them are a tile."""
+    """Costs stay in memory, and a tile holds some of their rows."""
     patch.setattr(family, "_RESIDENT", 0)
     patch.setattr(family, "_TILE", 16)
 
 
 def split_classes(patch):
-    """Programs of a few classes each."""
+    """Each program takes a few classes."""
     patch.setattr(pairwise, "_LEAST_SHARE", 128)
 
 
@@ -46,7 +46,7 @@ def each_path(request, monkeypatch):
 
 
 def assert_close(got, want, of_fp32, allowed, what):
-    """NaN and infinities where they should be; an error of at most 4 times the reference's in fp32, and `allowed`."""
+    """NaN and infinities must match; the error is at most 4 times the reference's error in fp32, plus `allowed`."""
     got, want, of_fp32 = got.double(), want.double(), of_fp32.double()
     assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in {got} where {want}"
     infinite = want.isinf()
@@ -72,7 +72,7 @@ class Problems:
     gradient: str = "unrolled"
 
     def problem(self) -> transport.Sinkhorn:
-        """What the kernel takes."""
+        """The problem in the form that the kernel takes."""
         numbers = torch.tensor([[self.epsilon], [self.tolerance or 0.0]], device=DEVICE)
         entropic = self.value == "entropic"
         return transport.Sinkhorn(
@@ -80,8 +80,8 @@ class Problems:
         )
 
     def run(self, backend, dtype):
-        """The result, and the gradients of cost, a and b."""
-        # Costs of 16 bits stay as they are where the arithmetic is fp32: their gradient has their dtype.
+        """Returns the result and the gradients of cost, a and b."""
+        # For fp32 arithmetic, 16-bit costs keep their dtype, because their gradient has it too.
         inputs = [x if dtype == torch.float32 else x.to(dtype) for x in (self.cost, self.a, self.b)]
         inputs = [x.detach().clone().requires_grad_() for x in inputs]
         epsilon = torch.full((), self.epsilon, dtype=torch.float32, device=DEVICE).to(dtype)
@@ -105,17 +105,17 @@ class Problems:
             self.epsilon * span,
             1 + want.error.nan_to_num(0).max(),
         ]
-        assert torch.equal(got.iterations, want.iterations), f"rounds {got.iterations} where {want.iterations}"
+        assert torch.equal(got.iterations, want.iterations), f"got {got.iterations} rounds; expected {want.iterations}"
         sums = [x.f[..., :, None] + x.g[..., None, :] for x in (got, want, low)]
         assert_close(got.value, want.value, low.value, ulps * sizes[0], "value")
         assert_close(*sums, ulps * sizes[1], "f + g")
         assert_close(got.error, want.error, low.error, ulps * sizes[2], "error")
         for name, x, truth, other in zip(("cost", "a", "b"), gradients, right, of_low, strict=True):
-            # Those of masses are in units of the cost; those of costs are plans.
+            # The gradient of a mass has the unit of the costs; the gradient of the costs is a plan.
             size = mass if name == "cost" else span * self.epsilon
             rounding = GRADIENT_TOLERANCE[x.dtype] if x.dtype != torch.float32 else 0
             if name != "cost" and self.epsilon < 0.1:
-                # What a mass at an empty point would weigh may be beyond any bound, and then it is only finite.
+                # The gradient of a mass of 0 has no bound: it must be finite, but is not compared.
                 assert x.isfinite().all(), f"gradient of {name}: {x}"
                 x, truth, other = (y[getattr(self, name) != 0] for y in (x, truth, other))
             size = max(truth.nan_to_num(0).abs().max().item(), size)
@@ -123,7 +123,7 @@ class Problems:
         return got, gradients
 
     def decided(self) -> bool:
-        """Whether no error of a round is so near the tolerance that rounding decides which round is the last."""
+        """Whether every round's error is far enough from the tolerance that rounding does not decide the last round."""
         if self.tolerance is None:
             return True
         numbers = [x.double() for x in (self.cost, self.a, self.b)]
@@ -137,7 +137,7 @@ class Problems:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of problems: shapes, what is special in them, and a seed."""
+    """Recipe for problems: shapes, special cases and a seed."""
 
     leading: tuple[int, ...]
     n: int
@@ -166,7 +166,7 @@ class Recipe:
             a[..., 1:] *= uniform(self.n - 1) > 0.3
             b[..., 1:] *= uniform(self.m - 1) > 0.3
         if self.forbidden:
-            # The first points, which have mass, keep all their partners.
+            # The first points have mass and keep all their partners.
             cost[..., 1:, 1:][uniform(self.n - 1, self.m - 1) < 0.3] = INF
         a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
         return Problems(cost.to(DEVICE), a.to(DEVICE), b.to(DEVICE), self.epsilon, self.iterations, self.tolerance,
@@ -216,7 +216,7 @@ def test_values_and_gradients(value, gradient, each_path):
 
 
 def test_a_small_epsilon(each_path):
-    """Where exp(-C / epsilon) is 0 in fp32."""
+    """exp(-C / epsilon) underflows in fp32."""
     problems = simple(n=4, m=4, epsilon=0.005)
     problems.cost += 2
     assert (-problems.cost / problems.epsilon).exp().max() == 0
@@ -229,7 +229,7 @@ def test_problems_stop_at_rounds_of_their_own(each_path):
     problems.cost *= torch.tensor([0.01, 0.4, 1.0], device=DEVICE)[:, None, None]
     assert problems.decided()
     out, _ = problems.check()
-    assert len(set(out.iterations.tolist())) == 3, "a test of three numbers of rounds"
+    assert len(set(out.iterations.tolist())) == 3, "the problems must stop at three different rounds"
     assert out.converged.tolist() == (out.error <= 0.01).tolist()
 
 
@@ -241,7 +241,7 @@ def test_shapes(n, m, each_path):
 @pytest.mark.parametrize(("value", "gradient"), [("transport", "unrolled"), ("entropic", "unrolled"),
                                                  ("transport", "implicit"), ("transport", "envelope")])  # fmt: skip
 def test_points_without_mass(value, gradient, each_path):
-    """They have potentials, and gradients that are exact; one without a partner has potential 0."""
+    """Points without mass have potentials and exact gradients; without a partner, such a point has potential 0."""
     problems = simple(2, value=value, gradient=gradient)
     problems.a[0, 1] = problems.a[1, 0] = 0
     problems.b[0, 3:5] = problems.b[1, 6] = 0
@@ -251,16 +251,16 @@ def test_points_without_mass(value, gradient, each_path):
     problems.cost[1, :, 2] = torch.tensor([0.5, INF, INF, 0.3, INF], device=DEVICE)
     problems.cost[0, :, 4] = INF
     out, gradients = problems.check()
-    least = problems.cost[0].min()  # 0, of costs less what they have in common
+    least = problems.cost[0].min()  # potential 0, relative to the smallest cost
     assert abs(out.f[0, 1] - least) < 1e-6 and out.g[0, 4] == 0
     assert all(x.isfinite().all() for x in gradients)
 
 
 @each_gradient
 def test_far_points_without_mass_have_finite_gradients(gradient, each_path):
-    """What a mass there would weigh is beyond fp32."""
+    """The exact gradient of the mass of such a point overflows fp32; the kernel's gradients must be finite."""
     problems = simple(n=3, m=3, epsilon=0.005, gradient=gradient)
-    problems.cost[1:, 0] += 5  # b_0 sends to a_0 alone, which has no mass
+    problems.cost[1:, 0] += 5  # b_0 exchanges mass only with a_0, which has no mass
     problems.a[0], problems.b[2] = 0, 0
     problems.a /= problems.a.sum()
     problems.b /= problems.b.sum()
@@ -269,7 +269,7 @@ def test_far_points_without_mass_have_finite_gradients(gradient, each_path):
 
 
 def test_the_error_of_far_points_without_mass(each_path):
-    """Their potentials may move by any amount from round to round."""
+    """The potentials of such points may change without bound between rounds; the reported error must be right."""
     problems = simple(n=3, m=2, epsilon=0.005, iterations=1)
     problems.cost = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.1, 3.1]], device=DEVICE)
     problems.a = torch.tensor([0.0, 0.5, 0.5], device=DEVICE)
@@ -305,7 +305,7 @@ def test_no_problems():
 
 
 def test_both_paths_at_their_limits(monkeypatch):
-    """64 x 64 costs stay in registers, 65 rows do not."""
+    """64 x 64 costs stay in registers; 65 rows do not."""
     calls = []
 
     class Kernel:
@@ -331,7 +331,7 @@ def test_more_points_than_it_takes_are_refused():
     logits = torch.zeros(1025, 2, device=DEVICE)
     with pytest.raises(RuntimeError, match="1024 points"):
         kdkernels.fused_sinkhorn_kd(logits, logits, backend="triton")
-    assert backends.refuse("triton", logits, logits) is None, "points are of transport alone"
+    assert backends.refuse("triton", logits, logits) is None, "the limit of points applies to transport only"
 
 
 # ---- SinKD
@@ -350,7 +350,7 @@ class Clouds:
     gradient: str = "unrolled"
 
     def run(self, backend, dtype=None):
-        """Losses of the clouds and the student's gradient; of the tensors as they are, or of a dtype."""
+        """Losses of the clouds and the student's gradient. A `dtype` converts the tensors first."""
         student, teacher = (x if dtype is None else x.to(dtype) for x in (self.student, self.teacher))
         student = student.detach().requires_grad_()
         numbers = torch.tensor([self.temperature, self.epsilon], device=DEVICE)
@@ -371,12 +371,12 @@ class Clouds:
         assert got[1].dtype == self.student.dtype
         rounding = GRADIENT_TOLERANCE[got[1].dtype]
         size = want[1].nan_to_num(0).abs().max().item()
-        # A row's derivatives with respect to its costs are at most `span`; a class has its probability of their sums.
+        # A row's derivatives by its costs are at most `span`; a class's share of their sum is its probability.
         allowed = rounding * size + ulps * span * 2.0**-4 / self.temperature * (size > 0)
         assert_close(got[1], want[1], low[1], allowed, "gradient")
         assert not got[1][..., self.vocab :].any(), "padding columns have no gradient"
         if self.mask is not None:
-            assert not got[1][~self.mask].any(), "nor have dropped rows"
+            assert not got[1][~self.mask].any(), "dropped rows have no gradient"
         return got
 
 
@@ -472,7 +472,7 @@ def test_each_cost_of_each_dtype(cost, dtype):
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
 def test_many_classes_are_split(cost, monkeypatch):
-    """Two splits of them, whose parts are added."""
+    """The classes form two splits, and their partial sums are added."""
     sums = []
     original = pairwise.pair_costs_sum_kernel
 
@@ -487,7 +487,7 @@ def test_many_classes_are_split(cost, monkeypatch):
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
 def test_rows_that_are_dropped(cost):
-    """They may hold anything; a cloud without others is 0; what is kept is as if they had not been there."""
+    """Dropped rows may hold anything and do not change the kept rows' results. A cloud without kept rows has loss 0."""
     given = clouds(3, n=4, cost=cost)
     given.mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], device=DEVICE).bool()
     for x in (given.student, given.teacher):
@@ -526,7 +526,7 @@ def test_nan_in_a_cloud_stays_there(cost):
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
 def test_equal_rows_have_no_slope_between_them(cost):
-    """sign(0) = 0, and the slope of a norm at 0 is 0."""
+    """sign(0) = 0, and the norm's slope at 0 is 0."""
     given = clouds(cost=cost, n=4)
     given.teacher = given.student.clone()
     given.teacher[3] = given.student[0]
@@ -538,7 +538,7 @@ def test_equal_rows_have_no_slope_between_them(cost):
 
 
 def _pairs(given: Clouds):
-    """One cloud as the kernels take it, at temperature 1, and the floats of its rows."""
+    """One cloud in the form that the kernels take, at temperature 1, and the normalizers of its rows."""
     student, teacher = given.student[None], given.teacher[None]
     kept, one = torch.ones(student.shape[:2], device=DEVICE), torch.ones(1, device=DEVICE)
     problem = transport.Clouds(student, teacher, kept, one, given.cost, given.vocab)
@@ -549,7 +549,7 @@ def _pairs(given: Clouds):
 
 @pytest.mark.parametrize("cost", transport.PAIRWISE)
 def test_splits_and_tiles_of_pairs(cost, monkeypatch):
-    """Costs, moments and a gradient of any weights against the formulas in fp64; more rows than a tile has."""
+    """Costs, moments and the gradient of any weights match the formulas in fp64. A cloud exceeds one tile of rows."""
     split_classes(monkeypatch)
     monkeypatch.setattr(pairwise, "_PAIR_ROWS", 4)
     monkeypatch.setattr(pairwise, "_GRADIENT_ROWS", 4)

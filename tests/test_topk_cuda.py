@@ -1,6 +1,6 @@
-"""The CUDA kernels of sparse teachers: the loss against one and the extraction of one, against the reference in fp64.
+"""The CUDA kernels of sparse teachers against the reference in fp64: the loss, and the extraction of the top k.
 
-Without a GPU all of it runs in the execution model of CUDA (cuda_model/), on chips of chips.py.
+Without a GPU every test runs in the execution model of CUDA (cuda_model/), on chips of chips.py.
 """
 
 from contextlib import nullcontext
@@ -37,7 +37,7 @@ def assert_same_bits(one, other, what=""):
 
 
 def on(chip: str, seed: int = 0):
-    """On that chip, of the model; on a GPU, if there is one."""
+    """Selects the chip of the execution model; does nothing on a GPU."""
     return nullcontext() if DEVICE == "cuda" else chips.on(chip, seed)
 
 
@@ -46,7 +46,7 @@ def on(chip: str, seed: int = 0):
 
 @dataclass(frozen=True)
 class Call:
-    """A problem of topk_rows, on a CPU."""
+    """A problem of topk_rows on a CPU."""
 
     student: torch.Tensor  # [outer, inner, columns]
     indices: torch.Tensor
@@ -61,7 +61,7 @@ class Call:
     conditional: bool = False
 
     def problem(self, divergence: Divergence, student: torch.Tensor, dtype=torch.float32, statistics=True) -> TopkRows:
-        """Of student logits, with numbers of the dtype, on the student's device."""
+        """The problem for these student logits, on the student's device. Other numbers have the dtype `dtype`."""
         device = student.device
         parameter = 1.0 if divergence.parameter is None else divergence.parameter
         numbers = [
@@ -78,7 +78,7 @@ class Call:
         )
 
     def run(self, divergence, chip="small", seed=0, gradient=True, statistics=True, in_place=False):
-        """Loss, gradient, statistics and top-1 of the kernels."""
+        """Loss, gradient, statistics and top-1 from the kernels."""
         student = self.student.to(DEVICE)
         if in_place:
             student = student.contiguous().clone()
@@ -88,9 +88,9 @@ class Call:
         return tuple(x.cpu() for x in got)
 
     def truth(self, divergence):
-        """The same in fp64, by the reference."""
+        """The same results from the reference in fp64."""
         student = self.student.double().requires_grad_()
-        # Values that no loss has raise in the reference on a CPU: the tests do not ask it about these.
+        # On a CPU the reference raises for invalid values, so the tests of those do not call it.
         loss, statistics, top1 = reference.topk_rows(self.problem(divergence, student, torch.float64))
         (gradient,) = torch.autograd.grad(loss.sum(), student)
         return loss.detach(), gradient, statistics, top1
@@ -101,7 +101,7 @@ def kept_rows(call: Call) -> torch.Tensor:
 
 
 def ulps(call: Call) -> torch.Tensor:
-    """4 ulp of the size that a row's log-probabilities have in fp32, as truth.rounding."""
+    """4 ulp of the size of a row's log-probabilities in fp32, as in truth.rounding."""
     student = call.student.double().flatten(0, 1)[:, : call.vocab] / call.temperature.double()[:, None]
     lse = student.logsumexp(-1)
     lowest = torch.where(torch.isfinite(student), student, lse[:, None]).amin(-1)
@@ -115,7 +115,7 @@ def assert_right(call: Call, divergence: Divergence, got, what="", gradient=True
     want_loss, want_gradient, want_statistics, want_top1 = call.truth(divergence)
     temperature = call.temperature.double().expand_as(want_loss)
     allowed = ulps(call)
-    # A row's loss is as large as its terms, and its slopes no larger than that and 1.
+    # The slopes of a row are at most its loss plus 1.
     size = (1 + want_statistics[0].nan_to_num(0, 0, 0).abs()) * call.row_scale.double().abs().nan_to_num(0)
     if call.temperature_squared:
         size = size * torch.maximum(temperature, torch.ones(())) ** 2
@@ -123,12 +123,12 @@ def assert_right(call: Call, divergence: Divergence, got, what="", gradient=True
     if gradient:
         assert (found_gradient[..., call.vocab :] == 0).all(), what
         of_row = 2 * allowed * size / torch.minimum(temperature, torch.ones(()))
-        # Where rounding decides whether p is q, tv's slope is either.
+        # If rounding decides the sign of p - q, tv's slope may have either sign.
         of_class = 0
         if divergence.name == "tv":
             of_class = undecided_signs(call, allowed)
         found, right = (x.flatten(0, 1)[:, : call.vocab] for x in (found_gradient, want_gradient))
-        too_large = right.abs() > torch.finfo(found.dtype).max  # for fp16, of a steep divergence
+        too_large = right.abs() > torch.finfo(found.dtype).max  # a steep divergence overflows fp16 if q is small
         assert found[too_large].isinf().all(), what
         found, right = (torch.where(too_large, 0, x) for x in (found, right))
         assert_gradient_close(found, right, of_row, f"gradient {what}", of_class)
@@ -141,7 +141,7 @@ def assert_right(call: Call, divergence: Divergence, got, what="", gradient=True
 
 
 def undecided_signs(call: Call, allowed: torch.Tensor) -> torch.Tensor:
-    """How far the gradient of tv may be off where rounding decides the sign of p - q."""
+    """The error allowed in the gradient of tv where rounding decides the sign of p - q."""
     lq = (call.student.double().flatten(0, 1)[:, : call.vocab] / call.temperature.double()[:, None]).log_softmax(-1)
     there = call.indices < call.vocab
     of_entries = lq.gather(-1, torch.where(there, call.indices, 0).long())
@@ -163,26 +163,26 @@ def undecided_signs(call: Call, allowed: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Of a call: hypothesis draws these numbers, not tensors."""
+    """Recipe for a call: hypothesis draws these numbers, not tensors."""
 
     vocab: int
     entries: int
     dtype: torch.dtype
     outer: int = 1
     inner: int = 3
-    padding: int = 0  # columns past the vocabulary, NaN-filled
+    padding: int = 0  # columns past the vocabulary, filled with NaN
     strided: bool = False
     scale: float = 2.0
     offset: float = 0.0
-    closeness: float = 0.0  # 1: the teacher is the student
-    ragged: bool = False  # rows have fewer entries
+    closeness: float = 0.0  # 1: the teacher equals the student
+    ragged: bool = False  # rows have different numbers of entries
     masked: bool = False
     labels: bool = False
     hard_weight: float | None = None
     temperature: float | None = 1.0  # None: one per row
     temperature_squared: bool = False
     conditional: bool = False
-    mass: float = 1.0  # of the entries and the tail together; conditional: of the entries
+    mass: float = 1.0  # the sum over entries and tail; conditional: over the entries
     seed: int = 0
 
     def make(self) -> Call:
@@ -220,7 +220,7 @@ class Recipe:
         )  # fmt: skip
 
     def entries_of(self, teacher: torch.Tensor, generator):
-        """Classes that are drawn, the most likely among them; ascending, with what is absent behind."""
+        """Draws classes in ascending order, the most likely among them; absent entries come last."""
         rows, vocab = teacher.shape
         drawn = torch.rand(rows, vocab, generator=generator) + (teacher == teacher.amax(-1, keepdim=True))
         indices = drawn.topk(self.entries, -1).indices
@@ -275,7 +275,7 @@ def test_against_the_reference_in_fp64(divergence):
     )  # fmt: skip
     def property_holds(recipe, hard_weight, gradient, statistics, chip):
         recipe = replace(recipe, hard_weight=hard_weight if recipe.labels else None)
-        if divergence.is_steep:  # its powers leave fp32
+        if divergence.is_steep:  # its powers overflow fp32
             recipe = replace(recipe, scale=min(recipe.scale, 3.0))
         call = recipe.make()
         got = call.run(divergence, chip, recipe.seed, gradient, statistics)
@@ -293,7 +293,7 @@ WIDE = [
 
 
 @pytest.mark.parametrize("chip", chips.CHIPS)
-@pytest.mark.parametrize("recipe", WIDE, ids=["ragged", "all named", "strided", "conditional"])
+@pytest.mark.parametrize("recipe", WIDE, ids=["ragged", "every class an entry", "strided", "conditional"])
 def test_wide_rows(recipe, chip):
     call = recipe.make()
     for divergence in (DIVERGENCES[0], DIVERGENCES[3]):
@@ -339,7 +339,9 @@ def test_no_result_depends_on_the_order_of_threads():
 
 
 def test_what_a_conditional_row_is_not_asked_for_is_not_read():
-    """Its memory says so (emulated.memory_of_topk_rows), and NaN in every other class. The gradient there is 0."""
+    """A conditional row must read only the logits of its entries: the model allows no other memory
+    (emulated.memory_of), the other logits are NaN, and their gradient is 0.
+    """
     recipe = Recipe(1000, 20, torch.float32, 1, 3, conditional=True, labels=True, ragged=True, temperature=1.5)
     call = recipe.make()
     right = call.truth(DIVERGENCES[0])
@@ -354,8 +356,9 @@ def test_what_a_conditional_row_is_not_asked_for_is_not_read():
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_a_sure_student_has_an_exact_gradient_outside_the_entries(divergence):
-    """The bucket has 1e-60 of the student's mass, which no fp32 number is; its log has all digits, and so have the
-    gradients of its classes, each relative to its own size."""
+    """The bucket has 1e-60 of the student's mass, which underflows fp32. Its logarithm must be exact, and so must its
+    classes' gradients, each relative to its own size.
+    """
     vocab, torch_generator = 700, torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2, vocab, generator=torch_generator) * 3
     indices = torch.arange(100, 110, dtype=torch.int32).repeat(2, 1)
@@ -373,13 +376,13 @@ def test_a_sure_student_has_an_exact_gradient_outside_the_entries(divergence):
             continue
         assert_right(call, divergence, got, chip)
         want = right[..., ~named]
-        seen = want.abs() > 1e-36  # what fp32 has numbers for
+        seen = want.abs() > 1e-36  # the range of fp32
         assert divergence.name != "kl" or want.abs().max() > 1e-2, want
         torch.testing.assert_close(got[1][..., ~named][seen].double(), want[seen], rtol=2e-5, atol=0)
 
 
 def test_entries_of_hardly_any_mass():
-    """Beside them the bucket's share is 1 but for 1e-9, and the divergence of that size."""
+    """The bucket's share is 1 - 1e-9 and the divergence is of the size 1e-9."""
     vocab = 500
     logits = torch.randn(1, 2, vocab)
     logits[..., 40:44] -= 20.0
@@ -394,7 +397,7 @@ def test_entries_of_hardly_any_mass():
 
 
 def test_logits_of_minus_infinity():
-    """Entries, others, all others, all that is named, a whole row."""
+    """The student's logit is -inf for an entry, another class, all other classes, all entries, or the whole row."""
     vocab, entries = 90, torch.tensor([3, 5, 40, 41, 88], dtype=torch.int32)
     logits = torch.randn(1, 6, vocab)
     named = torch.zeros(vocab, dtype=torch.bool)
@@ -434,7 +437,7 @@ NANS = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_nan_makes_its_row_nan_and_no_other(dtype):
-    """In an entry's logit, another class's, an entry's log-probability, the tail."""
+    """The NaN is in an entry's logit, another class's logit, an entry's log-probability, or the tail."""
     recipe = Recipe(600, 20, dtype, 1, 8, labels=True, hard_weight=0.5, temperature=2.0)
     clean = recipe.make()
     student, log_probs, tail = clean.student.clone(), clean.log_probs.clone(), clean.tail_log_prob.clone()
@@ -471,7 +474,7 @@ def test_bad_values_make_their_row_nan():
     loss, gradient, _, _ = replace(call, labels=None, hard_weight=None, conditional=True).run(
         DIVERGENCES[0], "a100", statistics=False
     )
-    assert gradient[0, 7].isnan().all(), "where no sweep is run, too"
+    assert gradient[0, 7].isnan().all(), "a row without a sweep is NaN too"
     assert torch.isfinite(gradient[0, 8]).all()
 
 
@@ -584,7 +587,7 @@ def test_the_largest_against_the_reference(size, dtype, shape, padding, strided,
 
 
 def rows_of_trouble(vocab: int) -> dict[str, torch.Tensor]:
-    """Rows whose largest logits lie where a threshold of groups' maxima sees few of them, or that tie."""
+    """Rows with ties, and rows whose largest logits fall in few groups: a threshold on group maxima sees few logits."""
     column = torch.arange(vocab).float()
     random = torch.randn(vocab, generator=torch.Generator().manual_seed(1))
     return {
@@ -621,7 +624,7 @@ def test_rows_of_trouble(k, chip, dtype):
 
 
 def test_the_rest_is_exact_even_where_it_is_tiny():
-    """1e-90 of the mass, and all of it but 1e-9."""
+    """The tail has 1e-90 of the mass, or all of the mass but 1e-9."""
     vocab, k = 2000, 16
     logits = torch.randn(1, 2, vocab, generator=torch.Generator().manual_seed(0)).double()
     logits[0, 0, 100 : 100 + k] += 210
@@ -667,33 +670,33 @@ def test_a_vocabulary_of_an_h100_is_taken_from():
         assert_topk_right(got, logits, torch.ones(2), torch.ones(2), k, 152_064)
 
 
-# ---- the tests of these tests: kernels with one thing wrong are caught
+# ---- the tests of the tests: a kernel with one fault must fail
 
-# (what is wrong, text in csrc/cuda, what stands there instead)
+# (the fault, its text in csrc/cuda, the replacement)
 FAULTS = [
-    ("names are overwritten while they are read", "        __syncthreads();  // all have read the names\n", ""),
-    ("the entries of a word overwrite each other",
+    ("the bitmap of entries is overwritten during reads", "        __syncthreads();  // all have read the names\n", ""),
+    ("entries in one word of the bitmap overwrite each other",
      "if (before >= 0 && before / kWarp == word) continue;", ""),
-    ("an entry's gradient is written over", "if (!(named >> i & 1) && student.holds(position + i))",
+    ("an entry's gradient is overwritten", "if (!(named >> i & 1) && student.holds(position + i))",
      "if (student.holds(position + i))"),
-    ("the bucket is what the entries leave", "return (part.max - whole.max) * whole.inverse_temperature",
+    ("the bucket is 1 minus the entries", "return (part.max - whole.max) * whole.inverse_temperature",
      "return log1pf(-beside / (beside + part_sum)); return (part.max - whole.max) * whole.inverse_temperature"),
-    ("the label's logit is read when its gradient may be there", "unit_log_sum, team.board.label_logit};",
+    ("the label's logit is read after its gradient may have replaced it", "unit_log_sum, team.board.label_logit};",
      "unit_log_sum, load_logit(logits, dtype, numbers.label)};"),
-    ("what is not collected is lost", "  if (*count > room) {",
+    ("logits beyond the collection's room are lost", "  if (*count > room) {",
      "  const int had = *count;\n  __syncthreads();\n  if (threadIdx.x == 0 && had > room) *count = room;\n"
      "  __syncthreads();\n  if (*count > room) {"),
-    ("steps of the sort run into each other",
+    ("steps of the sort overlap",
      "if (a < b) set(low, b), set(high, a);\n        }\n        __syncthreads();",
      "if (a < b) set(low, b), set(high, a);\n        }"),
-    ("what the threshold lets in and the k largest keep out is lost", "else mine.rest.add(logit, at);", ""),
+    ("collected logits outside the k largest miss the tail", "else mine.rest.add(logit, at);", ""),
 ]  # fmt: skip
 
 
 def wrong_results(module) -> int:
-    """How many of some calls end in an error of the model or in a wrong result."""
+    """The number of calls that end in an error of the model or in a wrong result."""
     wrong = 0
-    # One block works on all rows, one after the other, and streams them.
+    # A single block processes all rows one after the other and streams them.
     devices = {**chips.CHIPS, "one block": chips.small(1, 6000, major=8)}
 
     def attempt(chip, seed, body):

@@ -1,4 +1,4 @@
-"""The top-k kernels in Triton, against the reference in fp64. What holds for every backend is tested elsewhere."""
+"""The top-k kernels in Triton against the reference in fp64. Tests of every backend are in other files."""
 
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Many tiles in few columns."""
+    """Few columns already need many tiles."""
     monkeypatch.setattr(launch, "_TOPK_BLOCK", 64)
 
 
@@ -33,7 +33,7 @@ def small_tiles(monkeypatch):
 
 @dataclass
 class Call:
-    """A problem of `topk_rows`, and what may be off."""
+    """A problem of `topk_rows`, and the error allowed in its results."""
 
     divergence: object
     student: torch.Tensor
@@ -53,11 +53,11 @@ class Call:
         self.temperature = torch.as_tensor(self.temperature, dtype=torch.float32, device=DEVICE).reshape(-1)
 
     def problem(self, student, dtype) -> TopkRows:
-        """With numbers of the dtype."""
+        """The problem with numbers of the dtype `dtype`."""
         numbers = self.log_probs, self.tail_log_prob, self.row_scale, self.temperature, self.hard_weight
         log_probs, tail, scale, temperature, hard_weight = (x if x is None else x.to(dtype) for x in numbers)
         parameter = 1.0 if self.divergence.parameter is None else self.divergence.parameter
-        # The kernels' parameter is fp32.
+        # The kernels' parameter is fp32, so the reference uses its rounded value.
         parameters = torch.full((1,), parameter, dtype=torch.float32, device=DEVICE).to(dtype)
         entries = Entries(self.indices, log_probs, tail)
         options = RowOptions(
@@ -82,7 +82,7 @@ class Call:
         return loss.detach(), gradient, statistics, top1
 
     def class_log_probs(self):
-        """lq of all classes in fp64, that of the bucket, and which classes are entries."""
+        """The student's log-probabilities of all classes in fp64, of the bucket, and a mask of the entries."""
         rows, temperature = self.row_scale.numel(), self.temperature.double()[:, None]
         logits = self.student[..., : self.vocab].reshape(rows, self.vocab).double()
         lq = (torch.where(self.row_scale[:, None] != 0, logits, 0) / temperature).log_softmax(-1)
@@ -91,7 +91,7 @@ class Call:
         return lq, torch.where(named, -INF, lq).logsumexp(-1), named
 
     def undecided(self, ulps):
-        """As `truth.undecided_signs`, of entries and bucket."""
+        """Like `truth.undecided_signs`, for entries and bucket."""
         lq, bucket, named = self.class_log_probs()
         if self.conditional:
             lq = torch.where(named, lq - torch.where(named, lq, -INF).logsumexp(-1, keepdim=True), -INF)
@@ -114,7 +114,7 @@ class Call:
         factor = temperature**2 if self.temperature_squared else torch.ones_like(temperature)
         logits = torch.where(self.row_scale[:, None] != 0, self.student[..., : self.vocab].reshape(rows, -1), 0)
         ulps = rounding(logits, logits, temperature[:, None])
-        # Log-probabilities of the teacher carry the rounding of fp32 as well.
+        # The teacher's log-probabilities are fp32 too.
         sizes = torch.cat([self.log_probs, self.tail_log_prob[:, None]], 1).double().abs()
         ulps = torch.maximum(ulps, 4 * 2.0**-23 * torch.where(sizes.isfinite(), sizes, 0).amax(-1).clamp(max=87))
         divergence = self.divergence
@@ -152,7 +152,7 @@ class Recipe:
     scale: float
     offset: float
     closeness: float
-    top: bool  # entries are the teacher's largest, otherwise any
+    top: bool  # entries are the teacher's largest classes; False: any classes
     ragged: bool
     tail: bool
     conditional: bool
@@ -185,7 +185,7 @@ class Recipe:
         indices = order.topk(count).indices.sort(-1).values
         if self.ragged:
             absent = torch.rand(rows, count, generator=generator) < torch.rand(rows, 1, generator=generator)
-            absent[0] = rows > 1  # a row without any
+            absent[0] = rows > 1  # one row has no entry
             indices = torch.where(absent, vocab, indices).sort(-1).values
         log_probs = torch.nn.functional.pad(lp, (0, 1), value=-INF).gather(-1, indices)
         rest = torch.nn.functional.pad(lp, (0, 1)).scatter(-1, indices, -INF)[:, :vocab].logsumexp(-1)
@@ -254,7 +254,7 @@ def test_matches_fp64(divergence):
 
 
 def simple(divergence=DIVERGENCES[0], rows=3, vocab=150, entries=5, dtype=torch.float32, **options) -> Call:
-    """Rows of logits and what a teacher of their size has of its largest classes."""
+    """Rows of logits and the top entries of a teacher of the same shape."""
     student, teacher = torch.randn(1, rows, vocab, device=DEVICE).to(dtype), torch.randn(rows, vocab, device=DEVICE)
     log_probs = (2 * teacher).log_softmax(-1)
     indices = log_probs.topk(entries).indices.sort(-1).values
@@ -275,7 +275,7 @@ def with_labels(rows=3, vocab=150, **options) -> dict:
     "divergence", [d for d in DIVERGENCES if d.is_infinite_without_student and not d.is_steep], ids=repr
 )
 def test_what_the_others_get_of_an_over_confident_student(divergence, small_tiles):
-    """Their share of the student underflows in fp32, and their gradient has all its digits."""
+    """The other classes' share of the student underflows in fp32; their gradient must keep its precision."""
     call = simple(divergence)
     call.student.scatter_(-1, call.indices[None, :, :1].long(), 250.0)
     lq, bucket, named = call.class_log_probs()
@@ -289,7 +289,7 @@ def test_what_the_others_get_of_an_over_confident_student(divergence, small_tile
 @each_divergence
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_student_of_minus_infinity(divergence, conditional, small_tiles):
-    """Of some other classes, of an entry."""
+    """The student's logit is -inf for some other classes, or for an entry."""
     call = simple(divergence, conditional=conditional, statistics=True, **with_labels())
     other = (call.indices[0] + 1).tolist()
     call.student[0, 0, [i for i in other if i < 150 and i not in call.indices[0]]] = -INF
@@ -308,7 +308,7 @@ def test_a_student_of_minus_infinity(divergence, conditional, small_tiles):
 
 @pytest.mark.parametrize("entries", [5, 150])
 def test_a_student_without_others_where_the_teacher_has_them(entries, small_tiles):
-    """The loss is +inf, and the gradient what it tends to: as in rows without sparse teachers."""
+    """The loss is +inf, and the gradient is its limit, as in `rows` without sparse teachers."""
     call = simple(entries=entries)
     call.tail_log_prob.fill_(-1.0)
     call.log_probs = call.log_probs.log_softmax(-1) + call.tail_log_prob.exp().neg().log1p()[:, None]
@@ -352,7 +352,7 @@ def test_nan_stays_in_its_row(divergence, of, conditional, small_tiles):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_bad_value_makes_its_row_nan(conditional, small_tiles):
-    """Nothing is read out of bounds: the label of a row may be anything."""
+    """Such a row must not cause a read out of bounds: its label may be any integer."""
     bad = {
         "labels": [-1, 150, -(2**40)],
         "temperature": [0.0, INF, torch.nan, 1e-40],
@@ -371,7 +371,7 @@ def test_a_bad_value_makes_its_row_nan(conditional, small_tiles):
             assert torch.equal(gradient[0, [0, 2]], right[1][0, [0, 2]]), (name, value)
         call = replace(call, row_scale=torch.tensor([1.0, 0.0, 1.0], device=DEVICE))
         loss, gradient, _, _ = call.run()
-        assert loss[1] == 0 and not gradient[0, 1].any(), "a skipped row may hold anything"
+        assert loss[1] == 0 and not gradient[0, 1].any(), "a skipped row has loss 0 and gradient 0, whatever it holds"
 
 
 @each_divergence
@@ -386,14 +386,14 @@ def test_a_teacher_without_others_where_the_student_has_them(divergence, small_t
     assert loss[[0, 2]].isfinite().all() and gradient[0, [0, 2]].isfinite().all()
     call.labels, call.hard_weight = torch.tensor([3, 4, 5], device=DEVICE), torch.ones(1, device=DEVICE)
     loss, gradient, _, _ = call.run()
-    assert loss.isfinite().all() and gradient.isfinite().all(), "a term of weight 0 is dropped"
+    assert loss.isfinite().all() and gradient.isfinite().all(), "a term of weight 0 must be dropped"
 
 
 @each_dtype
 @pytest.mark.parametrize("conditional", [False, True])
 @pytest.mark.parametrize("label", [False, True])
 def test_in_place(dtype, conditional, label, small_tiles):
-    """The gradient may take the place of the logits; the loss does not depend on whether there is one."""
+    """The gradient may overwrite the logits. The loss must not depend on whether a gradient is computed."""
     options = with_labels(rows=2, statistics=True) if label else {}
     call = simple(DIVERGENCES[3], rows=2, entries=20, dtype=dtype, conditional=conditional, temperature=2.0, **options)
     want = call.run()
@@ -429,7 +429,7 @@ def check_topk(logits, k, vocab=None, row_scale=None, temperature=None):
     kept = torch.where(row_scale[:, None] != 0, logits[..., :vocab].reshape(rows, vocab), 0)
     ulps = rounding(kept, kept, temperature.double()[:, None])
     assert_loss_close(log_probs, want[1], (ulps[:, None] + 2.0**-22 * want[1].abs()).nan_to_num(0), "log_probs")
-    # Exact relative to its own size.
+    # The error of the tail's log-probability is relative to its own size.
     assert_loss_close(tail, want[2], (1e-6 * (1 + want[2].abs()) + ulps).nan_to_num(0), "tail")
     return indices, log_probs, tail
 
@@ -442,7 +442,7 @@ def check_topk(logits, k, vocab=None, row_scale=None, temperature=None):
     leading=st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]),
     scale=st.sampled_from([0.0, 0.1, 3.0, 50.0]),
     padding=st.sampled_from([0, 5]),
-    steps=st.sampled_from([None, 2, 9]),  # so many values: most are equal
+    steps=st.sampled_from([None, 2, 9]),  # few distinct values: most logits are equal
     per_row=st.booleans(),
     masked=st.booleans(),
     small_tiles=st.booleans(),
@@ -453,7 +453,7 @@ def test_topk_matches_fp64(vocab, k, dtype, leading, scale, padding, steps, per_
     rows = leading[0] * leading[1]
     logits = scale * torch.randn(*leading, vocab, generator=generator)
     if steps:
-        logits = torch.randint(-steps, steps, logits.shape, generator=generator) / steps * logits.sign()  # -0 as well
+        logits = torch.randint(-steps, steps, logits.shape, generator=generator) / steps * logits.sign()  # includes -0
     wide = torch.full((leading[0], leading[1] + 1, vocab + padding), torch.nan, dtype=dtype)
     wide[:, :-1, :vocab] = logits.to(dtype)
     row_scale, temperature = torch.ones(rows), torch.ones(1)
@@ -471,7 +471,7 @@ def test_topk_matches_fp64(vocab, k, dtype, leading, scale, padding, steps, per_
 @pytest.mark.parametrize("k", [1, 5, 65, 400])
 @pytest.mark.parametrize("order", ["ascending", "descending", "equal", "one lane", "two values"])
 def test_topk_of_logits_that_set_most_aside(order, k, small_tiles):
-    """The bound of the workspace: largest classes that stand where they share lanes."""
+    """The largest classes share lanes, which fills the workspace up to its bound."""
     column = torch.arange(400.0, device=DEVICE)
     logits = {
         "ascending": column,
@@ -500,7 +500,7 @@ def test_topk_takes_rows_in_turns(monkeypatch, small_tiles):
 
 
 def test_a_tail_far_below_what_is_known(small_tiles):
-    """Exact where 1 - sum rounds to 0, and where its exponentials underflow."""
+    """The tail must be exact where 1 - sum rounds to 0, and where its exponentials underflow."""
     logits = torch.randn(1, 3, 150, device=DEVICE)
     logits[0, 0, :5] += 40
     logits[0, 1, 145:] += 500
@@ -513,7 +513,7 @@ def test_a_tail_far_below_what_is_known(small_tiles):
 
 @each_dtype
 def test_topk_of_minus_infinity(dtype, small_tiles):
-    """Classes without mass are no classes; nothing but those has no distribution."""
+    """A logit of -inf has no mass and is never taken. A row of -inf alone has no distribution."""
     logits = torch.randn(1, 4, 150, device=DEVICE).to(dtype)
     logits[0, 0, 3:] = -INF
     logits[0, 1, :100] = -INF
@@ -532,7 +532,7 @@ def test_topk_of_nan(value, column, small_tiles):
     logits = torch.randn(1, 3, 150, device=DEVICE)
     logits[0, 1, column] = value
     indices, log_probs, tail = check_topk(logits, 5)
-    assert indices[1].tolist() == [0, 1, 2, 3, 4], "some classes, each once"
+    assert indices[1].tolist() == [0, 1, 2, 3, 4], "the row of NaN lists some classes, each once"
     assert log_probs[1].isnan().all() and tail[1].isnan()
     logits[0, 1, 2:] = value
     check_topk(logits, 5)

@@ -1,4 +1,4 @@
-"""The truth that kernels are held to, and how close they must come."""
+"""The fp64 reference that every kernel is compared with, and the tolerances of the comparison."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class Result:
 
 
 def run(student, teacher, divergence, *, grad_output=None, statistics=(), **options) -> Result:
-    """Loss and gradient of a call, on fresh leaves; reduction "none" unless it is given."""
+    """Loss and gradient of a call on fresh leaves. The reduction defaults to "none"."""
     options = {"reduction": "none", **options}
     student = student.detach().requires_grad_()
     out = kdkernels.fused_divergence(student, teacher.detach(), divergence, statistics=statistics, **options)
@@ -54,10 +54,10 @@ def truth(student, teacher, divergence, **options) -> Result:
 
 
 def rounding(student, teacher, temperature=1.0) -> torch.Tensor:
-    """4 ulp of the larger |lse| of each row, in the size that its log-probabilities have.
+    """The rounding error of each row: 4 ulp of its largest |lse| or |log-probability|.
 
-    Log-probabilities carry the rounding of their own size, also where the lse is small: the span from the lse down to
-    the smallest logit that has mass in fp32 counts too.
+    A log-probability's rounding error is relative to its own size, even if the lse is small. The size therefore
+    includes the span from the lse down to the smallest logit that has mass in fp32.
     """
     largest = torch.ones(student.shape[:-1], dtype=torch.float64, device=student.device)
     for x in (student, teacher):
@@ -70,7 +70,7 @@ def rounding(student, teacher, temperature=1.0) -> torch.Tensor:
 
 
 def assert_loss_close(got: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor, what=""):
-    """Infinities and NaN must be where they should be; the rest within the tolerance."""
+    """Infinities and NaN must match exactly; finite losses must agree within the tolerance."""
     got, want = got.double().cpu(), want.double().cpu()
     assert torch.equal(torch.isnan(got), torch.isnan(want)), f"{what}: NaN in {got} where {want}"
     infinite = torch.isinf(want)
@@ -81,18 +81,20 @@ def assert_loss_close(got: torch.Tensor, want: torch.Tensor, tolerance: torch.Te
     assert (error <= allowed).all(), f"{what}: error {error.max():.3e}, allowed {allowed.max():.3e}; {got} {want}"
 
 
-# A gradient is rounded to its dtype once; what the arithmetic before that loses is relative to the row's largest slope.
+# A gradient is rounded to its dtype once. Earlier rounding errors are relative to the row's largest slope.
 GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 
 
 def undecided_signs(student, teacher, temperature, ulps: torch.Tensor) -> torch.Tensor:
-    """`kdkernels.selftest.undecided_signs`, with a closeness `ulps` of each row."""
+    """`kdkernels.selftest.undecided_signs`, with a closeness `ulps` for each row."""
     return selftest.undecided_signs(student, teacher, temperature, ulps[..., None])
 
 
 def slopes_of_kl(student, teacher, temperature, divergence) -> torch.Tensor:
-    """Sum of |slopes| of KL(p | q) by log p, sum p |log(p / q) - KL|, which has no bound; and of the reverse by log q.
-    Those by the other side, |p - q|, sum to 2 at most: 1.5 ulp of them are within the 4 ulp of `rounding`. Others: 0.
+    """Sum over classes of |d KL(p | q) / d log p|, and of |d KL(q | p) / d log q| for the reverse KL; 0 otherwise.
+
+    The sum is sum p |log(p / q) - KL|, which has no bound. The slopes with respect to the other side, |p - q|, sum to
+    2 at most: their error of 1.5 ulp is within the 4 ulp of `rounding`.
     """
     lq = (student.double() / temperature).log_softmax(-1)
     lp = (teacher.double() / temperature).log_softmax(-1)
@@ -120,8 +122,9 @@ def slopes_if_steep(student, teacher, temperature, divergence) -> torch.Tensor:
 
 
 def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.Tensor, what="", of_class=0):
-    """`of_row` is the absolute error that a row may have: its rounding times the size of its slopes. `of_class` is what
-    a class may be off beside that."""
+    """`of_row` is the absolute error allowed in each row: the row's rounding error times the size of its slopes.
+    `of_class` is an additional absolute error allowed in each class.
+    """
     relative = GRADIENT_TOLERANCE[got.dtype]
     subnormal = 2.0**-24 if got.dtype == torch.float16 else 1e-37
     got, want = got.double().cpu(), want.double().cpu()
@@ -175,7 +178,7 @@ def formula_value(divergence: Divergence, p, q):
 
 
 def opcheck(operator, *arguments):
-    """torch's checks of an operator; one that takes a problem is given it flat."""
+    """Runs torch's operator checks. An operator that takes a problem is checked in its flat form."""
     if isinstance(operator, Operator):
         problem, *arguments = arguments
         operator, arguments = operator.flat, [*operator.fields.flatten(problem), *arguments]
