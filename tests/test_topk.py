@@ -334,7 +334,7 @@ def test_statistics(backend, tail, labelled):
         options["labels"][3] = named[3]
     else:
         options["statistics"] = tuple(s for s in STATISTICS if "label" not in s and s != "cross_entropy")
-    if tail == "uniform":  # the kernels spread a uniform tail to dense logits with another teacher_lse
+    if tail == "uniform":  # a uniform tail makes the teacher dense; teacher_lse is not compared
         options["statistics"] = tuple(s for s in options["statistics"] if s != "teacher_lse")
     _, _, want = truth(student, teacher, "js", **options)
     _, _, got = run(student, teacher, "js", backend=backend, **options)
