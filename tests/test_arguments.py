@@ -1,4 +1,4 @@
-"""Bad input raises an error that says what was expected and what came, and changes nothing."""
+"""Bad input raises an error that names the expected and the given value; the call changes no argument."""
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ def class_ot(student, teacher):
     return kdkernels.fused_class_ot(student, teacher, torch.zeros(VOCAB, VOCAB))
 
 
-# call, exception, what its message must hold
+# call, exception, parts of the exception's message
 BAD = {
     "not a tensor": (lambda: fused_kl([1.0, 2.0], logits()), TypeError, ["student", "tensor", "list"]),
     "0-d": (lambda: fused_kl(torch.tensor(1.0), torch.tensor(1.0)), ValueError, ["student", "[..., vocabulary]"]),
-    "no class": (lambda: fused_kl(logits(3, 0), logits(3, 0)), ValueError, ["vocab_size", "from 1", "got 0"]),
+    "0 classes": (lambda: fused_kl(logits(3, 0), logits(3, 0)), ValueError, ["vocab_size", "from 1", "got 0"]),
     "integer logits": (lambda: fused_kl(torch.ones(2, 3, dtype=torch.int64), logits(2, 3)), TypeError, ["int64"]),
     "sparse": (lambda: fused_kl(logits().to_sparse(), logits()), TypeError, ["dense", "sparse"]),
     "shapes": (lambda: fused_kl(logits(2, 5), logits(3, 5)), ValueError, ["[2, 5]", "[3, 5]"]),
@@ -63,8 +63,8 @@ BAD = {
     "alpha 1": (lambda: Divergence("alpha", alpha=1.0), ValueError, ["0.001 from 0 and 1", "got 1.0", "kl"]),
     "alpha inf": (lambda: Divergence("alpha", alpha=float("inf")), ValueError, ["finite", "inf"]),
     "weight 1.5": (lambda: Divergence("mixed_kl", weight=1.5), ValueError, ["[0, 1]", "1.5"]),
-    "parameter of another": (lambda: Divergence("js", alpha=0.5), ValueError, ["'beta'", "'alpha'"]),
-    "parameter of none": (lambda: Divergence("kl", beta=0.5), ValueError, ["no parameter", "'beta'"]),
+    "parameter of another divergence": (lambda: Divergence("js", alpha=0.5), ValueError, ["'beta'", "'alpha'"]),
+    "parameter of kl": (lambda: Divergence("kl", beta=0.5), ValueError, ["no parameter", "'beta'"]),
     "unknown divergence": (
         lambda: fused_divergence(logits(), logits(), "revers_kl"),
         ValueError,
@@ -115,7 +115,7 @@ BAD = {
         ValueError,
         ["normalizer", "'none'"],
     ),
-    "normalizer of two": (lambda: fused_kl(logits(), logits(), normalizer=torch.ones(2)), ValueError, ["one", "[2]"]),
+    "normalizer [2]": (lambda: fused_kl(logits(), logits(), normalizer=torch.ones(2)), ValueError, ["one", "[2]"]),
     "normalizer grad": (
         lambda: fused_kl(logits(), logits(), normalizer=torch.ones((), requires_grad=True)),
         ValueError,
@@ -181,7 +181,7 @@ def test_devices_that_differ():
 @pytest.mark.parametrize("bad", [VOCAB, -1, -101, 2**40])
 @pytest.mark.parametrize("hard_weight", [0.0, 0.5])
 def test_label_out_of_range(backend, bad, hard_weight):
-    """Named with its row; in rows that are not kept any label will do."""
+    """The error names the label and its row; masked rows may have any label."""
     labels = torch.tensor([3, -100, bad, 0])
     student = logits(grad=True)
     call = {"labels": labels, "hard_weight": hard_weight, "backend": backend}
@@ -207,7 +207,7 @@ def test_hard_weight_in_a_tensor(bad, backend):
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_where_values_are_not_checked_a_bad_one_makes_its_row_nan(backend):
+def test_an_unchecked_bad_value_makes_its_row_nan(backend):
     device = device_of(backend)
     student, teacher = logits().to(device).requires_grad_(), logits().to(device)
     labels = torch.tensor([3, VOCAB, 2**40, -7], device=device)
@@ -225,7 +225,7 @@ def test_where_values_are_not_checked_a_bad_one_makes_its_row_nan(backend):
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", "cpu"])
 def test_checks_make_a_bad_value_raise_everywhere(backend):
-    """kdkernels.checks(True) adds the synchronous check where it would otherwise cost a synchronisation."""
+    """kdkernels.checks(True) makes every backend check values, also if the check costs a synchronisation."""
     device = device_of(backend)
     student, teacher = logits().to(device), logits().to(device)
     labels = torch.tensor([3, 4, VOCAB, 1], device=device)
@@ -252,4 +252,4 @@ def test_backend_that_cannot_serve_says_why(backend, monkeypatch):
         return
     with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot serve this call: .*(gone|GPU)"):
         fused_kl(logits(), logits(), backend=backend)
-    assert fused_kl(logits(), logits()).isfinite(), "auto goes on to one that can"
+    assert fused_kl(logits(), logits()).isfinite(), "auto: expected the next backend that can serve the call"

@@ -1,4 +1,4 @@
-"""Teachers on disk: what is written comes back, whenever the writer is killed; what is damaged is refused by name."""
+"""Teachers on disk: reading returns the written data, also after kills; errors name the damaged file."""
 
 import contextlib
 import importlib
@@ -40,7 +40,7 @@ def top_k(logits, k, temperature=1.0):
 
 
 def sequences_of(numbers, vocab_size=300, k=5, length=4):
-    """Ids and teacher of the sequences of these numbers, the same whenever they are made."""
+    """Ids and teacher of the sequences with these numbers; a number is the sequence's seed."""
     generators = [torch.Generator().manual_seed(number) for number in numbers]
     ids = torch.stack([torch.randint(vocab_size, (length,), generator=generator) for generator in generators])
     logits = torch.stack([3 * torch.randn(length, vocab_size, generator=generator) for generator in generators])
@@ -48,7 +48,7 @@ def sequences_of(numbers, vocab_size=300, k=5, length=4):
 
 
 def write(directory, sequences, sequences_per_shard=3, batch=2):
-    """All that is missing of these sequences."""
+    """Writes the sequences that the directory lacks."""
     with CacheWriter(directory, **SETTINGS, sequences_per_shard=sequences_per_shard) as writer:
         for first in range(writer.sequences, sequences, batch):
             writer.append(*sequences_of(range(first, min(first + batch, sequences))))
@@ -59,7 +59,7 @@ def contents(directory):
 
 
 def copy_without_last_shard(directory, copy):
-    """What a writer that was killed before it named its last shard leaves."""
+    """A copy of the directory as a writer leaves it that was killed before its manifest named the last shard."""
     shutil.copytree(directory, copy)
     manifest = json.loads((copy / shards.MANIFEST).read_text())
     manifest["shards"].pop()
@@ -84,7 +84,7 @@ def recipes(draw):
 
 @settings(max_examples=30)
 @given(recipe=recipes())
-def test_what_is_written_comes_back(tmp_path_factory, recipe):
+def test_reading_returns_the_written_data(tmp_path_factory, recipe):
     directory = tmp_path_factory.mktemp("cache")
     torch.manual_seed(recipe["seed"])
     vocab_size, k, length, tail = (recipe[name] for name in ("vocab_size", "k", "length", "tail"))
@@ -97,7 +97,7 @@ def test_what_is_written_comes_back(tmp_path_factory, recipe):
             ids = torch.randint(vocab_size, (batch, length))
             teacher = top_k(4 * torch.randn(batch, length, vocab_size), k, recipe["temperature"])
             dropped = torch.rand(teacher.shape) < recipe["padded"]
-            # What is dropped is the tail's.
+            # The tail receives the mass of dropped entries.
             lost = torch.where(dropped, teacher.log_probs, -torch.inf).logsumexp(-1)
             indices = torch.where(dropped & (torch.rand(teacher.shape) < 0.5), -1, teacher.indices)
             log_probs = torch.where(dropped & (indices >= 0), -torch.inf, teacher.log_probs)
@@ -145,7 +145,7 @@ def test_a_batch_becomes_the_teacher(tmp_path):
     assert (teacher.tail, teacher.source_temperature, teacher.dtype) == ("bucket", 2.0, torch.float32)
     mass = teacher.log_probs.double().exp().sum(-1) + teacher.tail_log_prob.double().exp()
     torch.testing.assert_close(mass, torch.ones_like(mass), atol=1e-6, rtol=0)
-    # Rounding to fp16, at most 2^-8 in this range, and the scaling that makes up for it.
+    # The tolerance covers rounding to fp16 (at most 2^-8 in this range) and the scaling to a mass of 1.
     want = torch.full((7, LENGTH, 300), -torch.inf).scatter(-1, written.indices.long(), written.log_probs)[[3, 0, 6]]
     got = want.new_full(want.shape, -torch.inf).scatter(-1, teacher.indices.long(), teacher.log_probs)
     torch.testing.assert_close(got, want, atol=5e-3, rtol=0)
@@ -156,8 +156,11 @@ def test_a_batch_becomes_the_teacher(tmp_path):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "uniform", "support", "renormalize", "truncate"])
-def test_the_loss_is_that_of_what_was_written(tmp_path, tail):
-    """Up to rounding to fp16, which is scaled to a mass of 1 where that is known, and costs the second order then."""
+def test_a_cached_teacher_gives_the_written_teacher_s_loss(tmp_path, tail):
+    """A cached teacher gives the written teacher's loss, up to rounding to fp16.
+
+    A teacher with a tail is scaled to a mass of 1 after rounding. Its loss has an error of second order.
+    """
     ids, written = sequences_of(range(6))
     with CacheWriter(tmp_path, **SETTINGS) as writer:
         writer.append(ids, written)
@@ -172,12 +175,12 @@ def test_the_loss_is_that_of_what_was_written(tmp_path, tail):
         dense = torch.full((6, LENGTH, 300), -20.0).scatter(-1, teacher.indices.long(), teacher.log_probs)
         rest = (dense == -20.0).sum(-1, keepdim=True)
         same = torch.where(dense == -20.0, written.tail_log_prob[..., None] - rest.log(), dense)
-        # p = q up to rounding: a loss that is of the first order of it would be 1e-4.
+        # p = q up to rounding. An error of first order would give a loss of 1e-4.
         assert kdkernels.fused_kl(same, teacher).item() < 2e-6
 
 
 def test_a_row_without_entries_stays_one(tmp_path):
-    """As topk_log_probs makes it of a masked one."""
+    """A row without entries, as topk_log_probs returns it for a masked row, comes back without entries."""
     ids, _ = sequences_of(range(1))
     nothing = torch.full((1, LENGTH, 2), -1)
     empty = SparseLogProbs(nothing, torch.zeros(nothing.shape), tail_log_prob=torch.zeros(1, LENGTH))
@@ -192,7 +195,7 @@ def test_a_row_without_entries_stays_one(tmp_path):
 def test_samples_may_repeat_and_have_no_tail(tmp_path):
     ids, _ = sequences_of(range(1))
     indices = torch.tensor([7, 7, 2, 7]).expand(1, LENGTH, 4)
-    log_probs = torch.tensor([-1.0, -1.0, -2.0, 0.5]).expand(1, LENGTH, 4)  # weights may take a sample above 1
+    log_probs = torch.tensor([-1.0, -1.0, -2.0, 0.5]).expand(1, LENGTH, 4)  # a sample's weight may exceed 1
     with CacheWriter(tmp_path, **SETTINGS, tail="truncate") as writer:
         writer.append(ids, SparseLogProbs(indices, log_probs, tail="truncate"))
     found = TopKCache(tmp_path)
@@ -207,7 +210,7 @@ def test_samples_may_repeat_and_have_no_tail(tmp_path):
 def test_workers_read_the_same(tmp_path):
     write(tmp_path, 8)
     found = TopKCache(tmp_path)
-    want = [found[i] for i in range(8)]  # the maps are open when it is copied to workers
+    want = [found[i] for i in range(8)]  # opens the memory maps before workers copy the cache
     copy = pickle.loads(pickle.dumps(found))
     assert all(torch.equal(copy[5][name], want[5][name]) for name in want[5])
     for start in ("fork",) if "fork" in multiprocessing.get_all_start_methods() else ():
@@ -218,7 +221,7 @@ def test_workers_read_the_same(tmp_path):
 
 
 def counted_operations(monkeypatch, last, act):
-    """Calls `act` before the operation on the disk of that number, counting fsync, and before and after each rename."""
+    """Calls `act` at disk operation number `last`; fsync counts once, a rename twice (before and after)."""
     count = iter(range(10**6))
 
     def step():
@@ -240,7 +243,7 @@ def counted_operations(monkeypatch, last, act):
 
 
 def test_files_are_flushed_before_they_have_a_name(tmp_path, monkeypatch):
-    """Which only a power failure would show."""
+    """Each file is flushed before its rename, the folder after it. Only a power failure shows a missing flush."""
     events = []
     fsync, replace = os.fsync, os.replace
 
@@ -262,7 +265,7 @@ def test_files_are_flushed_before_they_have_a_name(tmp_path, monkeypatch):
 
 def forked(function, *arguments):
     def in_one_thread():
-        torch.set_num_threads(1)  # those of OpenMP are not there after a fork, and would be waited for
+        torch.set_num_threads(1)  # a fork has no OpenMP threads, and a wait for them never ends
         function(*arguments)
 
     process = multiprocessing.get_context("fork").Process(target=in_one_thread)
@@ -277,7 +280,7 @@ needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_meth
 def test_a_kill_at_any_operation_loses_and_repeats_nothing(tmp_path):
     write(tmp_path / "whole", 7)
     want = contents(tmp_path / "whole")
-    assert len(want) == 4  # three shards, of which the last is shorter, and the manifest
+    assert len(want) == 4  # three shards, the last one shorter, and the manifest
 
     def killed_at(operation, directory):
         with pytest.MonkeyPatch.context() as monkeypatch:
@@ -303,7 +306,7 @@ def test_a_kill_at_any_operation_loses_and_repeats_nothing(tmp_path):
 def test_kills_at_random_times(tmp_path):
     write(tmp_path / "whole", 60)
     kills = 0
-    # The shortest first: a writer that was left the time to end leaves nothing to kill.
+    # Shortest delays first: after a writer has finished its work, later writers have nothing to do.
     for delay in sorted(random.Random(0).choices([0.0, 0.01, 0.02, 0.04], k=25)):
         process = forked(write, tmp_path / "killed", 60)
         deadline = time.monotonic() + 20
@@ -406,7 +409,7 @@ IDS, TEACHER = sequences_of(range(2))
 
 
 def changed(name, at, value):
-    """TEACHER with one number changed."""
+    """TEACHER with one value changed."""
     tensors = {part: getattr(TEACHER, part).clone() for part in ("indices", "log_probs", "tail_log_prob")}
     tensors[name][at] = value
     return SparseLogProbs(
@@ -477,7 +480,7 @@ def flip(data, at):
         (lambda data: None, "got no such file", True),
         (lambda data: data.replace(b'"F16"', b'"I16"'), "expected the tensors .*'F16'.*; got .*'I16'", True),
     ],
-    ids=("last byte", "middle byte", "header", "header's size", "truncated", "longer", "missing", "other tensors"),
+    ids=("last byte", "middle byte", "header", "header size", "truncated", "longer", "missing", "other dtypes"),
 )
 def test_a_damaged_shard_is_named(tmp_path, capsys, damage, expected, without_checksum):
     write(tmp_path, 7)
@@ -491,7 +494,7 @@ def test_a_damaged_shard_is_named(tmp_path, capsys, damage, expected, without_ch
     with pytest.raises(ValueError, match=message) if without_checksum else contextlib.nullcontext():
         TopKCache(tmp_path, verify=False)
     with pytest.raises(ValueError, match=message) if without_checksum else contextlib.nullcontext():
-        CacheWriter(tmp_path, **SETTINGS).close()  # is not added to either
+        CacheWriter(tmp_path, **SETTINGS).close()  # a writer refuses the directory too
     assert main(["verify", str(tmp_path)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [
@@ -573,7 +576,7 @@ def test_tokenizers_are_told_apart():
 
 
 class Model(torch.nn.Module):
-    """Of the attributes that transformers' causal models have. `factor` is what its config does not say."""
+    """A mock of transformers' causal models. `factor` scales the logits, and the config does not state it."""
 
     def __init__(self, vocab_size=50, factor=1.0):
         super().__init__()
@@ -603,14 +606,14 @@ class Backbone(torch.nn.Module):
 
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
+def test_a_model_is_written_and_resumed(tmp_path, capsys, factor):
     model, blocks = Model(factor=factor), torch.randint(50, (7, 6))
     options = {"k": 4, "temperature": 1.5, "batch": 2, "sequences_per_shard": 3}
     found = cache.write_teacher(model.train(), blocks, tmp_path / "whole", **options)
     assert model.training and "teacher: 100%" in capsys.readouterr().err
-    # The first tokens are asked for both ways; after that a head is used unless it gives something else.
+    # The first tokens are computed by head and by model. A head with equal logits serves the rest.
     assert model.calls == (1 if factor == 1 else 5) and model.base_model.calls == 6
-    assert [shard.sequences for shard in found.shards] == [4, 3]  # of whole batches
+    assert [shard.sequences for shard in found.shards] == [4, 3]  # a shard holds whole batches
     with torch.no_grad():
         want = top_k(model.eval()(blocks, use_cache=False).logits, 4, 1.5)
     batch = default_collate([found[i] for i in range(7)])
@@ -626,7 +629,7 @@ def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
     cache.write_teacher(model, blocks, tmp_path / "killed", **options)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole") and model.base_model.calls <= 4
     before = model.base_model.calls
-    cache.write_teacher(model, blocks, tmp_path / "killed", **options)  # nothing is left to do: two looks at 8 tokens
+    cache.write_teacher(model, blocks, tmp_path / "killed", **options)  # all is written: two checks of 8 tokens
     assert model.base_model.calls == before + 2 and contents(tmp_path / "killed") == contents(tmp_path / "whole")
     for text, expected in (
         (blocks[:3], "at most the text's 3 sequences; got 7"),
@@ -637,7 +640,10 @@ def test_a_model_is_written_and_gone_on_with(tmp_path, capsys, factor):
 
 
 def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
-    """Of many sequences of the same ids, whose gradients' mean is the whole teacher's within 5 standard errors."""
+    """Over many sequences with equal ids, the mean gradient equals the dense teacher's within 5 standard errors.
+
+    A writer that was killed, or resumed at another batch size, writes the same data.
+    """
     model, blocks = Model(), torch.randint(50, (1, 3)).expand(600, 3).contiguous()
     options = {"k": 4, "temperature": 1.5, "batch": 20, "sequences_per_shard": 300, "progress": False}
     with torch.no_grad():
@@ -658,7 +664,7 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
     with pytest.raises(ValueError, match="expected 'truncate' for a teacher with drawn entries; got 'support'"):
         drawn.teacher(default_collate([drawn[0]]), tail="support")
     error = (sampled.mean(0) - want).abs()
-    assert (error < 5 * sampled.std(0) / 600**0.5 + 1e-4).all()  # fp16 leaves up to so much of a mass of 1
+    assert (error < 5 * sampled.std(0) / 600**0.5 + 1e-4).all()  # 1e-4: fp16's error of a mass of 1
     assert error.norm() < 0.3 * (gradients_from("top")[0] - want).norm()
     assert "top 2 and 2 draws of the rest of 50 classes" in cache.report(tmp_path / "sampled")
 
@@ -714,7 +720,7 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
         want = top_k(model.eval()(batch["input_ids"]).logits, 8)
     assert torch.equal(batch["indices"], want.indices.sort(-1).values)
 
-    # 2 low bits and 1 unary one an index, and 59 >> 2 more: 38 bits, 5 bytes a row.
+    # 8 indices of 2 low bits and 1 unary bit, and 59 >> 2 more unary bits: 38 bits, 5 bytes a row.
     for part in ("3 sequences of 4 tokens", "23 = 5 of indices + 16", "4.75 (6 if each", "344", "127", "40 bytes a"):
         assert part in out, out
     assert main(["info", str(tmp_path / "cache")]) == 0 and capsys.readouterr().out == out
@@ -731,7 +737,7 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
         main(["verify", str(tmp_path / "nowhere")])
 
 
-def test_what_is_missing_is_named(monkeypatch):
+def test_missing_dependencies_are_named(monkeypatch):
     for module in ("safetensors", "numpy"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
@@ -744,6 +750,6 @@ def test_what_is_missing_is_named(monkeypatch):
         cache.write_teacher(Model(), torch.zeros(1, 1, dtype=torch.int64), "nowhere", k=1)
 
 
-def test_the_package_does_not_import_it():
+def test_the_package_does_not_import_the_cache():
     assert "cache" not in kdkernels.__all__
     assert "kdkernels.cache" not in {getattr(value, "__name__", None) for value in vars(kdkernels.nn).values()}

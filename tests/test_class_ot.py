@@ -24,7 +24,7 @@ ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7, torch.float16: 2.0
 
 
 def distributions(student, teacher, temperature=1.0, excluded=None):
-    """Softmaxes [rows, V], and u to begin with."""
+    """Softmaxes of student and teacher, and the initial u: [rows, V] each."""
     u = torch.full_like(teacher, 1 / teacher.shape[-1])
     if excluded is not None:
         here = torch.nn.functional.one_hot(excluded.clamp(min=0), student.shape[-1]).bool() & (excluded >= 0)[:, None]
@@ -35,7 +35,7 @@ def distributions(student, teacher, temperature=1.0, excluded=None):
 
 
 def scalings(a, b, u, cost, epsilon, iterations, guard=0.0):
-    """The released loop: one kernel matrix a row, columns first. `guard` is added to both denominators."""
+    """The released Sinkhorn loop: a kernel matrix per row, columns first. `guard` is added to both denominators."""
     kernel = torch.exp(-cost / epsilon).expand(a.shape[0], -1, -1)
     for _ in range(iterations):
         v = b / (torch.bmm(kernel.mT, u[:, :, None])[..., 0] + guard)
@@ -62,7 +62,7 @@ def entropic(student, teacher, cost, *, temperature=1.0, epsilon=0.05, iteration
 
 
 def differentiated(loss, student, *args, **options):
-    """Value and gradient on a fresh leaf, of the sum."""
+    """Values, and the gradient of their sum, on a fresh leaf."""
     leaf = student.detach().requires_grad_()
     value = loss(leaf, *args, **options)
     return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
@@ -78,7 +78,7 @@ def drawn(*leading, classes, scale=1.0, seed=0, dtype=torch.float64):
 
 
 def labels_of(rows, classes):
-    """A class of each row, but of every third none."""
+    """A label for each row; every third row has none (-100)."""
     return torch.where(torch.arange(rows) % 3 == 2, -100, torch.arange(rows) % classes)
 
 
@@ -105,7 +105,7 @@ def test_loss_and_gradient_are_those_of_the_loop(rows, classes, scale, temperatu
     for found in (got, literal):
         for x, y in zip(found, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
-    # From fp32.
+    # fp32 inputs.
     single = ours(student.float(), teacher.float(), cost.float(), exclude_labels=excluded, **numbers)
     wide = (x.float().double() for x in (student, teacher, cost))
     want = differentiated(loop, *wide, excluded=excluded, **numbers)
@@ -116,8 +116,10 @@ def test_loss_and_gradient_are_those_of_the_loop(rows, classes, scale, temperatu
 @each_gradient
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gradcheck(gradient, backend):
-    """Every gradient against finite differences of what it is the gradient of; the plans of "implicit" and "envelope"
-    have converged."""
+    """Each gradient agrees with finite differences of its own function.
+
+    The plans of "implicit" and "envelope" have converged.
+    """
     student, teacher, cost = drawn(3, classes=6, seed=3)
     student.requires_grad_()
     of_row = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -158,12 +160,12 @@ def test_unrolled_of_many_iterations_is_implicit():
     far = partial(ours, student, teacher, cost, epsilon=0.05, exclude_labels=labels_of(4, 15))
     unrolled, implicit = (far(gradient=gradient, iterations=3000) for gradient in ("unrolled", "implicit"))
     torch.testing.assert_close(implicit[1], unrolled[1], rtol=1e-8, atol=1e-10)
-    # And of few it is not: what a parity with the released loop needs is the gradient of its iterations.
+    # After few iterations they differ: the released loop's gradient is the gradient of its own iterations.
     few = [far(gradient=gradient, iterations=2)[1] for gradient in ("unrolled", "implicit")]
     assert (few[0] - few[1]).norm() > 1e-3 * few[0].norm()
 
 
-def test_implicit_says_where_it_did_not_converge():
+def test_implicit_warns_without_convergence():
     torch.manual_seed(0)
     places = torch.randn(200, 16, dtype=torch.float64)
     cost = 1 - torch.exp(-torch.cdist(places, places) / 4)
@@ -176,7 +178,10 @@ def test_implicit_says_where_it_did_not_converge():
 
 
 def test_a_plan_that_moves_nothing_has_a_finite_gradient():
-    """Where each class stays where it is the system is singular, and what it is to be solved for is rounding."""
+    """A plan that keeps each class in place has a finite gradient.
+
+    Its linear system is singular, and the right-hand side is rounding.
+    """
     torch.manual_seed(0)
     places = torch.randn(200, 16, dtype=torch.float64)
     cost = 1 - torch.exp(-torch.cdist(places, places) / 4)
@@ -185,12 +190,12 @@ def test_a_plan_that_moves_nothing_has_a_finite_gradient():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _, slope = ours(student, teacher, cost, epsilon=cost.max().item() / over, gradient="implicit")
-        # No dearer than to move all of a class's mass over the largest cost, there and back.
+        # The bound is the cost of moving a class's whole mass over the largest cost, there and back.
         assert (slope.abs() <= 2 * cost.max() * torch.softmax(student, -1)).all()
 
 
 def test_marginals():
-    """Of the plan that the operator's loop makes: rows exactly; columns in the end."""
+    """The plan's row sums are exact after any number of iterations; its column sums converge."""
     a, b, _ = distributions(*drawn(4, classes=12, scale=3.0)[:2])
     kernel = class_ot.Kernel.of(drawn(1, classes=12)[2], torch.tensor([0.05]), torch.float64)
     for iterations, close in ((1, False), (2000, True)):
@@ -202,7 +207,7 @@ def test_marginals():
 
 @each_gradient
 def test_scaling_and_shifting_the_costs(gradient):
-    """(M, epsilon) to (s M, s epsilon) scales loss and gradient; M + c moves the loss by c and no gradient."""
+    """(s M, s epsilon) scales loss and gradient by s; M + c adds c to the loss and leaves the gradient."""
     student, teacher, cost = drawn(4, classes=12)
     loss, slope = ours(student, teacher, cost, epsilon=0.1, gradient=gradient)
     scaled = ours(student, teacher, 40 * cost, epsilon=4.0, gradient=gradient)
@@ -229,7 +234,7 @@ def test_the_least_cost_bounds_it_and_is_its_limit():
     before = torch.inf
     for epsilon in (1.0, 0.1, 0.01):
         loss = fused_class_ot(student, teacher, cost, epsilon=epsilon, iterations=5000, reduction="none")
-        # <P, M> + epsilon KL(P || a b^T) is least at P, and KL is at most the logarithm of the classes.
+        # P minimizes <P, M> + epsilon KL(P || a b^T), and KL is at most log(classes).
         assert (loss >= least - 1e-9).all() and (loss <= least + epsilon * math.log(7)).all() and (loss < before).all()
         before = loss
 
@@ -249,7 +254,7 @@ def test_costs_are_from_the_students_class_to_the_teachers():
 
 
 def test_equal_distributions_do_not_have_loss_zero():
-    """The bias of an entropic plan, which docstrings warn of: a loss, and a gradient, at student = teacher."""
+    """An entropic plan is biased: loss and gradient are not 0 at student = teacher, as the docstrings warn."""
     student, _, cost = drawn(3, classes=8)
     cost = (cost + cost.t()).fill_diagonal_(0)
     loss, slope = ours(student, student, cost, epsilon=0.5, iterations=500)
@@ -258,7 +263,7 @@ def test_equal_distributions_do_not_have_loss_zero():
     assert (sharp < 1e-2).all()
 
 
-# ---- classes and rows that are not there
+# ---- excluded classes, masked rows, empty inputs
 
 
 @each_gradient
@@ -269,19 +274,19 @@ def test_excluding_a_class_is_removing_it(gradient):
         labels = torch.full((3,), label)
         with_nan = [x.clone() for x in (student, teacher)]
         for x in with_nan:
-            x[:, label] = torch.nan  # is not read
+            x[:, label] = torch.nan  # an excluded logit is not read
         left = torch.arange(9) != label
         want = ours(student[:, left], teacher[:, left], cost[left][:, left], **numbers)
         for backend in ("auto", "reference"):
             got = ours(*with_nan, cost, exclude_labels=labels, backend=backend, **numbers)
             torch.testing.assert_close(got[0], want[0], rtol=1e-10, atol=0)
-            if backend == "auto":  # autograd of the literal loop has NaN there
+            if backend == "auto":  # autograd of the reference's loop gives NaN for the excluded class
                 torch.testing.assert_close(got[1][:, left], want[1], rtol=1e-9, atol=1e-12)
                 assert (got[1][:, label] == 0).all()
 
 
 def test_a_costly_class_that_is_excluded_costs_nothing():
-    """Its costs are infinite in effect: they decide the range alone."""
+    """An excluded class's large costs change neither loss nor gradient; they enter the costs' range alone."""
     student, teacher, cost = drawn(2, classes=5)
     dear = cost.clone()
     dear[2], dear[:, 2] = 20.0, 20.0
@@ -303,7 +308,7 @@ def test_ignore_index():
 @each_gradient
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_extreme_logits(gradient, dtype):
-    """±80, −inf, and a certain class: finite, and right beside a plan in fp64."""
+    """Logits of ±80, of −inf, and a class of probability 1 give finite results that agree with a plan in fp64."""
     classes = 60
     student, teacher, cost = drawn(5, classes=classes, seed=4)
     student, teacher = 80 * student.sign(), 80 * teacher.sign()
@@ -314,7 +319,7 @@ def test_extreme_logits(gradient, dtype):
     for epsilon in (1.0, 0.05, cost.max().item() / 79):
         numbers = {"epsilon": epsilon, "iterations": 10}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # sharp plans and conjugate gradients
+            warnings.simplefilter("ignore")  # conjugate gradients do not converge for sharp plans
             got = ours(student.to(dtype), teacher.to(dtype), cost.to(dtype), gradient=gradient, **numbers)
         want = differentiated(loop, student, teacher, cost, **numbers)
         torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
@@ -346,7 +351,7 @@ def test_a_bad_row_is_nan_alone(bad, gradient):
 def test_masked_rows_may_hold_anything(backend, gradient):
     student, teacher, cost = drawn(2, 3, classes=6)
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    labels = torch.tensor([[1, 99, 0], [-7, -100, 5]])  # those of dropped rows are not looked at
+    labels = torch.tensor([[1, 99, 0], [-7, -100, 5]])  # labels of masked rows are not checked
     temperature = torch.tensor([[1.0, -1.0, 2.0], [0.0, 1.0, 1.0]])
     options = {"mask": mask, "exclude_labels": labels, "temperature": temperature, "gradient": gradient}
     options |= {"backend": backend, "epsilon": 0.2}
@@ -396,7 +401,7 @@ def test_reductions_weights_and_normalizers():
         loss, slope = differentiated(fused_class_ot, student, teacher, cost, **options)
         torch.testing.assert_close(loss, (factor * rows).sum(), rtol=1e-7, atol=1e-12)
         torch.testing.assert_close(slope, factor[:, None].double() * slopes, rtol=1e-7, atol=1e-12)
-    of_row = torch.tensor([2.0, 0.0, torch.nan, 1.0]).double()  # NaN comes back to a row that was dropped
+    of_row = torch.tensor([2.0, 0.0, torch.nan, 1.0]).double()  # grad_output is NaN for the masked row
     leaf = student.clone().requires_grad_()
     loss = fused_class_ot(leaf, teacher, cost, mask=mask, reduction="none")
     (slope,) = torch.autograd.grad(loss, leaf, of_row)
@@ -485,7 +490,7 @@ def test_small_epsilons_are_computed_in_fp64_on_a_cpu(gradient):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="only oneDNN rounds products on a CPU")
 def test_lower_precision_of_products_is_not_taken():
-    """A program may allow TF32 or bf16 inside of fp32 products; scalings do not converge in it."""
+    """fp32 products stay fp32 although the program allows TF32 or bf16: scalings do not converge in lower precision."""
     student, teacher, cost = drawn(64, classes=128, dtype=torch.float32)
     want = ours(student, teacher, cost)
     torch.set_float32_matmul_precision("medium")
@@ -497,7 +502,7 @@ def test_lower_precision_of_products_is_not_taken():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
-# ---- what torch expects
+# ---- torch: compilation, custom operators, autocast, checkpointing
 
 
 @pytest.fixture
@@ -542,7 +547,7 @@ def test_compiled_gradients_are_the_eager_ones(gradient, backend, fresh_compiler
 @pytest.mark.parametrize("gradient", [*GRADIENTS, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck(gradient, dtype):
-    torch.use_deterministic_algorithms(False)  # opcheck compares what is run twice
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs of the operator
     student, teacher, cost = (x.to(DEVICE) for x in drawn(2, 3, classes=10, dtype=torch.float32))
     row_scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0], device=DEVICE)
     labels = torch.tensor([3, 1, class_ot.NO_LABEL, 0, 9, 2], device=DEVICE)
@@ -563,7 +568,7 @@ def test_autocast_changes_nothing(gradient):
         assert torch.equal(cast[0], plain[0]) and torch.equal(cast[1], plain[1])
 
 
-def test_grad_is_found_only_where_it_is_wanted(monkeypatch):
+def test_gradient_is_computed_only_if_required(monkeypatch):
     asked = []
     right = class_ot._row_losses
     monkeypatch.setattr(class_ot, "_row_losses", lambda *args: asked.append(args[-1]) or right(*args))
@@ -599,7 +604,7 @@ def test_backward_twice_and_checkpoint_and_hooks():
     torch.testing.assert_close(torch.autograd.functional.jacobian(rows, student, vectorize=True), one_by_one)
 
 
-def test_derivatives_that_are_not_there_raise():
+def test_missing_derivatives_raise():
     student, teacher, cost = drawn(3, classes=6)
     for options in ({}, {"gradient": "implicit"}, {"gradient": "envelope", "backend": "reference"}):
         leaf = student.clone().requires_grad_()
@@ -635,8 +640,8 @@ def test_no_value_is_read_on_the_way():
             assert student.grad.shape == student.shape
 
 
-def test_where_values_are_not_looked_at_bad_ones_are_nan(monkeypatch):
-    """What a GPU computes: no check, all rows gone through, and NaN for what has no answer."""
+def test_without_checks_a_bad_value_makes_its_row_nan(monkeypatch):
+    """Without checks (as on a GPU), all rows are computed, and a row with a bad value is NaN."""
     monkeypatch.setattr(class_ot, "_reads_values", lambda device: False)
     student, teacher, cost = drawn(4, classes=6, dtype=torch.float32)
     mask = torch.tensor([True, True, False, True])
@@ -658,7 +663,7 @@ def test_where_values_are_not_looked_at_bad_ones_are_nan(monkeypatch):
 @pytest.mark.gpu
 @each_gradient
 def test_on_a_gpu(gradient):
-    """The same numbers, without a synchronisation; checks(True) raises."""
+    """A GPU gives the CPU's numbers without a synchronisation; with checks(True), bad costs raise."""
     student, teacher, cost = (x.cuda() for x in drawn(64, classes=300, dtype=torch.float32))
     labels = torch.arange(64, device="cuda")
     call = partial(ours, student, teacher, epsilon=0.1, gradient=gradient, exclude_labels=labels)
@@ -681,14 +686,16 @@ def test_on_a_gpu(gradient):
         kdkernels.checks(before)
 
 
-# ---- defects of others
+# ---- defects of other implementations
 
 
 def test_defect_a_guard_in_the_denominators_moves_the_plan():
-    """1e-8 beside K^T u and K v, as in the released loop, is not small beside them at epsilon = 0.05: the mass of a row
-    is lost, where the plan here keeps it."""
+    """The plan keeps each row's mass.
+
+    The released loop adds 1e-8 to K^T u and K v. At a small epsilon these products are as small, and rows lose mass.
+    """
     student, teacher, cost = drawn(4, classes=6, scale=0.1)
-    cost = 0.2 + cost  # a kernel without a shift to the least cost
+    cost = 0.2 + cost  # the guarded kernel is not shifted by the smallest cost
     numbers = {"epsilon": 0.01, "iterations": 50}
     a, b, u = distributions(student, teacher)
     guarded = plan(a, b, u, cost, numbers["epsilon"], numbers["iterations"], guard=1e-8)
@@ -698,7 +705,7 @@ def test_defect_a_guard_in_the_denominators_moves_the_plan():
 
 
 def test_defect_a_kernel_matrix_a_row():
-    """What is allocated at a time is two matrices and vectors, and not [rows, V, V]."""
+    """Allocations are two [V, V] matrices and vectors per row; no tensor is [rows, V, V]."""
     torch.use_deterministic_algorithms(False)
     rows, classes = 64, 256
     student, teacher, cost = drawn(rows, classes=classes, dtype=torch.float32)
@@ -777,7 +784,7 @@ def test_bad_arguments_say_what_was_expected(name, backend):
         assert part in str(raised.value), f"{part!r} not in: {raised.value}"
 
 
-def test_what_serves():
+def test_backends_that_serve_the_call():
     call = good()
     assert fused_class_ot(**call, backend="cpu").isfinite()
     for backend in set(BACKENDS) - {"cpu", "reference", "triton"}:
@@ -810,7 +817,7 @@ def test_module_is_the_function():
 
 
 def test_dropped_rows_where_the_arithmetic_is_wider():
-    """Costs whose range is past what fp32 takes are met in fp64, and so are the rows that are kept of fewer."""
+    """Costs with a range too wide for fp32 are computed in fp64, also when a mask drops rows."""
     student, teacher, cost = torch.randn(3, 5), torch.randn(3, 5), torch.rand(5, 5)
     leaf, mask = student.clone().requires_grad_(), torch.tensor([True, False, True])
     options = {"epsilon": 0.005, "reduction": "none"}

@@ -1,4 +1,4 @@
-"""Defects that were demonstrated in other libraries' losses on dense logits, each one a test here."""
+"""Known defects of other libraries' losses on dense logits: one test for each."""
 
 import math
 
@@ -21,7 +21,10 @@ def leaf(*shape, backend="cpu", dtype=torch.float32):
 @each_gradient
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_second_backward_does_not_scale_twice(backend, gradient, dtype):
-    """A retained graph with grad_output = 2 gave four times the gradient the second time."""
+    """Each backward over a retained graph scales by its own grad_output.
+
+    Another library scaled twice: grad_output = 2 gave four times the gradient the second time.
+    """
     student, teacher = leaf(4, 90, backend=backend, dtype=dtype), leaf(4, 90, backend=backend).detach()
     loss = fused_js(student, teacher, gradient=gradient, backend=backend)
     two = torch.full_like(loss, 2.0)
@@ -38,7 +41,7 @@ def test_second_backward_does_not_scale_twice(backend, gradient, dtype):
 
 @each_backend
 def test_loss_factor_reaches_the_gradient_exactly(backend):
-    """1/3 is not rounded to bf16 on its way into a bf16 gradient."""
+    """A factor of 1/3 is not rounded to bf16 before it multiplies a bf16 gradient."""
     student, teacher = leaf(4, 90, backend=backend, dtype=torch.bfloat16), leaf(4, 90, backend=backend).detach()
     whole = torch.autograd.grad(fused_kl(student, teacher, reduction="sum", backend=backend), student)[0].float()
     third = torch.autograd.grad(fused_kl(student, teacher, reduction="sum", backend=backend) / 3, student)[0]
@@ -48,7 +51,7 @@ def test_loss_factor_reaches_the_gradient_exactly(backend):
 
 @each_backend
 def test_tv_with_all_rows_ignored_is_zero(backend):
-    """Raised ZeroDivisionError."""
+    """Loss and gradient are 0 when labels ignore all rows; another library raised ZeroDivisionError."""
     student, teacher = leaf(3, 20, backend=backend), leaf(3, 20, backend=backend).detach()
     labels = torch.full((3,), -100, device=student.device)
     loss = fused_divergence(student, teacher, "tv", labels=labels, backend=backend)
@@ -58,7 +61,7 @@ def test_tv_with_all_rows_ignored_is_zero(backend):
 
 @each_backend
 def test_tv_slope_is_zero_where_p_is_q(backend):
-    """Was -1/2 everywhere."""
+    """The slope of tv is 0 at p = q; another library gave -1/2 for every class."""
     student = leaf(3, 20, backend=backend)
     fused_divergence(student, student.detach().clone(), "tv", backend=backend).backward()
     assert not student.grad.any()
@@ -67,7 +70,7 @@ def test_tv_slope_is_zero_where_p_is_q(backend):
 @each_backend
 @pytest.mark.parametrize("divergence", list(CATALOGUE))
 def test_bf16_on_both_sides_runs(backend, divergence):
-    """Raised "Expected dtype fp32/fp64 got bf16"."""
+    """bf16 logits are valid on both sides; another library raised "Expected dtype fp32/fp64 got bf16"."""
     student, teacher = leaf(2, 70, backend=backend, dtype=torch.bfloat16), leaf(2, 70, backend=backend).detach()
     loss = fused_divergence(student, teacher.bfloat16(), divergence, backend=backend)
     loss.backward()
@@ -77,7 +80,10 @@ def test_bf16_on_both_sides_runs(backend, divergence):
 @each_backend
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if not d.is_infinite_without_teacher], ids=repr)
 def test_vocabulary_masked_in_the_teacher_is_finite(backend, divergence):
-    """Gave NaN or inf in KL with log targets and in every JS."""
+    """A class that the teacher masks leaves loss and gradient finite.
+
+    Other libraries gave NaN or inf in KL with log targets and in every JS.
+    """
     student, teacher = leaf(3, 80, backend=backend), leaf(3, 80, backend=backend).detach()
     teacher[:, 60:] = -math.inf
     loss = fused_divergence(student, teacher, divergence, backend=backend)
@@ -90,7 +96,10 @@ def test_vocabulary_masked_in_the_teacher_is_finite(backend, divergence):
 @each_backend
 @pytest.mark.parametrize("divergence", list(CATALOGUE))
 def test_padding_classes_have_no_mass(backend, divergence):
-    """Padding the student with zero logits gave identical models a KL above 0."""
+    """Identical models have loss 0 when one side has padding classes.
+
+    Another library padded the student with zero logits, and the KL of identical models was above 0.
+    """
     logits = torch.randn(3, 50, device=device_of(backend)) - 5
     padded = F.pad(logits, (0, 14))
     got = run(padded, logits, divergence, vocab_size=50, backend=backend)
@@ -107,7 +116,7 @@ def test_widths_that_differ_are_not_silent(backend):
 
 @each_backend
 def test_three_dimensions_are_rows_like_any_other(backend):
-    """[B, T, V] was taken as B rows by a peer: here it is B * T of them, in value, count and gradient."""
+    """[B, T, V] is B * T rows in value, count and gradient; another library counted B rows."""
     student, teacher = (
         torch.randn(2, 5, 60, device=device_of(backend)),
         torch.randn(2, 5, 60, device=device_of(backend)),
@@ -119,7 +128,7 @@ def test_three_dimensions_are_rows_like_any_other(backend):
 
 @each_backend
 def test_ignored_tokens_leave_the_divisor_too(backend):
-    """Summed ignored tokens, or divided by all of them."""
+    """Ignored tokens enter neither the sum nor the count; other libraries summed or counted them."""
     student, teacher = leaf(6, 60, backend=backend).detach(), leaf(6, 60, backend=backend).detach()
     labels = torch.tensor([1, -100, 2, -100, -100, 3], device=student.device)
     got = run(student, teacher, "kl", labels=labels, reduction="mean", backend=backend)
@@ -129,8 +138,11 @@ def test_ignored_tokens_leave_the_divisor_too(backend):
 
 
 @each_backend
-def test_what_requires_grad_has_one(backend):
-    """Soft and hard losses were returned that require grad and give none: statistics say that they are detached."""
+def test_loss_requires_grad_and_statistics_are_detached(backend):
+    """The loss requires grad; statistics are detached and say so.
+
+    Another library returned soft and hard losses that required grad and passed none on.
+    """
     student, teacher = leaf(3, 60, backend=backend), leaf(3, 60, backend=backend).detach()
     labels = torch.tensor([1, 2, 3], device=student.device)
     names = ("divergence", "cross_entropy")
@@ -143,7 +155,7 @@ def test_what_requires_grad_has_one(backend):
 @each_backend
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_bf16_logits_are_not_rounded_again(backend, divergence):
-    """A bf16 log-prob costs 15 % of a gradient: here it is as near to fp64 as rounding the result once allows."""
+    """A gradient of bf16 logits has the error of one rounding of the result; bf16 log-probs cost 15 % of a gradient."""
     vocab = 32_000 if backend != "triton" else 2000
     student, teacher = torch.randn(2, vocab).bfloat16(), torch.randn(2, vocab).bfloat16()
     got = run(student.to(device_of(backend)), teacher.to(device_of(backend)), divergence, backend=backend)
@@ -155,13 +167,13 @@ def test_bf16_logits_are_not_rounded_again(backend, divergence):
 
 @each_backend
 def test_probabilities_that_underflow_mix_without_nan(backend):
-    """log(beta * p + (1 - beta) * q) where both underflow was NaN."""
+    """A class whose p and q both underflow is finite; log(beta * p + (1 - beta) * q) was NaN in another library."""
     for divergence in DIVERGENCES:
         student, teacher = torch.randn(2, 60), torch.randn(2, 60)
         student[:, 5:20] -= 150
         teacher[:, 10:30] -= 150
         if divergence.is_steep:
-            continue  # p^2 / q of such classes is beyond fp32
+            continue  # p^2 / q of these classes overflows fp32
         got = run(student.to(device_of(backend)), teacher.to(device_of(backend)), divergence, backend=backend)
         want = truth(student, teacher, divergence)
         assert ((got.loss.double().cpu() - want.loss).abs() <= 1e-6 * want.loss + rounding(student, teacher)).all()
@@ -170,7 +182,10 @@ def test_probabilities_that_underflow_mix_without_nan(backend):
 
 @each_backend
 def test_fp16_gradients_survive_until_the_loss_scale(backend):
-    """Gradients of a mean are about 1 / (N V): stored in fp16 before the loss scaler multiplies them they are zero."""
+    """fp16 gradients are scaled by the loss scaler before they are rounded.
+
+    Gradients of a mean are about 1 / (N V), which is 0 in fp16.
+    """
     rows, vocab = 8, 4000 if backend != "triton" else 1000
     student, teacher = (
         leaf(rows, vocab, backend=backend, dtype=torch.float16),
@@ -186,7 +201,10 @@ def test_fp16_gradients_survive_until_the_loss_scale(backend):
 @each_backend
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_all_ignored_has_a_graph(backend, reduction):
-    """Returned a loss without grad_fn, so that backward raised; or NaN."""
+    """The loss of ignored rows alone is 0 and has a graph.
+
+    Other libraries returned NaN, or a loss without grad_fn, so that backward raised.
+    """
     student, teacher = leaf(3, 20, backend=backend), leaf(3, 20, backend=backend).detach()
     mask = torch.zeros(3, dtype=torch.bool, device=student.device)
     loss = fused_kl(student, teacher, mask=mask, reduction=reduction, backend=backend)
@@ -198,7 +216,7 @@ def test_all_ignored_has_a_graph(backend, reduction):
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 @each_gradient
 def test_second_derivative_raises(backend, gradient):
-    """Was silently not differentiable: a gradient penalty came out 89 % wrong."""
+    """A second derivative raises; another library returned a gradient penalty with an error of 89 %."""
     student, teacher = leaf(3, 20, backend=backend), leaf(3, 20, backend=backend).detach()
     loss = fused_kl(student, teacher, gradient=gradient, backend=backend)
     with pytest.raises(RuntimeError, match='backend="reference"'):
@@ -206,13 +224,13 @@ def test_second_derivative_raises(backend, gradient):
 
 
 def test_identical_inputs_give_zero_not_the_teachers_entropy():
-    """A cross-entropy was sold as forward KL: identical inputs gave 1.6."""
+    """Identical inputs have KL 0; another library's forward KL was a cross-entropy, 1.6 for identical inputs."""
     logits = torch.randn(4, 30)
     assert fused_kl(logits, logits).abs() < 1e-6
 
 
 def test_directions_are_gkds():
-    """p is the teacher. beta weights KL(p, m), and m is beta p + (1 - beta) q: a peer had m swapped."""
+    """p is the teacher, beta weights KL(p, m), and m is beta p + (1 - beta) q; another library swapped p and q in m."""
     student, teacher = torch.randn(1, 9).double(), torch.randn(1, 9).double()
     p, q = teacher.softmax(-1), student.softmax(-1)
     kl = lambda a, b: (a * (a / b).log()).sum().item()  # noqa: E731
@@ -243,7 +261,7 @@ def test_temperature_divides_both_sides_and_is_squared_only_when_asked():
 
 
 def test_pure_distillation_by_default():
-    """A peer mixed in half a cross-entropy when labels were there: labels alone only drop ignored rows."""
+    """Labels alone drop ignored rows and add no term; another library added half a cross-entropy."""
     student, teacher = torch.randn(3, 40), torch.randn(3, 40)
     labels = torch.tensor([3, 4, 5])
     assert torch.equal(fused_kl(student, teacher, labels=labels), fused_kl(student, teacher))

@@ -1,4 +1,4 @@
-"""LinearLogits by itself: what it says of its logits, what it refuses, and what it reads from a model."""
+"""LinearLogits alone: properties, bad input, and the values that from_module reads from a model."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ from kdkernels.distributions import gathered
 HIDDEN, WEIGHT = torch.randn(2, 3, 4), torch.randn(7, 4)
 
 
-def test_it_has_the_properties_of_its_logits():
+def test_a_head_has_the_properties_of_its_logits():
     for parts in ((), ("hidden",), ("weight",), ("bias",)):
         tensors = {"hidden": HIDDEN.bfloat16(), "weight": WEIGHT, "bias": torch.randn(7)}
         for name in parts:
@@ -26,11 +26,11 @@ def test_it_has_the_properties_of_its_logits():
         assert detached.weight.data_ptr() == head.weight.data_ptr() and detached.bias is not None
 
 
-def test_it_is_frozen_and_no_tuple():
+def test_a_head_is_frozen_and_no_tuple():
     head = LinearLogits(HIDDEN, WEIGHT)
     with pytest.raises(AttributeError, match="scale"):
         head.scale = 2.0
-    assert head != LinearLogits(HIDDEN, WEIGHT)  # and does not compare tensors
+    assert head != LinearLogits(HIDDEN, WEIGHT)  # != compares identities and no tensors
     with pytest.raises(TypeError, match="positional"):
         LinearLogits(HIDDEN, WEIGHT, None, 2.0)
 
@@ -111,7 +111,7 @@ def test_from_module_reads_scale_and_cap(config, scale, softcap):
     head = LinearLogits.from_module(HIDDEN, lm_head, text)
     assert head.weight is lm_head.weight and head.bias is lm_head.bias
     assert (head.scale, head.softcap) == (scale, softcap)
-    around = SimpleNamespace(get_text_config=lambda: text, logit_scale=2.6592)  # of an image model
+    around = SimpleNamespace(get_text_config=lambda: text, logit_scale=2.6592)  # config of an image model
     if (scale, softcap) == (1.0, None):
         assert LinearLogits.from_module(HIDDEN, lm_head, around).scale == 1
     else:
@@ -121,7 +121,7 @@ def test_from_module_reads_scale_and_cap(config, scale, softcap):
 
 
 class Adapter(nn.Module):
-    """What PEFT makes of a layer, by its attributes."""
+    """A mock with the attributes of a PEFT adapter layer."""
 
     def __init__(self, **modules):
         super().__init__()
@@ -135,7 +135,7 @@ class ScaledHead(nn.Linear):
         return 2 * super().forward(x)
 
 
-def test_from_module_refuses_what_is_more_than_a_linear_map():
+def test_from_module_refuses_all_but_a_linear_map():
     linear, patched = nn.Linear(4, 7), nn.Linear(4, 7)
     patched.forward = lambda x: 2 * x
     for head, expected in (
@@ -163,7 +163,7 @@ def test_from_module_refuses_what_is_more_than_a_linear_map():
 
 
 def test_from_module_looks_through_the_hooks_of_accelerate():
-    """Which replace the instance's forward by one around it."""
+    """from_module accepts a Linear with accelerate's hooks, which wrap the instance's forward."""
     linear, patched = nn.Linear(4, 7), nn.Linear(4, 7)
     patched.forward = lambda x: 2 * x
     for module in (linear, patched):

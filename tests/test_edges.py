@@ -1,4 +1,4 @@
-"""The edges of a row: infinities, NaN, one class, equal and saturated distributions, offsets, offsets past 2^31."""
+"""Edge cases of a row: infinities, NaN, one class, equal and saturated distributions, offsets, strides past 2^31."""
 
 import math
 
@@ -40,7 +40,10 @@ def test_class_that_is_minus_infinity_on_both_sides_contributes_nothing(divergen
 @each_gradient
 @pytest.mark.parametrize("value", [math.nan, INF, -INF])
 def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, value):
-    """A row weight, what comes back for a row's loss, or a normalizer of 0: without labels, and with."""
+    """A non-finite row_weight or grad_output changes no other row, with and without labels.
+
+    normalizer=0 makes loss and gradients non-finite.
+    """
     device = device_of(backend)
     student, teacher = torch.randn(3, 50, device=device), torch.randn(3, 50, device=device)
     bad = torch.tensor([1.0, value, 1.0], device=device)
@@ -63,7 +66,10 @@ def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, valu
 @each_gradient
 @pytest.mark.parametrize("value", [INF, -INF])
 def test_a_hard_weight_of_0_drops_the_label_term_of_an_infinite_row_scale(backend, sparse, gradient, value):
-    """inf * 0 is NaN. The row has the infinite gradient that it has without labels."""
+    """A hard weight of 0 drops the label term, since inf * 0 is NaN.
+
+    The row has the same infinite gradient as without labels.
+    """
     device = device_of(backend)
     student, teacher = torch.randn(3, 50, device=device), torch.randn(3, 50, device=device)
     if sparse:
@@ -88,7 +94,7 @@ def test_a_hard_weight_of_0_drops_the_label_term_of_an_infinite_row_scale(backen
 @each_backend
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
 def test_long_stretches_of_minus_infinity_at_a_low_maximum(divergence, backend, side):
-    """A masked half of the vocabulary, where all other logits are far below 0."""
+    """Half of the vocabulary may be -inf while all other logits are far below 0."""
     vocab = 300 if backend == "triton" else 5000
     student, teacher = torch.randn(2, vocab) - 200, torch.randn(2, vocab) - 300
     for name, x in (("student", student), ("teacher", teacher)):
@@ -101,7 +107,7 @@ def test_long_stretches_of_minus_infinity_at_a_low_maximum(divergence, backend, 
 @each_backend
 @each_gradient
 def test_teacher_without_mass_where_the_student_has_some(divergence, backend, gradient):
-    """Finite and exact, or +inf with the whole row's gradient NaN, as the docstring says; other rows are untouched."""
+    """The loss is exact, or +inf with a NaN gradient for the row, as the docstring says; other rows are unchanged."""
     student, teacher = torch.randn(3, 300), torch.randn(3, 300)
     teacher[1, 5:20] = -INF
     got = check(student, teacher, divergence, backend, gradient=gradient)
@@ -128,8 +134,8 @@ def test_student_without_mass_where_the_teacher_has_some(divergence, backend, gr
 
 @each_backend
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_mixed_kl_at_its_ends_is_what_it_ends_in(backend, weight):
-    """A term of weight 0 is dropped, also where it is infinite."""
+def test_mixed_kl_of_weight_0_or_1_is_one_term(backend, weight):
+    """mixed_kl at weight 0 or 1 drops the term of weight 0, also an infinite one."""
     student, teacher = torch.randn(2, 100), torch.randn(2, 100)
     (teacher if weight == 1.0 else student)[:, 3] = -INF
     end = "kl" if weight == 1.0 else "reverse_kl"
@@ -141,7 +147,7 @@ def test_mixed_kl_at_its_ends_is_what_it_ends_in(backend, weight):
 @each_divergence
 @each_backend
 def test_rows_of_minus_infinity_but_one(divergence, backend):
-    """Point masses: on one class (nothing to learn), and on two."""
+    """Point masses: student and teacher on the same class (loss 0), and on two different classes."""
     student, teacher = torch.full((2, 300 if backend == "triton" else 5000), -INF), None
     teacher = student.clone()
     student[:, 7] = 1.0
@@ -159,7 +165,7 @@ def test_rows_of_minus_infinity_but_one(divergence, backend):
 @pytest.mark.parametrize("divergence", list(CATALOGUE))
 def test_nan_stays_in_its_row(backend, gradient, where, bad, divergence):
     if backend == "triton" and (divergence not in ("kl", "js", "tv") or bad in ("7fffffff", "7f800001")):
-        pytest.skip("the interpreter is slow; what is left covers every path")
+        pytest.skip("Triton's interpreter is slow; the other cases cover every path")
     student, teacher = torch.randn(3, 70), torch.randn(3, 70)
     row = {"student": student, "teacher": teacher}[where][1]
     if bad == "inf":
@@ -203,11 +209,15 @@ def test_identical_distributions_give_zero(divergence, backend, dtype):
 @each_backend
 @pytest.mark.parametrize("alpha", [-0.5, 0.001, 0.4, 0.5, 0.999, 1.5])
 def test_identical_distributions_in_alpha(backend, alpha):
-    """The terms are differences over alpha (alpha - 1), which magnifies what does not cancel in them: no more than the
-    rounding of a probability, where a product is fused with the difference that follows."""
+    """Equal distributions have a loss within a probability's rounding over |alpha (alpha - 1)|.
+
+    Each term is a difference divided by alpha (alpha - 1), which magnifies its rounding. A fused multiply-subtract
+    leaves the rounding of one probability.
+    """
     logits = (5 * torch.randn(3, 1000)).to(device_of(backend))
     got = run(logits, logits, Divergence("alpha", alpha=alpha), backend=backend)
-    allowed = (1e-6 if backend == "reference" else 1e-8) / abs(alpha * (alpha - 1))  # its power is not p itself
+    # The reference rounds p**alpha q**(1 - alpha).
+    allowed = (1e-6 if backend == "reference" else 1e-8) / abs(alpha * (alpha - 1))
     assert got.loss.abs().max() < allowed and got.gradient.abs().max() < allowed
 
 
@@ -216,15 +226,15 @@ def test_identical_distributions_in_alpha(backend, alpha):
 @each_gradient
 @pytest.mark.parametrize("side", ["both", "teacher"])
 def test_classes_masked_with_the_smallest_number(divergence, backend, gradient, side):
-    """A mask of finfo.min instead of -inf, whose products with a scale overflow."""
+    """A mask of finfo.min acts as -inf, although its product with a scale overflows."""
     if side == "teacher" and divergence.is_infinite_without_teacher:
-        pytest.skip("the loss is the size of the mask")
+        pytest.skip("the loss is as large as the mask")
     student, teacher = torch.randn(2, 300), torch.randn(2, 300)
     teacher[:, 5:90] = torch.finfo(torch.float32).min
     if side == "both":
         student[:, 5:90] = torch.finfo(torch.float32).min
     if side == "both" and divergence.is_steep:
-        pytest.skip("a log-ratio of 0 times infinity")
+        pytest.skip("a term is 0 * inf")
     student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
     got = run(student, teacher, divergence, backend=backend, gradient=gradient)
     want = truth(student, teacher, divergence)
@@ -236,7 +246,10 @@ def test_classes_masked_with_the_smallest_number(divergence, backend, gradient, 
 @each_gradient
 @pytest.mark.parametrize("divergence", [Divergence("reverse_kl"), Divergence("mixed_kl", weight=0.3)], ids=repr)
 def test_an_infinite_loss_and_its_gradient_agree(backend, gradient, divergence):
-    """The class that the teacher excludes has a probability that fp32 does not hold: it counts for both or for none."""
+    """An infinite loss has a NaN gradient, and a finite loss a finite gradient.
+
+    The student's probability of the class that the teacher excludes underflows in fp32.
+    """
     student, teacher = torch.zeros(1, 64), torch.zeros(1, 64)
     student[0, :8], student[0, 3], teacher[0, 3] = -30, -100, -INF
     student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
@@ -248,7 +261,7 @@ def test_an_infinite_loss_and_its_gradient_agree(backend, gradient, divergence):
 @each_backend
 @pytest.mark.parametrize("row", [-INF, math.nan])
 def test_top1_of_a_row_that_has_none(backend, row):
-    """0, wherever the row lies between lines of 16 bytes."""
+    """A row without a largest logit has top-1 class 0, at any offset from 16-byte alignment."""
     student = torch.randn(3, 48, device=device_of(backend))[:, 3:45]
     student[1] = row
     names = ("student_top1", "teacher_top1")
@@ -261,7 +274,7 @@ def test_top1_of_a_row_that_has_none(backend, row):
 @each_backend
 def test_saturated_logits(divergence, backend):
     if divergence.is_steep:
-        pytest.skip("e^160 is beyond fp32, as the docstring says")
+        pytest.skip("e^160 overflows fp32, as the docstring says")
     sign = torch.where(torch.rand(4, 500) < 0.5, -80.0, 80.0)
     check(sign, sign.roll(1, -1), divergence, backend)
     one_hot = torch.full((2, 500), -80.0)
@@ -273,7 +286,7 @@ def test_saturated_logits(divergence, backend):
 @each_divergence
 @each_backend
 def test_common_offset_changes_nothing(divergence, backend):
-    """Digits are not lost to a large lse: logits on a grid that fp32 holds at both offsets."""
+    """A large lse costs no digits. fp32 holds the logits exactly at both offsets."""
     student, teacher = torch.randint(-64, 64, (2, 3, 400)).float() / 16
     device = device_of(backend)
     here = run(student.to(device), teacher.to(device), divergence, backend=backend)
@@ -285,7 +298,7 @@ def test_common_offset_changes_nothing(divergence, backend):
 
 @each_divergence
 def test_close_distributions_keep_their_digits(divergence):
-    """At V = 262,144 and a divergence of 1e-5 the termwise form holds; an lse's rounding alone would be 10 % of it."""
+    """A divergence of 1e-5 at V = 262,144 keeps its digits, summed term by term; an lse's rounding is 10 % of it."""
     torch.manual_seed(0)
     student = torch.randn(1, 262_144)
     teacher = student + 0.005 * torch.randn(1, 262_144)
@@ -310,13 +323,13 @@ def test_kl_is_closer_than_eager_near_equality():
 @each_divergence
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_offsets_past_two_to_the_31(divergence, backend):
-    """Rows further apart than int32 counts: strided views of a memory that is only touched at the rows."""
+    """Rows may lie further apart than int32 counts. The storage is strided; only its rows are touched."""
     stride, device = 2**31 + 64, device_of(backend)
-    torch.use_deterministic_algorithms(False)  # do not fill
+    torch.use_deterministic_algorithms(False)  # do not fill the storage
     try:
         storage = torch.empty(stride + 4096, dtype=torch.bfloat16, device=device)
     except RuntimeError:
-        pytest.skip("4 GiB are not to be had")
+        pytest.skip("4 GiB cannot be allocated")
     rows = storage.as_strided((2, 1000), (stride, 1))
     values, teacher = torch.randn(2, 1000).bfloat16().to(device), torch.randn(2, 1000, device=device)
     rows.copy_(values)
@@ -327,7 +340,7 @@ def test_offsets_past_two_to_the_31(divergence, backend):
 
 @each_backend
 def test_label_term_ignores_the_temperature_and_the_divergence(backend):
-    """hard_weight 1 is cross-entropy at temperature 1, whatever the teacher says, with its gradient."""
+    """hard_weight=1 gives cross-entropy at temperature 1 and its gradient, for any teacher."""
     device = device_of(backend)
     student, teacher = torch.randn(4, 200, device=device), torch.randn(4, 200, device=device)
     labels = torch.randint(0, 200, (4,), device=device)

@@ -1,4 +1,4 @@
-"""A head whose weight FSDP2 shards: two ranks, against the gradients of FSDP2's own forward."""
+"""A head with a weight that FSDP2 shards, on two ranks, against the gradients of FSDP2's own forward."""
 
 import copy
 import datetime
@@ -47,8 +47,10 @@ class Model(nn.Module):
 
 
 def sharded(model, policy):
-    """Each layer, and the rest of the backbone, so that it can be run alone; but where embedding and head are tied, the
-    two belong to the root."""
+    """Shards each layer, the rest of the backbone and the root.
+
+    The backbone is a unit of its own, so that it runs alone. Tied embedding and head belong to the root instead.
+    """
     for layer in model.backbone.layers:
         fully_shard(layer, mp_policy=policy)
     if model.head.weight is not model.backbone.embedding.weight:
@@ -70,7 +72,7 @@ def of_its_own_forward(model, tokens, teacher):
 
 
 def of_a_sharded_head(model, tokens, teacher):
-    """The backbone's own forward, and the head's weight as it lies in the module."""
+    """Runs the backbone's own forward and passes the head's DTensor weight to LinearLogits."""
     hidden = model.backbone(tokens)
     assert isinstance(model.head.weight, DTensor)
     fused_kl(LinearLogits(hidden, model.head.weight, model.head.bias), teacher).backward()
@@ -94,13 +96,13 @@ def worker(rank: int, path: str):
         for dtype in (torch.float32, torch.bfloat16):
             check(rank, tied, dtype)
     dist.barrier()
-    os._exit(0)  # the threads of gloo abort a process, now and then, that takes leave of them
+    os._exit(0)  # gloo's threads sometimes abort a process that exits normally
 
 
 def check(rank: int, tied: bool, dtype: torch.dtype):
     torch.manual_seed(0)
     model = Model(tied)
-    torch.manual_seed(rank + 1)  # a batch of its own for each rank
+    torch.manual_seed(rank + 1)  # each rank has its own batch
     tokens = torch.randint(0, VOCAB, (TOKENS,))
     teacher = LinearLogits(2 * torch.randn(TOKENS, WIDTH), torch.randn(VOCAB, WIDTH))
 
@@ -112,13 +114,13 @@ def check(rank: int, tied: bool, dtype: torch.dtype):
         return gradients(shards)
 
     want = found(of_its_own_forward)
-    # In bf16 the ways round logits and gradients at other places.
+    # In bf16, the variants round logits and gradients at different steps.
     allowed = 1e-5 if dtype == torch.float32 else 0.02
     assert distance(found(of_a_registered_method), want) <= allowed
     if tied:
-        return  # the backbone cannot be run without the root
+        return  # the backbone does not run without the root
     assert distance(found(of_a_sharded_head), want) <= allowed
-    # Takes what comes back on each rank for the gradient on all of them.
+    # A bare full_tensor() takes each rank's gradient for the gradient over all ranks.
     assert distance(found(of_a_bare_full_tensor), want) > 0.3
 
 

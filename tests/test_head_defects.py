@@ -1,7 +1,7 @@
-"""Defects that were demonstrated in other libraries' losses on heads, each one a test here or in test_linear.py.
+"""Known defects of other libraries' losses on heads: one test for each, here or in test_linear.py.
 
-There: frozen parts that cost a product, gradients of weights summed in bf16, logits rounded to bf16 (and an oracle that
-shared the rounding), memory that grows with the tokens.
+test_linear.py covers products for frozen parts, gradients of weights summed in bf16, logits rounded to bf16 (and an
+oracle with the same rounding), and memory that grows with the tokens.
 """
 
 import pytest
@@ -24,7 +24,10 @@ def head(*leading, vocab=40, width=6, backend="cpu", dtype=torch.float32, trains
 @each_backend
 @each_gradient
 def test_second_backward_does_not_scale_twice(backend, gradient):
-    """A retained graph with grad_output = 2 gave four times the gradient the second time."""
+    """Each backward over a retained graph scales by its own grad_output.
+
+    Another library scaled twice: grad_output = 2 gave four times the gradient the second time.
+    """
     student, teacher = head(4, backend=backend, trains=True), head(4, backend=backend)
     loss = fused_js(student, teacher, gradient=gradient, backend=backend)
     leaves, two = (student.hidden, student.weight), torch.full_like(loss, 2.0)
@@ -39,7 +42,7 @@ def test_second_backward_does_not_scale_twice(backend, gradient):
 
 @each_backend
 def test_vocabulary_masked_in_the_teacher_is_finite(backend):
-    """A bias of -inf, as servers mask classes, made JS NaN at every beta."""
+    """A teacher's bias of -inf, a server's mask, leaves loss and gradients finite; JS was NaN in another library."""
     student = head(4, backend=backend, trains=True)
     bias = torch.zeros(40, device=student.device)
     bias[7:] = -torch.inf
@@ -52,7 +55,10 @@ def test_vocabulary_masked_in_the_teacher_is_finite(backend):
 
 @each_backend
 def test_widths_that_differ_are_not_silent(backend):
-    """A teacher of another width was read with the student's stride, or gave finite numbers."""
+    """Sides of different widths raise.
+
+    Other libraries read the teacher with the student's stride, or returned finite numbers.
+    """
     with pytest.raises(ValueError, match=r"40 classes and teacher 48.*vocab_size"):
         fused_kl(head(4, backend=backend), head(4, vocab=48, backend=backend), backend=backend)
 
@@ -60,7 +66,10 @@ def test_widths_that_differ_are_not_silent(backend):
 @each_backend
 @each_gradient
 def test_padding_classes_have_no_mass(backend, gradient):
-    """Padding the student with zero logits gave identical models a KL above 0."""
+    """Identical models have loss 0 when the student has padding classes.
+
+    Another library padded the student with zero logits, and the KL of identical models was above 0.
+    """
     student = head(4, vocab=48, backend=backend, trains=True)
     teacher = LinearLogits(student.hidden.detach(), student.weight.detach()[:40].clone())
     loss = fused_kl(student, teacher, vocab_size=40, gradient=gradient, backend=backend)
@@ -71,7 +80,7 @@ def test_padding_classes_have_no_mass(backend, gradient):
 
 @kernel_backends
 def test_three_dimensions_are_chunked_by_rows(backend, monkeypatch):
-    """[B, T, H] was chunked along B: one sequence made everything at once."""
+    """[B, T, H] is chunked by rows; another library chunked along B, so one sequence was one chunk."""
     rows, addmm = [], torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda add, a, b, **o: rows.append(a.shape[0]) or addmm(add, a, b, **o))
     student, teacher = head(1, 30, backend=backend), head(1, 30, backend=backend)
@@ -83,7 +92,7 @@ def test_three_dimensions_are_chunked_by_rows(backend, monkeypatch):
 
 @each_backend
 def test_chunks_that_do_not_divide_the_rows(backend):
-    """20 tokens in 8 chunks crashed."""
+    """Any chunk size gives the same result; 20 tokens in 8 chunks crashed another library."""
     student, teacher = head(20, backend=backend, trains=True), head(20, backend=backend)
     found = []
     for chunk_rows in (None, 3, 19, 20, 21):
@@ -96,7 +105,10 @@ def test_chunks_that_do_not_divide_the_rows(backend):
 @each_backend
 @each_gradient
 def test_all_ignored_has_a_graph_and_zero_gradients(backend, gradient):
-    """Was NaN, a division by zero, or a loss without grad_fn; and NaN came back where the loss was divided by 0."""
+    """The loss of ignored rows alone is 0 with a graph and zero gradients, also for a NaN grad_output.
+
+    Other libraries gave NaN, a division by zero, or a loss without grad_fn.
+    """
     student, teacher = head(4, backend=backend, trains=True), head(4, backend=backend)
     labels = torch.full((4,), -100, device=student.device)
     loss = fused_kl(student, teacher, labels=labels, gradient=gradient, backend=backend)
@@ -111,7 +123,10 @@ def test_all_ignored_has_a_graph_and_zero_gradients(backend, gradient):
 @each_backend
 @pytest.mark.parametrize("vocab", [1, 41, 47, 48])
 def test_padding_lanes_are_not_capped_into_the_sum(backend, vocab):
-    """Lanes past the vocabulary were set to -inf before the soft cap, which made them -cap: classes with mass."""
+    """Lanes past the vocabulary have no mass.
+
+    Another library set them to -inf before the soft cap. The cap made them -cap, classes with mass.
+    """
     student = head(3, vocab=vocab, backend=backend, softcap=0.5)
     got = fused_kl(student, head(3, vocab=vocab, backend=backend), statistics=("student_lse",), backend=backend)
     logits = (student.hidden.double() @ student.weight.double().t() / 0.5).tanh() * 0.5
@@ -121,7 +136,7 @@ def test_padding_lanes_are_not_capped_into_the_sum(backend, vocab):
 @kernel_backends
 @each_gradient
 def test_second_derivative_raises(backend, gradient):
-    """create_graph=True returned a gradient that does not depend on anything."""
+    """A second derivative raises; another library's create_graph=True returned a gradient without a graph."""
     student, teacher = head(4, backend=backend, trains=True), head(4, backend=backend)
     loss = fused_kl(student, teacher, gradient=gradient, backend=backend)
     with pytest.raises(RuntimeError, match=r'second derivatives.*backend="reference"'):
@@ -132,7 +147,10 @@ def test_second_derivative_raises(backend, gradient):
 
 @kernel_backends
 def test_fp16_gradients_survive_until_the_loss_scale(backend):
-    """A gradient of a mean is about 1 / (N V): stored in fp16 before the loss scaler multiplies, it is zero."""
+    """fp16 gradients are scaled by the loss scaler before they are rounded.
+
+    A gradient of a mean is about 1 / (N V), which is 0 in fp16.
+    """
     rows, vocab = 64, 3000
     student = head(rows, vocab=vocab, backend=backend, dtype=torch.float16, trains=True)
     teacher = head(rows, vocab=vocab, backend=backend, dtype=torch.float16)
@@ -150,7 +168,7 @@ def test_fp16_gradients_survive_until_the_loss_scale(backend):
 @kernel_backends
 @each_gradient
 def test_inputs_are_left_as_they_are(backend, gradient):
-    """Logits and hidden states were divided, or overwritten by gradients, in place."""
+    """A loss changes no input; other libraries divided logits and hidden states in place, or overwrote them."""
     student, teacher = head(6, backend=backend, trains=True, softcap=3.0), head(6, backend=backend, scale=0.3)
     logits = torch.randn(6, 40, device=student.device, requires_grad=True)
     tensors = (student.hidden, student.weight, teacher.hidden, teacher.weight, logits)

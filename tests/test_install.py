@@ -1,5 +1,7 @@
-"""`pip install .` without a compiler, or without a CUDA compiler that works: the package is there, and says what is
-missing and why."""
+"""`pip install .` without a compiler, or with a broken CUDA compiler.
+
+The package installs, and its report names the missing parts and the reason.
+"""
 
 import os
 import shutil
@@ -24,7 +26,7 @@ def report_of_installation(folder: Path, **environment: str) -> str:
         env={**os.environ, **environment}, check=True, capture_output=True,
     )  # fmt: skip
     code = (
-        # An editable installation of this repository would lend its compiled module.
+        # Hides an editable installation of this repository, whose compiled module would be imported.
         "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
         "import torch, kdkernels; from kdkernels import info; print(info.report()); print(kdkernels.__file__); "
         "s = torch.randn(2, 5, requires_grad=True); kdkernels.fused_js(s, s.detach() + 1).backward(); print(s.grad)"
@@ -48,7 +50,7 @@ def test_installs_without_a_compiler(tmp_path, variable, value, reason):
 
 def test_installs_where_the_cuda_kernels_do_not_compile(tmp_path):
     nvcc, cxx = fake_nvcc(tmp_path / "nvcc", "80 90a 100"), tmp_path / "g++"
-    cxx.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')  # whose speed is not what is tested
+    cxx.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')  # -O0: the test needs no fast kernels
     cxx.chmod(0o755)
     out = report_of_installation(
         tmp_path, CXX=str(cxx), KDKERNELS_NVCC=nvcc, KDKERNELS_NO_CUDA="", KDKERNELS_CUDA_ARCHS=""

@@ -1,4 +1,4 @@
-"""Heads (LinearLogits) on every backend, against fp64 from the hidden states."""
+"""Heads (LinearLogits) on every backend, against fp64 arithmetic from the hidden states on."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -27,17 +27,17 @@ each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 
 @dataclass(frozen=True)
 class Heads:
-    """Recipe for a student and a teacher of which a side is a head, or both."""
+    """Recipe for a student and a teacher; at least one side is a head."""
 
     leading: tuple[int, ...]
     vocab: int
-    widths: tuple[int, int]  # of the hidden states
+    widths: tuple[int, int]  # widths of the hidden states
     padding: tuple[int, int]  # classes past the vocabulary
     dtypes: tuple[torch.dtype, torch.dtype]
     biased: tuple[bool, bool]
     scales: tuple[float, float]
     softcaps: tuple[float | None, float | None]
-    stored: int | None  # the side that is a tensor of logits
+    stored: int | None  # index of the side with stored logits
     strided: bool
     seed: int
 
@@ -90,7 +90,7 @@ def heads(dtypes=DTYPES):
 
 
 def parts(side):
-    """The tensors that a side can have a gradient of."""
+    """A side's differentiable tensors."""
     return [side] if isinstance(side, torch.Tensor) else [side.hidden, side.weight, side.bias]
 
 
@@ -103,7 +103,7 @@ def mapped(side, f):
 
 
 def run(student, teacher, divergence="kl", *, grad_output=None, statistics=(), **options):
-    """Loss, gradients of the student's parts (None for what is not there) and statistics, on fresh leaves."""
+    """Loss, gradients of the student's parts (absent parts are left out) and statistics, on fresh leaves."""
     student = mapped(student, lambda x: x.detach().clone().requires_grad_())
     out = fused_divergence(student, mapped(teacher, torch.Tensor.detach), divergence, statistics=statistics, **options)
     loss, found = (out.loss, out.statistics) if statistics else (out, {})
@@ -124,7 +124,7 @@ def truth(student, teacher, divergence="kl", **options):
 
 
 def logits_of(side):
-    """As a model makes them in its dtype: F.linear, and each step of scale and softcap rounded."""
+    """Logits as a model computes them in its dtype: F.linear, scale and softcap, each rounded."""
     if isinstance(side, torch.Tensor):
         return side
     logits = torch.nn.functional.linear(side.hidden, side.weight, side.bias) * side.scale
@@ -132,7 +132,7 @@ def logits_of(side):
 
 
 def eager(student, teacher, divergence="kl", *, grad_output=None, **options):
-    """The same call on logits that eager PyTorch stores in their dtype, the divergence in fp32."""
+    """The same call on logits that eager PyTorch stores in their dtype; the divergence is in fp32."""
     student = mapped(student, lambda x: x.detach().clone().requires_grad_())
     with torch.no_grad():
         teacher = logits_of(teacher)
@@ -147,12 +147,12 @@ def distance(got, want) -> float:
     return (got.double() - want.double()).norm().item()
 
 
-# What one more rounding of each element to the dtype, and the order of sums, may add.
+# Error allowed for one more rounding of each element to the dtype and for another order of summation.
 ROUNDING = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-9}
 
 
 def undecided_slopes(student, teacher, options):
-    """What each of the loss and the gradients may be off, in norm, where the rounding of logits decides tv's sign."""
+    """Allowed errors (norms) of loss and gradients from tv's signs that the rounding of logits decides."""
     dtype = max((student.dtype, teacher.dtype), key=lambda x: torch.finfo(x).eps)
     with torch.no_grad():
         logits = [logits_of(mapped(x, torch.Tensor.double)) for x in (student, teacher)]
@@ -174,16 +174,16 @@ def undecided_slopes(student, teacher, options):
 
 
 def assert_close(got, want, same_dtype, dtypes, what="", undecided=(0, 0, 0, 0)):
-    """In norm, about the error of eager PyTorch in the same dtypes at most, and a rounding more.
+    """Errors (in norm) stay within 1.5 times the error of eager PyTorch in the same dtypes, plus one rounding.
 
-    About: in a few numbers two roundings of one size may differ by chance. `test_errors_are_at_most_those_of_eager`
-    has many.
+    The factor 1.5 covers chance: in a small tensor, two roundings of one size may differ. The large tensors of
+    `test_errors_are_at_most_those_of_eager` need no factor.
     """
     tolerance = max(ROUNDING[dtype] for dtype in dtypes)
     for name, x, y, z, slack in zip(("loss", "data", "weight", "bias"), (got[0], *got[1]), (want[0], *want[1]),
                                     (same_dtype[0], *same_dtype[1]), undecided, strict=False):  # fmt: skip
         assert torch.isfinite(x).all(), (what, name, x)
-        # Near p = q the rounding of logits is all there is: it is relative to the slopes' size, not to their sum.
+        # Near p = q the gradient is rounding of logits alone. It scales with the slopes' size, not with their sum.
         slopes = 1 if name == "loss" else 0.02 * y.numel() ** 0.5
         allowed = 1.5 * distance(z, y) + tolerance * (y.norm().item() + slopes) + slack
         assert distance(x, y) <= allowed, (what, name, distance(x, y), allowed)
@@ -276,7 +276,7 @@ def test_reference_is_twice_differentiable():
 
 @each_backend
 def test_statistics(backend):
-    """All of them, over chunks, with dropped rows, are those of the logits."""
+    """All statistics of a head, in chunks and with dropped rows, equal the statistics of its logits."""
     device = device_of(backend)
     recipe = Heads((3, 4), 60, (8, 8), (0, 3), (torch.float32,) * 2, (True, False), (1.0, 0.5), (5.0, None), None,
                    True, 0)  # fmt: skip
@@ -293,11 +293,11 @@ def test_statistics(backend):
                 assert not got[name][1].any(), name
 
 
-# ---- what a head must not cost
+# ---- costs that a head must avoid
 
 
 def products(monkeypatch, call):
-    """The (rows, inner, columns) of every product that the operator makes."""
+    """Shapes (rows, inner, columns) of the operator's matrix products."""
     made, addmm = [], torch.addmm
 
     def counted(add, a, b, **options):
@@ -350,7 +350,7 @@ def test_frozen_parts_cost_no_product(backend, monkeypatch):
 
 @kernel_backends
 def test_rows_that_are_dropped_cost_no_product(backend, monkeypatch):
-    """On a CPU they are left out; elsewhere with compact_rows=True."""
+    """Dropped rows take part in no product: on a CPU by default, on other devices with compact_rows=True."""
     device = device_of(backend)
     student, teacher = example((4, 25), device=device)
     mask = torch.rand(4, 25, device=device) < 0.2
@@ -366,7 +366,7 @@ def test_rows_that_are_dropped_cost_no_product(backend, monkeypatch):
 
 
 def peak_bytes(call) -> int:
-    """The most bytes that are allocated at once within a call, beside what was there."""
+    """Peak of the bytes that a call allocates, on top of the memory in use before it."""
     with torch.profiler.profile(profile_memory=True) as profile:
         result = call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -381,7 +381,7 @@ def peak_bytes(call) -> int:
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_the_budget_and_the_gradients(dtype, gradient):
-    """However many rows there are, and however they are shaped."""
+    """Peak memory stays within the chunk budget plus the gradients, for any number and shape of rows."""
     torch.use_deterministic_algorithms(False)
     vocab, width, budget = 6000, 64, 4 << 20
     for leading in ((200,), (1, 800), (8, 100)):
@@ -395,11 +395,11 @@ def test_peak_memory_is_the_budget_and_the_gradients(dtype, gradient):
 
         rows = student.hidden.shape[:-1].numel()
         gradients = 4 * vocab * width + rows * width * dtype.itemsize
-        # Numbers of rows, the slab of a product that is added, and the kernels' workspace.
+        # Per-row numbers, the buffer of a product before its addition, and the kernels' workspace.
         small = 200 * rows + (1 << 20)
         peak = peak_bytes(step)
         assert peak <= budget + gradients + small
-        assert peak >= gradients, "the profiler saw what was allocated"
+        assert peak >= gradients, "the profiler missed allocations"
 
 
 def test_large_chunks_take_no_more_than_the_rows():
@@ -409,14 +409,14 @@ def test_large_chunks_take_no_more_than_the_rows():
         assert peak_bytes(lambda: fused_kl(student, teacher, chunk_rows=10**6, backend="cpu")) < 400_000
 
 
-def test_the_chunk_s_buffers_go_before_the_weight_s_gradient_is_rounded():
+def test_chunk_buffers_are_freed_before_the_weight_gradient_is_rounded():
     torch.use_deterministic_algorithms(False)
     vocab, width, budget = 4000, 512, 4 << 20
     student, teacher = example((1000,), vocab, width, torch.bfloat16)
     leaves = mapped(student, lambda x: x.requires_grad_())
     with chunk_budget(budget):
         peak = peak_bytes(lambda: fused_kl(leaves, teacher, backend="cpu"))
-    fp32, rounded = 4 * vocab * width, 2 * vocab * width  # of which the second is made when the budget is free again
+    fp32, rounded = 4 * vocab * width, 2 * vocab * width  # `rounded` is allocated after the chunk's buffers are freed
     assert peak < fp32 + 2 * 1000 * width + max(rounded, budget) + (4 << 20)
 
 
@@ -449,7 +449,7 @@ def test_budget_decides_the_chunks(monkeypatch):
     assert rows_of()[0][0] == 1000
     with chunk_budget(64 * 4 * 2 * 300):
         rows = [m for m, k, n in rows_of() if (k, n) == (4, 64)][::2]
-        # Evenly spread: 4 chunks, not 3 and a short one.
+        # Rows are spread evenly: 4 chunks of like size, not 3 full chunks and a short one.
         assert sum(rows) == 1000 and len(rows) == 4 and min(rows) > 200
         with chunk_budget(2**30):
             assert rows_of()[0][0] == 1000
@@ -476,7 +476,7 @@ def test_a_budget_below_one_row_takes_one_and_warns():
 
 
 def test_the_weight_s_gradient_is_summed_in_fp32():
-    """Of 512 chunks whose parts agree in sign: bf16 stops growing at 256 of them."""
+    """512 chunks add parts of one sign to the weight's gradient; a bf16 sum stops growing at 256 of them."""
     rows, vocab, width = 512, 8, 4
     student = LinearLogits(torch.ones(rows, width).bfloat16(), torch.zeros(vocab, width).bfloat16())
     teacher = torch.zeros(rows, vocab)
@@ -488,7 +488,7 @@ def test_the_weight_s_gradient_is_summed_in_fp32():
 
 @kernel_backends
 def test_fp32_logits_out_of_bf16_products(backend):
-    """Rounding logits to bf16 is most of the error of a gradient; logits_dtype=torch.float32 does without."""
+    """logits_dtype=torch.float32 avoids rounding logits to bf16, the largest part of a gradient's error."""
     device = device_of(backend)
     hidden = 4 * torch.randn(24, 32, device=device).bfloat16()
     weight = torch.randn(150, 32, device=device).bfloat16()
@@ -548,7 +548,7 @@ def test_masked_rows_have_no_gradient_whatever_the_weight_is(backend, compact):
 
 @kernel_backends
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_inference_mode_made_can_be_the_teacher(backend, reduction):
+def test_inference_tensors_can_be_the_teacher(backend, reduction):
     device = device_of(backend)
     student, made = example(device=device)
     made = LinearLogits(made.hidden, made.weight, torch.randn(40, device=device))
@@ -601,8 +601,11 @@ def test_no_kept_rows(backend):
 
 
 @kernel_backends
-def test_what_comes_back_for_the_loss_scales_the_gradients(backend):
-    """Again over a kept graph too, and in place only where nothing else will want it."""
+def test_grad_output_scales_the_gradients(backend):
+    """grad_output scales the gradients, also over a retained graph.
+
+    A backward scales saved gradients in place only if no later backward reads them.
+    """
     device = device_of(backend)
     student, teacher = example(device=device)
     for gradient in ("forward", "backward"):
@@ -630,13 +633,13 @@ def test_a_tied_weight_gets_the_sum(backend):
     torch.testing.assert_close(*found)
 
 
-# ---- what torch expects
+# ---- torch: autocast, checkpointing, compilation, custom operators
 
 
 @kernel_backends
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_autocast_decides_the_products_dtype(backend, gradient):
-    """As F.linear under autocast: fp32 parameters, bf16 products, gradients in the parameters' own dtype."""
+    """A head acts as F.linear under autocast: fp32 parameters, bf16 products, gradients in the parameters' dtype."""
     device = device_of(backend)
     student, teacher = example((20,), 50, 16, device=device)
     student = LinearLogits(student.hidden, student.weight.bfloat16().float(), torch.randn(50, device=device))
@@ -648,7 +651,7 @@ def test_autocast_decides_the_products_dtype(backend, gradient):
     assert torch.equal(got[0], halves[0])
     for x, y in zip(got[1], halves[1], strict=True):
         torch.testing.assert_close(x.bfloat16(), y, rtol=2.0**-7, atol=1e-6)
-    # The products are rounded once, and their sum over chunks is not.
+    # Each product is rounded to bf16; the sum over chunks is fp32.
     assert not torch.equal(got[1][1], got[1][1].bfloat16().float())
     exact = run(student, teacher, gradient=gradient, backend=backend)
     assert not torch.equal(got[0], exact[0])
@@ -688,7 +691,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_compiles_whole(compiler, gradient, fresh_compiler):
-    """The head is made inside; the graph goes on on both sides; gradients are the eager ones."""
+    """A compiled step that builds the head gives the eager gradients, with operations before and after the loss."""
     _, teacher = example((6, 3), 50, 16)
 
     def step(x, weight, bias, factor, temperature):
@@ -756,7 +759,7 @@ def test_opcheck(backend, case):
 
 
 def test_no_value_is_read_on_the_way():
-    """Before and after the operator, forward and backward: nothing there synchronises with a device."""
+    """Forward and backward run on fake tensors: no code around the operator reads a value, so none synchronises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -792,7 +795,7 @@ def test_no_synchronisation_on_a_gpu(backend):
 
 @pytest.fixture
 def library_that_writes_fp32(monkeypatch):
-    """A CPU whose library writes the products of 16-bit factors in fp32, as CUDA's does."""
+    """A CPU mock of CUDA's addmm: products of 16-bit factors are written in fp32."""
 
     def addmm(add, a, b, out_dtype, *, beta=1, alpha=1, out):
         assert a.dtype == b.dtype and (add.dtype, add.shape) == (out_dtype, (a.shape[0], b.shape[1]))
@@ -807,7 +810,7 @@ def library_that_writes_fp32(monkeypatch):
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
 def test_products_in_fp32_by_the_library(library_that_writes_fp32, logits_dtype):
-    """The way of CUDA: fp32 logits and the sum over chunks are the library's. Here with its operator made up."""
+    """CUDA's path is right on a mocked operator: the library writes fp32 logits and sums over chunks."""
     recipe = Heads((20,), 70, (16, 16), (0, 0), (torch.bfloat16,) * 2, (True, True), (0.5, 1.0), (None, None), None,
                    False, 0)  # fmt: skip
     student, teacher = recipe.make()

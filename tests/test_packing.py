@@ -1,4 +1,4 @@
-"""Elias-Fano rows: what is packed comes back, in the room that the formula says."""
+"""Elias-Fano rows: unpack inverts pack, and sizes follow the formula."""
 
 import math
 
@@ -18,7 +18,7 @@ VOCABULARIES = st.one_of(st.integers(1, 80), st.integers(81, 300_000), st.sample
 @example(vocab_size=1, k=1, rows=2, repeat=False, seed=0)
 @example(vocab_size=100, k=100, rows=2, repeat=False, seed=0)
 @example(vocab_size=2**31, k=1, rows=3, repeat=True, seed=0)
-def test_what_is_packed_comes_back(vocab_size, k, rows, repeat, seed):
+def test_unpack_inverts_pack(vocab_size, k, rows, repeat, seed):
     k = min(k, vocab_size)
     generator = np.random.default_rng(seed)
     if repeat or vocab_size > 300_000:
@@ -26,7 +26,7 @@ def test_what_is_packed_comes_back(vocab_size, k, rows, repeat, seed):
     else:
         indices = np.array([generator.choice(vocab_size, k, replace=False) for _ in range(rows)]).reshape(rows, k)
     indices = np.sort(indices, axis=1).astype(np.int32)
-    # The ends of the range are where a row has too few bits, if anywhere.
+    # The range's ends need the most bits, so a row too short fails on them.
     indices[:1], indices[1:2] = 0, vocab_size - 1
     packed = packing.pack(indices, vocab_size)
     assert packed.dtype == np.uint8 and packed.shape == (rows, packing.row_bytes(vocab_size, k))
@@ -43,7 +43,7 @@ def test_no_other_split_takes_less(vocab_size, k):
 
 
 @pytest.mark.parametrize(("vocab_size", "k"), [(49_152, 64), (128_256, 128), (151_936, 50), (262_144, 64)])
-def test_an_index_takes_less_than_by_itself_and_little_more_than_it_must(vocab_size, k):
+def test_bits_per_index_are_near_the_lower_bound(vocab_size, k):
     bits = packing.row_bits(vocab_size, k) / k
     by_itself = (vocab_size - 1).bit_length()
     subsets = math.lgamma(vocab_size + 1) - math.lgamma(k + 1) - math.lgamma(vocab_size - k + 1)
@@ -53,10 +53,10 @@ def test_an_index_takes_less_than_by_itself_and_little_more_than_it_must(vocab_s
 
 def test_damaged_rows_are_refused():
     bits = np.unpackbits(packing.pack(np.arange(0, 1000, 10, dtype=np.int32)[None].repeat(2, 0), 1000), axis=1)
-    set_bit = 300 + np.flatnonzero(bits[0, 300:524])[-1]  # 3 bits of each index stand before the unary ones
+    set_bit = 300 + np.flatnonzero(bits[0, 300:524])[-1]  # the unary bits follow 3 low bits per index
     unset_bit = 300 + np.flatnonzero(bits[1, 300:524] == 0)[0]
     for row, bit in (((0, 0), (set_bit, unset_bit)), ((0, 1), (set_bit, unset_bit))):
-        # One bit less or, in the second round, as many in all but not in each row.
+        # First case: one bit less. Second case: the total is right, but each row is wrong.
         damaged = bits.copy()
         damaged[row[0], bit[0]] = 0
         damaged[row[1], bit[1]] = row[1]

@@ -1,4 +1,4 @@
-"""Every divergence on every backend, against fp64: losses, gradients, statistics, options, reductions."""
+"""Every divergence on every backend against fp64: losses, gradients, statistics, options, reductions."""
 
 from contextlib import nullcontext
 
@@ -26,7 +26,7 @@ from truth import (
 from kdkernels.losses.options import STATISTICS
 
 LABEL_FREE = tuple(name for name in STATISTICS if "label" not in name and name != "cross_entropy")
-# The interpreter takes a hundred times as long.
+# Triton's interpreter is a hundred times slower.
 EXAMPLES = {"cpu": 40, "cuda": 20, "triton": 6, "reference": 8}
 each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -52,11 +52,11 @@ def check(recipe: Logits, options, divergence, backend, statistics=()):
     column = temperature[..., None].double() if temperature.dim() else temperature
     kept_student, kept_teacher = student[..., : recipe.vocab], teacher[..., : recipe.vocab]
     ulps = rounding(kept_student, kept_teacher, column)
-    # What multiplies a divergence multiplies its error.
+    # A factor of the divergence multiplies its error too.
     factor = temperature**2 if options["temperature_squared"] else torch.ones_like(temperature)
     weight = options.get("row_weight", torch.ones((), device=device)).abs()
     slopes = weight * (factor / temperature).clamp(min=1) + want.loss.abs()
-    # Log-probabilities are 1.5 ulp off: a KL, by 1.5 ulp times the sum of its |slopes| by them.
+    # Log-probabilities have an error of 1.5 ulp; a KL has 1.5 ulp times the sum of its |slopes| by log-probability.
     steep = steep + slopes_of_kl(kept_student, kept_teacher, column, divergence) * factor * weight
     size = factor.clamp(min=1) * weight + steep
     size = torch.maximum(
@@ -70,13 +70,13 @@ def check(recipe: Logits, options, divergence, backend, statistics=()):
         undecided = undecided_signs(kept_student, kept_teacher, column, ulps)
         of_class[..., kept_classes] = undecided * (weight * factor / temperature)[..., None]
     assert_gradient_close(got.gradient, want.gradient, ulps * slopes, divergence, of_class)
-    assert not got.gradient[..., recipe.vocab :].any(), "padding columns have no gradient"
+    assert not got.gradient[..., recipe.vocab :].any(), "gradient: expected 0 in padding columns"
     for name in statistics:
         if "top1" in name:
             assert torch.equal(got.statistics[name], want.statistics[name]), name
         else:
             value = want.statistics[name]
-            # A lane adds 128 terms at most. Equal ones round the same way: by 64 half ulp of their sum.
+            # A lane adds at most 128 terms. Equal terms round the same way, together by 64 half ulp of their sum.
             of_sum = 2.0**-18 if name in ("tv", "student_entropy", "teacher_entropy") else 1e-6
             allowed = of_sum * value.abs() + ulps * (1 + (value.abs() if name == "divergence" else 0))
             assert_loss_close(got.statistics[name], value, allowed, name)
@@ -108,7 +108,7 @@ def test_statistics_match_fp64(backend):
 
 @each_divergence
 def test_cpu_in_fp64(divergence):
-    """fp64 in, fp64 through: the native kernels agree with the reference to fp64 rounding."""
+    """For fp64 inputs, the native kernels agree with the reference to fp64 rounding."""
 
     @settings(max_examples=10)
     @given(recipe=logits(st.integers(1, 5000), dtypes=[torch.float64]), recipe_of_options=row_options)
@@ -129,18 +129,18 @@ def test_cpu_in_fp64(divergence):
 @each_divergence
 @each_backend
 def test_both_gradients_agree(divergence, backend):
-    """The sweep that writes the gradient at once and the one that comes back for it, with a gradient per row."""
+    """gradient="forward" and gradient="backward" agree, with a grad_output per row."""
     recipe = Logits((2, 3), 613, (0, 0), torch.float32, torch.bfloat16, 3.0, 0.0, 0.0, True, 5)
     student, teacher = recipe.make(device_of(backend))
     labels = torch.randint(0, 613, (2, 3), device=student.device)
     labels[1, 1] = -100
     options = {"temperature": 1.7, "labels": labels, "hard_weight": 0.3, "backend": backend}
     grad_output = torch.randn(2, 3, device=student.device)
-    grad_output[1, 1] = torch.nan  # a row that is not kept stays without gradient whatever comes back
+    grad_output[1, 1] = torch.nan  # a dropped row has gradient 0 for any grad_output
     at_once = run(student, teacher, divergence, gradient="forward", grad_output=grad_output, **options)
     assert not at_once.gradient[1, 1].any()
     in_backward = run(student, teacher, divergence, gradient="backward", grad_output=grad_output, **options)
-    # The loop with slopes and that without are compiled apart, and may contract products and sums in other places.
+    # The loops with and without slopes are compiled separately and may fuse different multiply-adds.
     torch.testing.assert_close(at_once.loss, in_backward.loss, rtol=2.0**-22, atol=0)
     scale = at_once.gradient.abs().max()
     torch.testing.assert_close(at_once.gradient, in_backward.gradient, rtol=1e-5, atol=1e-6 * scale.item())
@@ -150,7 +150,7 @@ def test_both_gradients_agree(divergence, backend):
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_fp64_on_one_side(gradient, dtypes, reduction):
-    """The arithmetic is fp64, the gradient has the student's dtype, and a factor reaches it in the right one."""
+    """With one fp64 side, arithmetic is fp64, and the gradient has the student's dtype and grad_output's factor."""
     student, teacher = torch.randn(4, 300).to(dtypes[0]), torch.randn(4, 300).to(dtypes[1])
     options = {"backend": "cpu", "reduction": reduction, "grad_output": torch.tensor([2.0, 1.0, 0.5, -1.0])}
     if reduction == "mean":
@@ -182,7 +182,10 @@ def test_options_of_any_real_dtype(backend, dtype):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_reductions(backend, reduction, gradient):
-    """mean divides by the kept rows, sum by nothing; row weights do not change the count; a normalizer replaces it."""
+    """mean divides by the number of kept rows, sum does not divide.
+
+    Row weights do not change the number. A normalizer replaces it.
+    """
     recipe = Logits((4, 3), 300, (0, 0), torch.float32, torch.float32, 2.0, 0.0, 0.0, False, 1)
     student, teacher = recipe.make(device_of(backend))
     mask = torch.rand(4, 3, device=student.device) > 0.4
@@ -205,7 +208,7 @@ def test_reductions(backend, reduction, gradient):
 
 @each_backend
 def test_masked_rows_are_not_read_or_counted(backend):
-    """NaN in masked rows reaches nothing; the mean is that of the kept rows alone."""
+    """NaN in masked rows changes no result; the mean is over the kept rows alone."""
     recipe = Logits((6,), 400, (0, 0), torch.float32, torch.float32, 2.0, 0.0, 0.0, False, 2)
     student, teacher = recipe.make(device_of(backend))
     mask = torch.tensor([True, False, True, True, False, False], device=student.device)
@@ -234,7 +237,7 @@ def test_rows_of_weight_zero_are_skipped_whatever_the_normalizer(backend):
 @pytest.mark.parametrize("normalizer", [None, 0, 5])
 def test_no_kept_rows_is_zero(backend, reduction, normalizer):
     if reduction == "sum" and normalizer is not None:
-        pytest.skip("a normalizer goes with mean")
+        pytest.skip("a normalizer is valid only with mean")
     device = device_of(backend)
     for shape in ((3, 50), (0, 50), (2, 0, 50)):
         student, teacher = torch.randn(shape, device=device), torch.randn(shape, device=device)
@@ -261,9 +264,9 @@ def test_leading_shapes_and_statistics_shapes(backend):
 
 @each_backend
 def test_strides_are_honoured(backend):
-    """Slices, transposed leading dimensions and expanded teachers give what their contiguous copies give."""
+    """Slices, transposed leading dimensions and expanded teachers give the results of their contiguous copies."""
     device = device_of(backend)
-    # The CUDA kernels sum in an order that depends on where a row lies between lines of 16 bytes; the others in one.
+    # The summation order of the CUDA kernels depends on a row's offset from 16-byte alignment; other orders are fixed.
     close = {"rtol": 2e-6, "atol": 1e-6} if backend == "cuda" else {"rtol": 0, "atol": 0}
     logits = torch.randn(2, 3, 4, 90, device=device)
     for view in (
@@ -305,6 +308,6 @@ def test_result_does_not_depend_on_thread_count(dtype):
 
 
 @each_backend
-def test_serves_what_it_says(backend):
+def test_backend_serves_plain_logits(backend):
     x = torch.randn(1, 4, device=device_of(backend))
     assert serves(backend, x, x)

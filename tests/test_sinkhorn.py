@@ -375,7 +375,8 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
             *leaves, epsilon=epsilon, iterations=rounds, value=value, gradient=gradient, plan=True, backend=backend
         )
         derivatives = torch.autograd.grad(out.value.sum(), leaves) if gradient != "implicit" else ()
-        # An implicit derivative is ill-conditioned if the rounds converge slowly: test_many_rounds_unrolled_are_implicit.
+        # An implicit derivative is ill-conditioned if the rounds converge slowly
+        # (test_many_rounds_unrolled_are_implicit).
         potentials = out.f[:, :, None] + out.g[:, None]
         found[name] = [x.double() for x in (out.value, potentials, out.error, out.plan, *derivatives)]
     unit = torch.finfo(dtype).eps

@@ -449,7 +449,8 @@ class Clouds:
         assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times what is allowed"
 
     def slack(self, inputs, rounding):
-        """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from signs of p - q that rounding decides."""
+        """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from
+        signs of p - q that rounding decides."""
         student, teacher, mask = inputs
         kept = torch.ones(self.clouds, self.rows, dtype=torch.float64) if mask is None else mask.double()
         there = (kept != 0)[..., None]

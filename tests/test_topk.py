@@ -1,4 +1,4 @@
-"""Sparse teachers (SparseLogProbs) on every backend, against the formulas in fp64; extraction and sampling of them."""
+"""Sparse teachers (SparseLogProbs) on every backend against fp64 formulas; top-k extraction and sampling."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ def is_finite(divergence: Divergence, tail: str) -> bool:
 
 
 def distributions(student, teacher: SparseLogProbs, temperature):
-    """Teacher's and student's probabilities of the classes that the loss compares, in fp64: [rows, classes] each."""
+    """Probabilities of teacher and student over the classes that the loss compares, in fp64: [rows, classes] each."""
     classes = student.shape[-1]
     q = torch.softmax(student.double() / temperature, -1)
     t, named = torch.zeros_like(q), torch.zeros_like(q, dtype=torch.bool)
@@ -65,7 +65,7 @@ def distributions(student, teacher: SparseLogProbs, temperature):
 
 
 def formula(student, teacher, divergence, temperature):
-    """Loss of each row, and its gradient by autograd."""
+    """Row losses of the formula and their gradient by autograd."""
     student = student.detach().double().requires_grad_()
     loss = formula_value(divergence, *distributions(student, teacher, temperature))
     return loss.detach(), torch.autograd.grad(loss.sum(), student)[0]
@@ -76,13 +76,13 @@ def formula(student, teacher, divergence, temperature):
 
 @dataclass(frozen=True)
 class Case:
-    """Recipe for a student and a sparse teacher."""
+    """Recipe for a student's logits and a sparse teacher."""
 
     leading: tuple[int, ...]
     vocab: int
     entries: int
     tail: str
-    given_tail: bool  # whether tail_log_prob is given
+    given_tail: bool  # whether the teacher has tail_log_prob
     ragged: bool
     dtype: torch.dtype
     indices_dtype: torch.dtype
@@ -153,7 +153,7 @@ def cases(**fixed):
 
 
 def run(student, teacher, divergence="kl", *, grad_output=None, **options):
-    """Loss, gradient and statistics on a fresh leaf; reduction "none" unless it is given."""
+    """Loss, gradient and statistics on a fresh leaf; the default reduction is "none"."""
     student = student.detach().clone().requires_grad_()
     out = fused_divergence(student, teacher, divergence, **{"reduction": "none", **options})
     loss, found = (out, {}) if isinstance(out, torch.Tensor) else (out.loss, out.statistics)
@@ -176,7 +176,7 @@ def as_double(teacher: SparseLogProbs) -> SparseLogProbs:
 
 
 def rounding(student, teacher, temperature):
-    """4 ulp of the largest number that a row's log-probabilities are differences of."""
+    """4 ulp of each row's largest operand: log-probabilities are differences of these numbers."""
     tempered = student.double() / temperature
     lse = tempered.logsumexp(-1)
     span = (lse - tempered.amin(-1)).clamp(max=87)
@@ -191,23 +191,26 @@ def assert_close(got, want, ulps, divergence, dtype, factor=1.0, signs_decided=T
     if not signs_decided:
         return
     gradient, expected = got[1].double().cpu(), want[1].double().cpu()
-    assert torch.equal(torch.isnan(gradient), torch.isnan(expected)), "NaN in other places than expected"
+    assert torch.equal(torch.isnan(gradient), torch.isnan(expected)), "gradient: NaN at unexpected positions"
     gradient, expected = gradient.nan_to_num(0), expected.nan_to_num(0)
     largest = expected.abs().amax(-1, keepdim=True)
-    # A gradient that is kept from the forward call is rounded twice.
+    # A gradient saved by the forward call is rounded twice.
     allowed = (
         2.01 * GRADIENT_TOLERANCE[dtype] * expected.abs() + 1e-5 * largest + (8 * factor * ulps.cpu())[..., None] + 1e-7
     )
     error = (gradient - expected).abs()
-    assert (error <= allowed).all(), f"gradient: {(error / allowed).max():.2f} times what is allowed"
+    assert (error <= allowed).all(), f"gradient: {(error / allowed).max():.2f} times the tolerance"
 
 
 # ---- losses
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
-def test_catalogue_says_by_what_a_value_differs_from_its_formula(divergence):
-    """Sums of phi, of a teacher whose mass is not 1; and where a class without mass makes them infinite."""
+def test_table_plus_slack_is_the_formula(divergence):
+    """The sum of phi plus the catalogue's slack equals the formula, also for teachers whose mass is not 1.
+
+    The sum is infinite for a class without teacher mass exactly when the catalogue says so.
+    """
     entry, parameter = CATALOGUE[divergence.name], torch.tensor(divergence.parameter or 1.0, dtype=torch.float64)
     q = torch.softmax(torch.randn(5, 20, dtype=torch.float64), -1)
     p = torch.softmax(torch.randn(5, 20, dtype=torch.float64), -1) * torch.linspace(0.2, 1.5, 5)[:, None]
@@ -241,8 +244,8 @@ def test_reference_is_the_formula(tail, divergence, data):
     assume(tail == "bucket" or named.all())
     want = formula(student, as_double(teacher), divergence, case.temperature)
     got = run(student, as_double(teacher), divergence, temperature=case.temperature, backend="reference")
-    # The teacher's log-probabilities are fp32 numbers: its mass is 1 but for their rounding, to which the table's terms
-    # and the formula are apart.
+    # The teacher's log-probabilities are fp32 numbers, so its mass differs from 1 by rounding. The table's terms and
+    # the formula differ by that rounding.
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1], want[1], rtol=1e-5, atol=1e-5)
 
@@ -267,14 +270,14 @@ def test_kernels_against_fp64(backend):
             options["mask"] = (torch.rand(case.leading, generator=generator) < 0.7).to(student.device)
             student = torch.where(options["mask"][..., None], student, torch.nan)
         weights = torch.rand(case.leading, generator=generator).to(student.device)
-        # Of weight 0 a divergence is dropped by the kernels, and not by the reference where it is infinite.
+        # Kernels skip a divergence of weight 0. The reference computes it, so an infinite divergence shows there.
         counted = Divergence("kl") if hard == 1 and backend != "reference" else divergence
         want = truth(student, teacher, counted, grad_output=weights, **options)
         if divergence.is_steep:
             assume(want[0].abs().max() < 100 if want[0].numel() else True)  # it magnifies the rounding of its terms
         got = run(student, teacher, divergence, grad_output=weights, gradient=gradient, backend=backend, **options)
         ulps = rounding(student[..., : case.vocab].nan_to_num(0), teacher, case.temperature)
-        # The slope of tv jumps where p = q; a class that is nearly there has no gradient to compare.
+        # The slope of tv jumps at p = q: rounding decides the gradient of a class with p close to q.
         assert_close(got, want, ulps, divergence, case.dtype, case.temperature**2 if squared else 1.0,
                      signs_decided=divergence.name != "tv" or case.scale > 0.5)  # fmt: skip
 
@@ -289,12 +292,12 @@ def test_statistics(backend, tail, labelled):
     student, teacher = case.make(device_of(backend))
     options = {"temperature": 2.0, "vocab_size": 700, "statistics": STATISTICS}
     if labelled:
-        named = torch.where(torch.isneginf(teacher.log_probs), -1, teacher.indices).amax(-1)  # of one row the label
+        named = torch.where(torch.isneginf(teacher.log_probs), -1, teacher.indices).amax(-1)  # label of the last row
         options["labels"] = torch.tensor([3, 4, 5, 0], device=student.device)
         options["labels"][3] = named[3]
     else:
         options["statistics"] = tuple(s for s in STATISTICS if "label" not in s and s != "cross_entropy")
-    if tail == "uniform":  # a dense teacher's
+    if tail == "uniform":  # a uniform tail makes the teacher dense; teacher_lse is not compared
         options["statistics"] = tuple(s for s in options["statistics"] if s != "teacher_lse")
     _, _, want = truth(student, teacher, "js", **options)
     _, _, got = run(student, teacher, "js", backend=backend, **options)
@@ -306,7 +309,7 @@ def test_statistics(backend, tail, labelled):
 @each_tail
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_student_that_is_a_head(backend, tail, gradient):
-    """Hidden states and weight get what a head's logits would have given them."""
+    """Hidden states and weight get the gradients that autograd finds through stored logits."""
     device = device_of(backend)
     case = Case((2, 3), 203, 20, tail, True, True, torch.float32, torch.int32, 2.0, 0.0, 2.0, 0, False, 6)
     _, teacher = case.make(device)
@@ -328,7 +331,7 @@ def test_student_that_is_a_head(backend, tail, gradient):
 @each_backend
 @each_tail
 def test_all_entries_are_the_dense_loss(backend, tail):
-    """With every class named, every tail is the loss against the whole teacher."""
+    """A teacher that names every class gives the dense loss, for every tail."""
     device = device_of(backend)
     student, whole = (3 * torch.randn(4, 90, device=device) for _ in range(2))
     teacher = kdkernels.topk_log_probs(whole, 90, temperature=2.0, backend=backend).with_tail(tail)
@@ -339,8 +342,8 @@ def test_all_entries_are_the_dense_loss(backend, tail):
 
 
 @kernel_backends
-def test_tempered_anew(backend):
-    """support and renormalize at a temperature that is not the source's: as of the whole teacher, cut to its top k."""
+def test_support_and_renormalize_at_another_temperature(backend):
+    """support and renormalize equal the dense teacher cut to its top k, at temperatures other than the source's too."""
     device = device_of(backend)
     student, whole = (3 * torch.randn(4, 90, device=device) for _ in range(2))
     temperature = torch.tensor([0.5, 1.0, 2.0, 3.0], device=device)
@@ -348,7 +351,7 @@ def test_tempered_anew(backend):
     log_probs = torch.log_softmax(whole / 2, -1).gather(-1, top.indices)
     for tail in ("support", "renormalize"):
         teacher = SparseLogProbs(top.indices, log_probs, tail=tail, source_temperature=2.0)
-        raw = SparseLogProbs(top.indices, top.values, tail=tail)  # logits, as they are
+        raw = SparseLogProbs(top.indices, top.values, tail=tail)  # raw logits, not normalized
         cut = torch.full_like(whole, -torch.inf).scatter(-1, top.indices, top.values)
         named = torch.isfinite(cut)
         of_student = torch.where(named, student, -torch.inf) if tail == "support" else student
@@ -374,7 +377,7 @@ def test_duplicates_add_up_in_truncate(backend):
 @kernel_backends
 @pytest.mark.parametrize("tail", ["bucket", "support", "renormalize", "uniform", "truncate"])
 def test_rows_without_entries(backend, tail):
-    """The loss of the tail alone in "bucket"; masked, and not counted, in the others."""
+    """A row without entries has loss 0 and gradient 0; "mean" counts the row for "bucket" alone."""
     device = device_of(backend)
     student = torch.randn(3, 20, device=device)
     indices = torch.tensor([[4, 5], [-1, 3], [-7, -1]], device=device)
@@ -386,14 +389,17 @@ def test_rows_without_entries(backend, tail):
     torch.testing.assert_close(mean, loss[0] / (3 if tail == "bucket" else 1))
 
 
-# ---- numbers: what peers get wrong
+# ---- numbers: known defects of other implementations
 
 
 @kernel_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("divergence", ["kl", "js", "hellinger"])
 def test_over_confident_student_learns_of_the_tail(backend, divergence, dtype):
-    """1 - the sum of q is 0 in fp32. Where its log was clamped, the tail's gradient was 300 times too small, or NaN."""
+    """The tail's gradient is right although 1 - sum(q) is 0 in fp32.
+
+    Other implementations clamp log(1 - sum(q)). Their gradient was 300 times too small, or NaN.
+    """
     device = device_of(backend)
     student = torch.randn(3, 300, device=device)
     student[:, :8] += torch.tensor([18.0, 60.0, 200.0], device=device)[:, None]
@@ -404,7 +410,7 @@ def test_over_confident_student_learns_of_the_tail(backend, divergence, dtype):
     want = truth(student, teacher, divergence)
     got = run(student, teacher, divergence, backend=backend)
     assert_close(got, want, rounding(student, teacher, 1.0), Divergence(divergence), dtype)
-    if divergence == "kl":  # all of the teacher's tail pulls at the student's other classes, in each row
+    if divergence == "kl":  # the whole tail mass of the teacher acts on the student's unnamed classes, in each row
         torch.testing.assert_close(
             got[1][:, 8:].double().sum(-1),
             torch.full((3,), -0.006, dtype=torch.float64, device=device),
@@ -416,7 +422,7 @@ def test_over_confident_student_learns_of_the_tail(backend, divergence, dtype):
 @kernel_backends
 @each_tail
 def test_top_k_mass_that_rounds_to_one(backend, tail):
-    """log(1 - 1) of a teacher whose mass rounds to 1: the loss was NaN."""
+    """A teacher whose mass rounds to 1 has a finite loss; log(1 - 1) made it NaN elsewhere."""
     device = device_of(backend)
     indices = torch.tensor([[3, 7], [3, 7]], device=device)
     log_probs = torch.tensor([[-1e-9, -40.0], [-1e-12, -torch.inf]], device=device)
@@ -430,7 +436,7 @@ def test_top_k_mass_that_rounds_to_one(backend, tail):
 
 
 def test_tail_that_is_not_given_is_exact():
-    """Of one class of log-probability -1e-9: the tail is 1e-9, which 1 - exp(-1e-9) is not in fp32."""
+    """A single class of log-probability -1e-9 leaves a tail of 1e-9; 1 - exp(-1e-9) is 0 in fp32."""
     teacher = SparseLogProbs(torch.tensor([[3]]), torch.tensor([[-1e-9]]))
     loss = fused_divergence(torch.tensor([[0.0, 0, 0, 30.0]]), teacher, "reverse_kl")
     p, q = 1e-9, 3 * torch.tensor(-30.0, dtype=torch.float64).exp()
@@ -440,7 +446,10 @@ def test_tail_that_is_not_given_is_exact():
 @kernel_backends
 @each_tail
 def test_gradient_has_the_factor_of_the_value(backend, tail):
-    """A peer's gradient lacked the T**2 that its value had: central differences of the value."""
+    """The gradient agrees with central differences of the value, at temperature_squared=True.
+
+    Another implementation multiplied its value by T**2, and its gradient not.
+    """
     device = device_of(backend)
     case = Case((2,), 30, 6, tail, False, False, torch.float32, torch.int64, 1.0, 0.0, 4.0, 0, False, 3)
     student, teacher = case.make(device)
@@ -459,7 +468,7 @@ def test_gradient_has_the_factor_of_the_value(backend, tail):
 @kernel_backends
 @each_tail
 def test_padding_is_no_nan(backend, tail):
-    """Short rows of a server, padded with -inf at index 0, of which a peer's loss was NaN."""
+    """Padding (-inf at index 0) changes no row; another implementation's loss was NaN for it."""
     device = device_of(backend)
     student = torch.randn(2, 40, device=device)
     short = SparseLogProbs(
@@ -482,7 +491,10 @@ def test_padding_is_no_nan(backend, tail):
 @pytest.mark.parametrize("tail", ["uniform", "bucket", "support"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_student_that_is_the_teacher_has_no_loss(backend, tail, temperature):
-    """A peer tempered the tail as one token on the teacher's side alone: 2.07 a token at T = 4 where 0 is right."""
+    """A student equal to its teacher has loss 0 at every temperature.
+
+    Another implementation tempered the tail as one token on the teacher's side alone. Its loss was 2.07 at T = 4.
+    """
     device = device_of(backend)
     whole = torch.full((1, 200), -3.0, device=device)
     whole[0, :5] = torch.tensor([4.0, 3.0, 2.0, 1.5, 1.0])
@@ -493,7 +505,10 @@ def test_student_that_is_the_teacher_has_no_loss(backend, tail, temperature):
 
 @kernel_backends
 def test_tail_of_16_bit_logits(backend):
-    """A peer's tail in bf16 gave the first class a gradient of 0.014 where 0.716 is right."""
+    """The tail of bf16 logits is computed in fp32.
+
+    Another implementation computed it in bf16 and gave the first class a gradient of 0.014 instead of 0.716.
+    """
     device = device_of(backend)
     student = torch.zeros(1, 1000, device=device, dtype=torch.bfloat16)
     student[0, 0] = 9.0
@@ -508,7 +523,7 @@ def test_tail_of_16_bit_logits(backend):
 def test_infinite_and_nan_logits(backend, tail):
     device = device_of(backend)
     student = torch.randn(5, 60, device=device)
-    student[0, 40:] = -torch.inf  # outside
+    student[0, 40:] = -torch.inf  # outside the entries
     student[1, 3] = -torch.inf  # an entry: kl is infinite
     student[2, 50] = torch.nan
     student[3, 3] = torch.nan
@@ -517,16 +532,16 @@ def test_infinite_and_nan_logits(backend, tail):
     teacher = SparseLogProbs(indices, log_probs, tail=tail)
     want, got = truth(student, teacher), run(student, teacher, backend=backend)
     assert torch.isfinite(got[0][4]) and got[0][1] == torch.inf and torch.isnan(got[0][3])
-    assert torch.isfinite(got[0][0]) == (tail != "uniform")  # whose teacher has mass there
-    assert torch.isnan(got[0][2]) == (tail != "support")  # which does not read it
+    assert torch.isfinite(got[0][0]) == (tail != "uniform")  # the teacher of "uniform" has mass outside the entries
+    assert torch.isnan(got[0][2]) == (tail != "support")  # "support" does not read logits outside the entries
     assert_close([x[[0, 1, 2, 4]] for x in got[:2]], [x[[0, 1, 2, 4]] for x in want[:2]],
                  torch.full((4,), 1e-6), Divergence("kl"), torch.float32)  # fmt: skip
     assert torch.isnan(got[1][3][:12:4]).all()
 
 
 @each_backend
-def test_tail_that_the_student_cannot_have(backend):
-    """+inf, with the finite gradient q - t of the formula."""
+def test_tail_mass_that_the_student_excludes(backend):
+    """Tail mass on classes that the student excludes makes kl +inf, with the formula's finite gradient q - t."""
     device = device_of(backend)
     student = torch.tensor([[1.0, 0.5, -torch.inf, -torch.inf]], device=device)
     teacher = SparseLogProbs(torch.tensor([[0, 1]], device=device), torch.tensor([[0.5, 0.3]], device=device).log())
@@ -540,7 +555,10 @@ def test_tail_that_the_student_cannot_have(backend):
 
 @each_backend
 def test_tail_of_nothing_but_rounding(backend):
-    """Rounding leaves 1e-8 of the mass: no tail that a student without other classes could not have."""
+    """A tail of about 1e-8 is rounding and counts as no tail.
+
+    A student without mass on the other classes has a finite loss.
+    """
     device = device_of(backend)
     whole, student = torch.randn(24, 50, device=device), torch.randn(24, 50, device=device)
     log_probs, indices = torch.log_softmax(whole, -1).sort(-1, descending=True)
@@ -556,8 +574,8 @@ def test_tail_of_nothing_but_rounding(backend):
 
 
 @kernel_backends
-def test_what_support_does_not_read_may_be_nan(backend):
-    """Also where a statistic reads it."""
+def test_nan_outside_the_support_changes_no_gradient(backend):
+    """NaN outside the support changes no gradient, also when a statistic reads it."""
     student = torch.randn(2, 8, device=device_of(backend))
     student[0, 5] = torch.nan
     log_probs = torch.tensor([[0.5, 0.2, 0.1]] * 2, device=student.device).log()
@@ -571,7 +589,7 @@ def test_what_support_does_not_read_may_be_nan(backend):
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize("tail", ["bucket", "support"])
 def test_threads_do_not_change_the_result(rows, tail):
-    """Few rows are worked on by all threads, many by one each."""
+    """Results are equal for any thread count: all threads share few rows, and each takes its own of many rows."""
     case = Case((rows,), 60_000, 64, tail, True, True, torch.bfloat16, torch.int32, 3.0, 0.0, 1.0, 5, False, 8)
     student, teacher = case.make()
     labels = torch.randint(0, 60_000, (rows,))
@@ -694,7 +712,7 @@ def test_topk_against_fp64(backend):
         if backend in ("cuda", "triton"):
             case = replace(case, vocab=min(case.vocab, 700), leading=case.leading[:2])
         logits, _ = case.make(device_of(backend))
-        if rounded:  # many equals
+        if rounded:  # many ties
             logits = logits.round()
         k = min(k, case.vocab)
         generator = torch.Generator().manual_seed(case.seed)
@@ -705,7 +723,7 @@ def test_topk_against_fp64(backend):
         assert got.indices.dtype == torch.int32 and got.log_probs.dtype == torch.float32
         assert got.source_temperature == case.temperature and got.tail == "bucket"
         kept = want.indices >= 0
-        # A probability that is 0 in fp32 is none in fp64.
+        # A probability that is 0 in fp32 may be above 0 in fp64.
         visible = kept & (got.log_probs > -torch.inf)
         assert torch.equal(got.indices[visible].long(), want.indices[visible].long())
         assert (got.log_probs[~mask] == -torch.inf).all() and (got.tail_log_prob[~mask] == 0).all()
@@ -723,10 +741,10 @@ def test_topk_against_fp64(backend):
 def test_topk_of_hard_rows(backend):
     device = device_of(backend)
     logits = torch.randn(8, 2100, device=device)
-    logits[0] = 1.5  # equals alone: the first k
-    logits[1, 5:] = -torch.inf  # fewer than k of them have mass
+    logits[0] = 1.5  # all tied: the first k win
+    logits[1, 5:] = -torch.inf  # fewer than k classes have mass
     logits[2, 2000] = torch.nan
-    logits[3, 77] = 90.0  # the rest is far below what fp32 keeps of a sum
+    logits[3, 77] = 90.0  # the other terms are below half an ulp of an fp32 sum
     logits[4] = -torch.inf
     logits[5, 3] = torch.inf
     logits[6, :9] = 200.0
@@ -756,7 +774,7 @@ def test_topk_of_a_head(backend):
         got = kdkernels.topk_log_probs(head, 10, temperature=2.0, mask=mask, backend=backend, **options)
         torch.testing.assert_close(got.log_probs, want.log_probs, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(got.tail_log_prob, want.tail_log_prob, rtol=1e-5, atol=1e-5)
-        assert (got.indices == want.indices).float().mean() > 0.99  # but for near equals
+        assert (got.indices == want.indices).float().mean() > 0.99  # near ties may swap
 
 
 def test_topk_has_no_gradient_and_takes_strides():
@@ -774,7 +792,7 @@ def test_topk_has_no_gradient_and_takes_strides():
 @pytest.mark.parametrize("exact", [0, 3])
 @pytest.mark.parametrize("proposal_temperature", [1.5, 2.5, 1.0])
 def test_sampled_teacher_is_unbiased(proposal_temperature, exact):
-    """The mean gradient over many draws is the whole teacher's, within 5 of its own standard errors."""
+    """The mean gradient over many draws equals the dense teacher's within 5 standard errors."""
     torch.manual_seed(1)
     student, whole = torch.randn(1, 12, dtype=torch.float64), 2 * torch.randn(1, 12, dtype=torch.float64)
     samples, draws, generator = 5, 4000, torch.Generator().manual_seed(3)
@@ -796,7 +814,7 @@ def test_sampled_teacher_is_unbiased(proposal_temperature, exact):
     g /= g.sum()
 
     def assert_mean(found, of_draw, of_certain):
-        """`of_draw` [drawn class, 12]: what one sample contributes; `of_certain` [12]: the exact classes together."""
+        """`of_draw` [drawn class, 12]: a sample's contribution; `of_certain` [12]: the exact classes' contribution."""
         mean = (g[:, None] * of_draw).sum(0)
         variance = ((g[:, None] * of_draw**2).sum(0) - mean**2).clamp(min=1e-24)
         error = (found.mean(0) - mean - of_certain).abs() / (variance / samples / draws).sqrt()
@@ -851,7 +869,7 @@ def test_exact_classes_are_each_there_once_and_share_a_mass_of_1_with_the_sample
         torch.testing.assert_close(teacher.log_probs[row].exp().sum(), torch.tensor(1.0))
     assert teacher.indices[0, 0].tolist() == [0] + 9 * [-1] and teacher.log_probs[0, 0, 0] == 0
     assert torch.isnan(teacher.log_probs[0, 1][teacher.indices[0, 1] >= 0]).all()
-    # However improbable the others are as proposed: they are drawn of what they are among themselves.
+    # Samples come from the proposal restricted to the other classes, however improbable these are together.
     far = torch.tensor([[0.0, -10.0, -11.0]]).expand(4000, 3)
     teacher = kdkernels.sampled_log_probs(far, 2, exact=1, temperature=10.0, proposal_temperature=0.01)
     targets = torch.zeros(4000, 4).scatter_add(-1, teacher.indices.long() % 4, teacher.log_probs.exp())
@@ -874,7 +892,7 @@ def test_sampled_of_a_head_and_of_nan():
 
 
 def test_sampling_does_not_lose_a_long_tail():
-    """Sums in fp32 over 100,001 classes made 0.0118 of a tail of 0.01."""
+    """A long tail keeps its mass of 0.01; fp32 sums over 100,001 classes gave 0.0118."""
     whole = torch.full((10, 100_001), 1e-7).log()
     whole[:, 0] = torch.tensor(0.99).log()
     teacher = kdkernels.sampled_log_probs(whole, 20_000, generator=torch.Generator().manual_seed(7))
@@ -960,7 +978,7 @@ def test_bad_tails(backend):
 
 
 def test_bad_values_make_their_row_nan_on_a_gpu():
-    """As a GPU would, without a synchronisation: here on a CPU, where the check is turned off."""
+    """A bad entry makes its row NaN without a synchronisation; a CPU with checked=False stands in for the GPU."""
     from kdkernels.families import topk
     from kdkernels.families.options import RowOptions
 
@@ -971,7 +989,7 @@ def test_bad_values_make_their_row_nan_on_a_gpu():
     sparse = topk.Sparse(log_probs, indices, None, one, "bucket")
     entries, row_scale = topk.entries_of(sparse, options, 9, checked=False)
     assert torch.isnan(row_scale).tolist() == [True, False, True, False] and row_scale[3] == 0
-    # One that repeats is counted once, and no index is out of range but as padding.
+    # A repeated index counts once. Padding is the only index that equals the number of classes.
     assert entries.indices[1].tolist() == [2, 9] and (entries.indices <= 9).all()
     torch.testing.assert_close(entries.tail_log_prob[1].exp(), torch.tensor(0.6))
 
