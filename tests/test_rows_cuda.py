@@ -186,7 +186,7 @@ FAULTS = [
      "return a_shift == b_shift ? a_shift : -1;", "return a_shift;"),
     ("the row after the last is worked on",
      "row = blockIdx.x / plan.blocks; row < call.rows;", "row = blockIdx.x / plan.blocks; row <= call.rows;"),
-    ("a row that is dropped is read", "return !skipped() && temperature > 0", "return temperature > 0"),
+    ("a row that is dropped is read", "return !skipped() && !bad(", "return !bad("),
     ("a block begins where another does",
      "first_column = team.rank * plan.slice - shift;", "first_column = team.rank / 2 * plan.slice - shift;"),
     ("the label is looked for in the wrong block", "(int)numbers.label - first_column", "(int)numbers.label"),
