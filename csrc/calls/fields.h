@@ -1,6 +1,5 @@
-// Fills a call from a Python dict, by the names of its fields; types.h says how each type of member is read. A field
-// that is missing, one that the call does not have, and a value of another kind raise a TypeError that says what was
-// expected and what came.
+// Fills a call from a Python dict, by the names of its fields; types.h says how each type of member is read. A missing
+// field, an unknown field and a value of another kind raise a TypeError that says what was expected and what came.
 //
 // Tensors are read through their Python attributes, so that nothing here depends on a version of torch.
 #pragma once
@@ -14,7 +13,7 @@
 
 namespace kdk {
 
-namespace table {  // for its names: no template in it is used, so that none is emitted here
+namespace table {  // for the names of the divergences; no template is used, so the compiler emits none
 #pragma push_macro("KDK_HD")
 #undef KDK_HD
 #define KDK_HD inline
@@ -33,18 +32,20 @@ inline pybind11::tuple divergence_names() {
   return result;
 }
 
-// The Python objects that reading needs, looked up once: they live as long as the process.
+// The Python objects that FieldReader needs, looked up once. They live as long as the process.
 struct Python {
-  PyObject *data_ptr, *dtype, *stride, *is_contiguous, *numel;    // names
+  PyObject *data_ptr, *dtype, *stride, *is_contiguous, *numel;                 // names
   PyObject *float32, *bfloat16, *float16, *float64, *int64, *int32, *boolean;  // dtypes
-  PyObject *divergences, *pair_costs;                              // tuples of names
+  PyObject *divergences, *pair_costs;                                          // tuples of names
 
   Python() {
     auto name = [](const char* text) { return PyUnicode_InternFromString(text); };
     data_ptr = name("data_ptr"), dtype = name("dtype"), stride = name("stride");
     is_contiguous = name("is_contiguous"), numel = name("numel");
     auto torch = pybind11::module_::import("torch");
-    auto of_torch = [&](const char* attribute) { return torch.attr(attribute).cast<pybind11::object>().release().ptr(); };
+    auto of_torch = [&](const char* attribute) {
+      return torch.attr(attribute).cast<pybind11::object>().release().ptr();
+    };
     float32 = of_torch("float32"), bfloat16 = of_torch("bfloat16"), float16 = of_torch("float16");
     float64 = of_torch("float64"), int64 = of_torch("int64"), int32 = of_torch("int32"), boolean = of_torch("bool");
     divergences = divergence_names().release().ptr();
@@ -52,7 +53,7 @@ struct Python {
   }
 };
 inline const Python& python() {
-  static const Python objects;  // made when the module is loaded (bind_fields)
+  static const Python objects;  // constructed when the module is loaded (bind_fields)
   return objects;
 }
 
@@ -88,9 +89,9 @@ class FieldReader {
   using object = pybind11::object;
 
   const char* kernel;
-  PyObject* field = nullptr;          // the name of what is read
-  PyObject* compute_dtype = nullptr;  // that of the first PerRow or Numbers
-  PyObject* first_number = nullptr;   // the name of that field
+  PyObject* field = nullptr;          // the name of the field that is being read
+  PyObject* compute_dtype = nullptr;  // the dtype of the first PerRow or Numbers
+  PyObject* first_number = nullptr;   // the name of the first PerRow or Numbers
 
   // ---- errors
 
@@ -118,7 +119,7 @@ class FieldReader {
     throw pybind11::type_error(std::string(kernel) + ": unknown field " + unknown + "; the fields are " + known);
   }
 
-  // ---- values by the type of the member
+  // ---- values, by the type of the member
 
   PyObject* item(PyObject* fields) const {
     PyObject* x = PyDict_GetItemWithError(fields, field);
@@ -161,7 +162,8 @@ class FieldReader {
   }
 
   void read(PyObject* x, Logits& to) {
-    static const char* expected = "a tensor [outer, inner, columns] of fp32, bf16, fp16 or fp64, of stride 1 along columns";
+    static const char* expected =
+        "a tensor [outer, inner, columns] of fp32, bf16, fp16 or fp64, of stride 1 along columns";
     to.data = data_of(x, expected);
     to.dtype = storage_dtype(x, expected);
     object strides = method(x, python().stride, expected);
@@ -208,7 +210,7 @@ class FieldReader {
                               *kInt32 = "a contiguous tensor of int32, or None",
                               *kBool = "a contiguous tensor of bool, or None";
 
-  // A struct that has fields of its own, from a NamedTuple.
+  // A struct with fields of its own is read from a NamedTuple.
   template <class Nested> void read(PyObject* x, Nested& to) {
     const auto& names = field_names<Nested>();
     PyObject* const outer = field;
@@ -240,7 +242,7 @@ class FieldReader {
   int64_t number(PyObject* x, PyObject* name, const char* expected) const {
     return PyLong_AsLongLong(method(x, name, expected).ptr());
   }
-  // The address of a tensor's first element; null where it has none.
+  // The address of a tensor's first element; null for an empty tensor.
   void* data_of(PyObject* x, const char* expected) const {
     object address = method(x, python().data_ptr, expected);
     if (!PyLong_Check(address.ptr())) refuse(expected, x);
@@ -249,7 +251,7 @@ class FieldReader {
   void* contiguous(PyObject* x, const char* expected) const {
     if (x == Py_None) return nullptr;
     void* data = data_of(x, expected);
-    if (!data && number(x, python().numel, expected) != 0) refuse(expected, x);  // it has no memory
+    if (!data && number(x, python().numel, expected) != 0) refuse(expected, x);  // the tensor has no memory
     if (data && method(x, python().is_contiguous, expected).ptr() != Py_True) refuse(expected, x);
     return data;
   }
@@ -258,7 +260,7 @@ class FieldReader {
     if (data && !has_dtype(x, dtype)) refuse(expected, x);
     return data;
   }
-  // torch has one object of each dtype.
+  // torch has one object for each dtype, so that dtypes are compared by address.
   static object dtype_of(PyObject* x) {
     return pybind11::reinterpret_steal<object>(PyObject_GetAttr(x, python().dtype));
   }
@@ -271,11 +273,12 @@ class FieldReader {
     if (dtype.ptr() == python().float64) return Dtype::f64;
     refuse(expected, x);
   }
-  // All numbers of a call are of one dtype, fp32 or fp64.
+  // All PerRow and Numbers of a call have one dtype, fp32 or fp64.
   void check_compute_dtype(PyObject* x, const char* expected) {
     const object dtype = dtype_of(x);
     if (dtype.ptr() == compute_dtype) return;
-    if (compute_dtype) refuse(std::string(expected) + ", which is " + text(compute_dtype) + " as " + text(first_number), x);
+    if (compute_dtype)
+      refuse(std::string(expected) + ", which is " + text(compute_dtype) + " as " + text(first_number), x);
     if (dtype.ptr() != python().float32 && dtype.ptr() != python().float64)
       refuse(std::string(expected) + ", which is torch.float32 or torch.float64", x);
     compute_dtype = dtype.ptr(), first_number = field;
@@ -285,7 +288,7 @@ class FieldReader {
   }
 };
 
-// The workspace of a call, from `allocate`: a function of Python that returns a tensor of bytes. Holds it.
+// Holds a call's workspace: a tensor of bytes that the Python function `allocate` returns.
 struct Workspace {
   pybind11::object tensor;
   void* data = nullptr;
@@ -297,7 +300,7 @@ struct Workspace {
   }
 };
 
-// What modules that have kernels have in common; made here, so that the first call finds it.
+// Binds the attributes of every module with kernels. Looks the Python objects up, so that the first call need not.
 inline void bind_fields(pybind11::module_& m) {
   python();
   m.attr("divergences") = divergence_names();

@@ -1,8 +1,8 @@
-// THE LIST of kernels: name, call, and the devices that have it. From it come the declarations below, the table of an
-// instruction set's kernels, and the functions of the Python module (cpu_NAME and cuda_NAME).
+// THE LIST of kernels: name, call, and the devices that have the kernel. The list generates the declarations below, the
+// table of an instruction set's kernels, and the functions of the Python module (cpu_NAME and cuda_NAME).
 //
-// A kernel `name` is two functions of one call: name(call) runs it, name_bytes(call) is the workspace that it needs.
-// cpu/*.cpp and cuda/*.cu define them.
+// A kernel `name` is two functions of one call: name(call) runs the kernel, and name_bytes(call) returns the bytes of
+// workspace that the kernel needs. cpu/*.cpp and cuda/*.cu define the functions.
 #pragma once
 #include <string>
 
@@ -49,9 +49,9 @@ KDK_CPU_KERNELS(KDK_DECLARE)
 }
 #undef KDK_DECLARE
 
-// A CUDA kernel is enqueued on its call's stream, and computes in fp32 alone. A kept row with a label, temperature or
-// hard weight that no loss has becomes NaN: to raise would synchronise. Every error of CUDA is a std::runtime_error that
-// names the failed call.
+// A CUDA kernel is enqueued on its call's stream, and computes in fp32 alone. A kept row with an invalid label,
+// temperature or hard weight becomes NaN, because raising an error would synchronise. Every error of CUDA is a
+// std::runtime_error that names the failed call.
 namespace cuda {
 #define KDK_DECLARE(name, Call) \
   void name(const Call& call);  \
@@ -59,8 +59,8 @@ namespace cuda {
 KDK_CUDA_KERNELS(KDK_DECLARE)
 #undef KDK_DECLARE
 
-// The reason why the CUDA kernels, of every family, cannot run on the device (no driver, one too old, an architecture
-// that was not built), or "".
+// The reason why the CUDA kernels of some family cannot run on the device (no driver, a driver that is too old, an
+// architecture that was not built), or "".
 std::string refusal(int device);
 }  // namespace cuda
 

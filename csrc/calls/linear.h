@@ -1,4 +1,5 @@
-// Calls of the element-wise kernels that a head needs around its matrix products and row sweeps. All work in place.
+// Calls of the element-wise kernels that a head needs around its matrix products and row sweeps. All kernels work in
+// place.
 #pragma once
 #include "types.h"
 
@@ -23,7 +24,7 @@ struct SoftcapGradientCall {
   Execution run;
 };
 
-// total[i] += part[i], the total in fp32 and the part in 16 bits
+// total[i] += part[i], with the total in fp32 and the part in 16 bits.
 struct AccumulateCall {
   int64_t count;
   Numbers total;

@@ -1,4 +1,4 @@
-// The members that the calls of kernels are made of. A member's type says how fields.h reads it from Python:
+// The types of the members of calls. A member's type says how fields.h reads the member from Python:
 //
 //     Logits                  a tensor [outer, inner, columns] whose last dimension has stride 1
 //     PerRow                  a tensor [rows], or [1] for a number that all rows share, in the compute dtype; or None
@@ -10,7 +10,7 @@
 //     Divergence, PairCost    a name
 //     a struct with fields    a NamedTuple that has these fields
 //
-// An empty tensor counts as None, whose pointer is null. Nothing here is of torch or of Python.
+// An empty tensor counts as None, whose pointer is null. This header depends neither on torch nor on Python.
 #pragma once
 #include <cstdint>
 
@@ -22,7 +22,7 @@
 #define KDK_IN_KERNEL
 #endif
 
-// Stands at the end of a struct: the members that the caller fills, by name.
+// Stands at the end of a struct and lists the members that the caller fills by name.
 #define KDK_FIELDS(...)                                                \
   static constexpr const char* field_names() { return #__VA_ARGS__; } \
   template <class Visit> void visit_fields(Visit&& visit) { visit(__VA_ARGS__); }
@@ -41,39 +41,39 @@ struct Logits {
   int64_t outer_stride, inner_stride;
 };
 
-// A pointer that a kernel casts to its compute type, as it does a void*.
+// A pointer that a kernel casts to its compute type, like a void*.
 struct Pointer {
   void* data;
   KDK_EVERYWHERE explicit operator bool() const { return data != nullptr; }
   template <class T> KDK_EVERYWHERE explicit operator T*() const { return (T*)data; }
 };
 
-// Numbers in the compute type, which all PerRow and Numbers of a call share: double or float (Execution::fp64).
+// Numbers in the compute type: double or float (Execution::fp64) for all PerRow and Numbers of a call.
 struct Numbers : Pointer {};
 
-// One number a row, in the compute type. A number that all rows share has stride 0.
+// One number for each row, in the compute type. A number that all rows share has stride 0.
 struct PerRow {
   const void* data;
   int64_t stride;
 };
 
-// Elements of any storage dtype, as logits have them.
+// Elements of any storage dtype of logits.
 struct Stored : Pointer {
   Dtype dtype;
 };
 
-// Class indices as a caller has them.
+// Class indices in the caller's dtype.
 struct Classes : Pointer {
   bool wide;  // int64, else int32
 };
 
-// How a call runs: filled by the launcher, never by name. A kernel uses what its device has of it.
+// How a call runs. The launcher fills the members, never by name; a kernel uses the members of its device.
 struct Execution {
   bool fp64;        // the compute type is double, else float
-  void* workspace;  // as many bytes as the kernel's _bytes function asks for
-  int threads;      // of a CPU
-  int device;       // the index of a GPU
-  void* stream;     // a cudaStream_t of that GPU
+  void* workspace;  // of the size that the kernel's _bytes function returns
+  int threads;      // CPU: the number of threads
+  int device;       // GPU: its index
+  void* stream;     // GPU: a cudaStream_t
 };
 
 }  // namespace kdk

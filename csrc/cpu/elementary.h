@@ -1,15 +1,14 @@
 // exp, log, square root, ratio and tanh as straight-line code that a compiler turns into packed instructions, and the
-// conversions of 16-bit floats. Included inside a namespace per instruction set: nothing here may be shared between
-// them.
+// conversions of 16-bit floats. Included inside a namespace per instruction set: the namespaces may share no code.
 //
-// fp64 calls the C library: it is there for exactness, not for speed.
+// fp64 calls the C library, because callers use fp64 for exactness and not for speed.
 
 static inline float bits_to_float(uint32_t bits) { float x; __builtin_memcpy(&x, &bits, 4); return x; }
 static inline uint32_t float_to_bits(float x) { uint32_t bits; __builtin_memcpy(&bits, &x, 4); return bits; }
 
-// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, exp(r) by a minimax polynomial of degree 6
-// (relative error 3e-9, so that fp32 rounding dominates). The rounding adds and subtracts 1.5 * 2^23, which
-// leaves n in the low bits of the sum. NaN passes through r.
+// exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln 2 / 2, with exp(r) from a minimax polynomial of degree 6
+// (relative error 3e-9, so that fp32 rounding dominates). Rounding adds and subtracts 1.5 * 2^23, which leaves n in the
+// low bits of the sum. NaN passes through r.
 static inline float exp_core(float x) {
   const float round_to_integer = 12582912.0f;
   float shifted = x * 1.44269504088896341f + round_to_integer;
@@ -27,8 +26,8 @@ static inline float exp_core(float x) {
   return y * bits_to_float(exponent);
 }
 
-// For x <= 0, as every exponential relative to a maximum is. It is 0 from -87 down, just above the smallest
-// normal number.
+// exp(x) for x <= 0, as in every exponential relative to a maximum. It is 0 for x < -87, which is just above the
+// logarithm of the smallest normal number.
 static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_core(x); }
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
@@ -59,20 +58,20 @@ template <int count> inline void exps_of_nonpositive(__m512 (&x)[count], const E
   for (float coefficient : coefficients)
     for (int i = 0; i < count; ++i) y[i] = _mm512_fmadd_ps(y[i], f[i], _mm512_set1_ps(coefficient));
   for (int i = 0; i < count; ++i) {
-    // What rounds to 0 is put there: a processor takes a hundred cycles for a result that underflows. A NaN passes.
+    // Results that round to 0 are set to 0, since an underflow takes a processor a hundred cycles. A NaN passes.
     const __mmask16 not_zero = _mm512_cmp_ps_mask(n[i], _mm512_set1_ps(-150.0f), _CMP_NLT_UQ);
     x[i] = _mm512_maskz_scalef_ps(not_zero, y[i], n[i]);
   }
 }
 #endif
 
-// Infinite from 88 on, where 2^n would need n = 128.
+// exp(x) for any x; infinite for x > 88, where 2^n would need n = 128.
 static inline float exp_of(float x) { return x > 88.0f ? INFINITY : exp_of_nonpositive(x); }
 static inline double exp_of(double x) { return ::exp(x); }
 
 // log(x) = e ln 2 + log(m), m in [sqrt(1/2), sqrt(2)), log(1 + f) = f - f^2 / 2 + f^3 y(f) with y a minimax polynomial
-// of degree 7 (relative error 6e-9). For x in [0, large); log(0) is -88, which is always multiplied
-// by a probability of 0; NaN comes back through x - x.
+// of degree 7 (relative error 6e-9). For finite x >= 0. log(0) is -88, which callers multiply by a probability of 0. A
+// NaN returns through x - x.
 static inline float log_of(float x) {
   int32_t bits = (int32_t)float_to_bits(x);
   int32_t e = (bits - 0x3f3504f3) >> 23;
@@ -99,8 +98,8 @@ static inline double root_of(double x, double) { return __builtin_sqrt(x); }
 static inline float ratio(float x, float m) { return m == 0 ? 0 : x / m; }
 static inline double ratio(double x, double m) { return m == 0 ? 0 : x / m; }
 
-// x + x^3 y(x^2) below 0.625, y a minimax polynomial of degree 5 (relative error 2e-9); 1 - 2 / (exp(2 |x|) + 1) with
-// the sign of x above, which is +-1 from 10 on. Within 1.4 ulp.
+// tanh(x) = x + x^3 y(x^2) for |x| < 0.625, with y a minimax polynomial of degree 5 (relative error 2e-9). Above that,
+// tanh(x) = 1 - 2 / (exp(2 |x|) + 1) with the sign of x, which is +-1 for |x| >= 10. Within 1.4 ulp.
 static inline float tanh_of(float x) {
   float magnitude = __builtin_fabsf(x), square = x * x;
   float y = 2.292744815e-3f;
@@ -118,7 +117,7 @@ static inline double tanh_of(double x) { return ::tanh(x); }
 
 static inline float bf16_to_float(uint16_t x) { return bits_to_float((uint32_t)x << 16); }
 
-// Round to nearest even; a NaN stays one (its quiet bit is set, so that no payload rounds to infinity).
+// Rounds to nearest even. A NaN stays a NaN: its quiet bit is set, so that no payload rounds to infinity.
 static inline uint16_t float_to_bf16(float x) {
   uint32_t bits = float_to_bits(x);
   uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
@@ -140,7 +139,7 @@ static inline void floats_to_f16(const float* from, uint16_t* to, int n) {
   for (; i < n; ++i) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
 }
 #else
-// 2^112 moves a half's exponent to a float's, subnormals included.
+// The factor 2^112 turns a half's exponent into a float's, for subnormal numbers too.
 static inline float f16_to_float(uint16_t x) {
   uint32_t magnitude = (uint32_t)(x & 0x7fffu) << 13;
   uint32_t sign = (uint32_t)(x & 0x8000u) << 16;

@@ -1,6 +1,5 @@
-// What a head needs around its matrix products and row sweeps, on a CPU: the soft cap of logits, its gradient, and a
-// sum in fp32 of products that were rounded to 16 bits. All of it element by element, in place, in one pass over the
-// memory.
+// The element-wise kernels of a head on a CPU: the soft cap of logits, its gradient, and the sum in fp32 of products
+// that were rounded to 16 bits. Each kernel works in place, in one pass over the memory.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -19,16 +18,16 @@ namespace KDK_ISA {
 #include "elementary.h"
 #include "storage.h"
 
-// Calls body(first element, number of elements) for each block, on all threads.
+// Calls body(first element, number of elements) for each block. The threads share the blocks.
 template <class F> void each_block(int64_t count, int threads, F body) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (count >= kSerialWork && threads > 1)
   for (int64_t first = 0; first < count; first += kBlock)
     body(first, count - first < kBlock ? (int)(count - first) : kBlock);
 }
 
-// ---- the inner loops; `from` may be `to`. Not inlined: a test sees that they are made of packed instructions.
+// ---- the inner loops. `from` may equal `to`. They are not inlined: a test looks for packed instructions in them.
 
-// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN stays the one that it is.
+// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN keeps its bits.
 template <class T> __attribute__((noinline)) void cap_block(const T* from, T* to, int n, T cap) {
   const T small = T(sizeof(T) == 4 ? 0x1p-12 : 0x1p-27);
 #pragma omp simd
@@ -38,8 +37,8 @@ template <class T> __attribute__((noinline)) void cap_block(const T* from, T* to
   }
 }
 
-// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap, whose digits are all there near the cap, where a square would
-// have lost them. The rounding of a capped logit to 16 bits may take it past the cap: the slope is 0 there.
+// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap. d is exact near the cap, where the square would lose digits. The
+// rounding of a capped logit to 16 bits may move the logit past the cap, where the slope is 0.
 template <class T>
 __attribute__((noinline)) void cap_gradient_block(const T* gradient, const T* logits, T* to, int n, T cap) {
 #pragma omp simd
@@ -47,7 +46,7 @@ __attribute__((noinline)) void cap_gradient_block(const T* gradient, const T* lo
     T g = gradient[i], x = logits[i], d = (cap - (x < 0 ? -x : x)) / cap;
     d = d < 0 ? T(0) : d;
     T product = g * (d * (2 - d));
-    to[i] = g == 0 ? g : product;  // of a row that is skipped, or padding: its logits may be anything
+    to[i] = g == 0 ? g : product;  // g is 0 in a skipped row and in padding, where logits may be anything
   }
 }
 

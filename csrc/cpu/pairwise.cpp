@@ -1,10 +1,13 @@
 // Costs between the rows of two clouds of logits on a CPU, and their gradient. calls/pairwise.h has the formulas.
 //
-// The vocabulary is gone through in tiles of columns: the probabilities of all rows of both clouds in a tile are made
-// once, and lie in a cache while every pair of rows meets. No difference is stored. Costs of a tile are sums of a few
-// dozen terms a lane. Threads share the tiles: of costs in slices of them, whose number depends on sizes alone, and
-// whose sums are added in their order, so that the number of threads changes nothing. Where clouds are so large that a
-// slice's sums would take too much memory, threads share the rows of the student instead.
+// A kernel walks the vocabulary in tiles of columns. It computes the probabilities of all rows of both clouds in a tile
+// once, and the probabilities stay in a cache while every pair of rows meets. No difference is stored. The cost of a
+// tile is a sum of a few dozen terms a lane.
+//
+// Threads share the tiles. For costs, the tiles form slices; the number of slices depends on sizes alone, and the sums
+// of slices are added in order, so that results do not depend on the number of threads. For large clouds, whose slices
+// would take too much memory, there are fewer slices than threads, and the threads share the rows of the student
+// instead.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -24,7 +27,7 @@ namespace KDK_ISA {
 #include "storage.h"
 #include "sweeps.h"
 
-// Vectors of one register.
+// A vector that fills one register.
 template <class T> struct Vector;
 template <> struct Vector<float> {
   typedef float type __attribute__((vector_size(4 * kLanes)));
@@ -51,7 +54,7 @@ template <class T> inline typename Vector<T>::type magnitude(typename Vector<T>:
   typedef typename Vector<T>::bits Bits;
   return (typename Vector<T>::type)((Bits)x & ~(Vector<T>::sign - (Bits){}));
 }
-// sum + sign(difference) x, of sign(0) = 0.
+// sum + sign(difference) x, where sign(0) = 0.
 template <class T>
 inline typename Vector<T>::type add_signed(typename Vector<T>::type sum, typename Vector<T>::type difference,
                                            typename Vector<T>::type x) {
@@ -60,8 +63,9 @@ inline typename Vector<T>::type add_signed(typename Vector<T>::type sum, typenam
   return sum + (typename Vector<T>::type)(difference != 0 ? found : (Bits){});
 }
 #if defined(__AVX512F__)
-// The sign by one instruction, a table of what stands for quiet and signalling NaN, 0, 1, -inf, inf, negative and
-// positive numbers, from the lowest digit up: itself, itself, 0, 1, -1, 1, -1, 1.
+// The same with one instruction for the sign. The hexadecimal digits of its table, from the lowest digit up, give the
+// results for a quiet NaN, a signalling NaN, 0, 1, -inf, inf, negative numbers and positive numbers: the NaN, the NaN,
+// 0, 1, -1, 1, -1, 1.
 template <>
 inline Vector<float>::type add_signed<float>(Vector<float>::type sum, Vector<float>::type difference,
                                              Vector<float>::type x) {
@@ -70,12 +74,12 @@ inline Vector<float>::type add_signed<float>(Vector<float>::type sum, Vector<flo
 }
 #endif
 
-constexpr int kRows = 4;                    // of the student that meet the teacher's at a time
-constexpr int64_t kTileBytes = 1 << 19;     // of each side's probabilities
+constexpr int kRows = 4;                    // rows of the student that meet a row of the teacher at a time
+constexpr int64_t kTileBytes = 1 << 19;     // bytes of each side's probabilities
 
 inline int64_t rounded_rows(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
 
-// Columns of a tile: a whole number of registers, of which the gradient takes two at a time.
+// Columns of a tile: an even number of registers, because the gradient takes two registers at a time.
 template <class T> int64_t tile_columns(int64_t rows) {
   constexpr int64_t least = 2 * Vector<T>::lanes;
   int64_t fits = kTileBytes / (int64_t)sizeof(T) / rows / least * least;
@@ -84,14 +88,15 @@ template <class T> int64_t tile_columns(int64_t rows) {
 
 template <class T> T* aligned(void* workspace) { return (T*)(((uintptr_t)workspace + 63) / 64 * 64); }
 
-// What both kernels know of a cloud: its probabilities in a tile of columns.
+// A cloud, and its probabilities in a tile of columns: the common part of both kernels.
 template <class T, class Call> struct Cloud {
   const Call& call;
   const int64_t cloud, rows, width;
   T *p, *q;  // [rounded rows, width]
   T temperature;
 
-  static int64_t numbers(int64_t rows) { return 2 * rounded_rows(rows) * tile_columns<T>(rows); }  // of the scratch
+  // Numbers in the scratch memory.
+  static int64_t numbers(int64_t rows) { return 2 * rounded_rows(rows) * tile_columns<T>(rows); }
 
   Cloud(const Call& call, int64_t cloud, T* scratch)
       : call(call),
@@ -110,7 +115,8 @@ template <class T, class Call> struct Cloud {
     return left < width ? left : width;
   }
 
-  // Rows of the student, then of the teacher; zeros in dropped rows, in rows that round up, and past the last column.
+  // Fills row `of_both`, which counts the student's rows and then the teacher's. Dropped rows, rows that round up, and
+  // columns past the last are 0.
   void fill(int64_t tile, int64_t of_both) const {
     const bool is_teacher = of_both >= rounded_rows(rows);
     const int64_t row = is_teacher ? of_both - rounded_rows(rows) : of_both;
@@ -119,7 +125,7 @@ template <class T, class Call> struct Cloud {
     if (columns) {
       const Logits& x = is_teacher ? call.teacher : call.student;
       const int64_t start = cloud * x.outer_stride + row * x.inner_stride + tile * width;
-      const int64_t stride = call.clouds * rows;  // between the floats
+      const int64_t stride = call.clouds * rows;  // from max to log_sum in `floats`
       const T* floats = (const T*)call.floats + (is_teacher ? 2 : 0) * stride;
       const T max = of_row(floats, row), log_sum = of_row(floats + stride, row), inverse_temperature = 1 / temperature;
       alignas(64) T buffer[kBlock];
@@ -127,7 +133,7 @@ template <class T, class Call> struct Cloud {
 #pragma omp simd
       for (int64_t v = 0; v < columns; ++v) {
         T log_prob = (in[v] - max) * inverse_temperature - log_sum;
-        out[v] = exp_of_nonpositive(log_prob > 0 ? T(0) : log_prob);  // above 0 by a rounding
+        out[v] = exp_of_nonpositive(log_prob > 0 ? T(0) : log_prob);  // rounding may bring it above 0
       }
     }
     for (int64_t v = columns; v < width; ++v) out[v] = 0;
@@ -139,7 +145,7 @@ template <class T, class Call> struct Cloud {
 
 // ---- costs
 
-// Parts of a cloud's tiles with sums of their own: as many as keep some threads busy and a few megabytes hold.
+// The number of slices of a cloud's tiles: enough to keep some threads busy, few enough for a few megabytes of sums.
 inline int64_t slices_of(int64_t clouds, int64_t rows, int64_t tiles) {
   const int64_t all = rounded_rows(rows), fit = (4 << 20) / (8 * all * all) + 1, wanted = 16 / clouds + 1;
   int64_t slices = fit < wanted ? fit : wanted;
@@ -150,14 +156,14 @@ template <class T> struct Costs : Cloud<T, PairCostsCall> {
   typedef Cloud<T, PairCostsCall> Base;
   typedef typename Vector<T>::type V;
   using Base::call, Base::cloud, Base::rows, Base::width, Base::p, Base::q;
-  T *sums, *moments;  // of a slice [rounded rows, rounded rows]
+  T *sums, *moments;  // [rounded rows, rounded rows], of a slice
 
   static int64_t sums_of(int64_t rows) { return 2 * rounded_rows(rows) * rounded_rows(rows); }
 
   Costs(const PairCostsCall& call, int64_t cloud, T* scratch, T* sums)
       : Base(call, cloud, scratch), sums(sums), moments(sums + sums_of(call.rows) / 2) {}
 
-  // kRows rows of the student and two of the teacher.
+  // Adds the sums of kRows rows of the student and two rows of the teacher.
   template <PairCost kind, bool with_moments> void meet(int64_t i, int64_t j) const {
     V sum[kRows][2] = {}, moment[kRows][2] = {};
     const T *students = p + i * width, *teachers = q + j * width;
@@ -208,7 +214,7 @@ template <class T> struct Costs : Cloud<T, PairCostsCall> {
       });
     }
   }
-  // A row of the cloud's costs and moments, of the sums of its slices, which begin with these.
+  // Writes row i of the cloud's costs and moments: adds the sums of all slices. This object has those of slice 0.
   void write(int64_t i, int64_t slices) const {
     const int64_t all = rounded_rows(rows);
     const bool is_root = call.kind == PairCost::l2;
@@ -274,7 +280,7 @@ template <class T> struct Gradient : Cloud<T, PairGradientCall> {
 
   Gradient(const PairGradientCall& call, int64_t cloud, T* scratch) : Base(call, cloud, scratch) {}
 
-  // g of kRows rows in two registers of columns: g += W_ij times the derivative at every teacher row.
+  // g of kRows rows in two registers of columns: the sum over all teacher rows of W_ij times the derivative.
   template <PairCost kind> void meet_all(int64_t i, int64_t v, T* const* g) const {
     V sum[kRows][2] = {}, of_student[kRows][2];
     const T* weights[kRows];

@@ -36,7 +36,7 @@ template <class T> struct PlanGradient {
     double* next = y + padded(m);
     for (double** vector : of_columns) *vector = next, next += padded(m);
   }
-  // Of numbers of the columns, weighted by a row's shares; 0 for a row that has none.
+  // The mean of numbers of the columns, weighted by the shares of row i; 0 for a row without shares.
   double mean(int64_t i, const double* of_columns) const {
     const double* in = shares + i * padded(m);
     double sum = 0, total = 0;
@@ -56,6 +56,7 @@ template <class T> struct PlanGradient {
       w[j] = exp_of_nonpositive(exponent > most ? most : exponent);
     }
   }
+  // (P1)
   void envelope() const {
     for (int64_t i = 0; i < n; ++i) {
       T *w = out(call.grad_cost, n * m) + i * m, mass = a[i];
@@ -67,7 +68,7 @@ template <class T> struct PlanGradient {
     memcpy(out(call.grad_b, m), g, m * sizeof(T));
   }
 
-  // image = A direction
+  // image = A direction.
   void apply() const {
     for (int64_t j = 0; j < m; ++j) image[j] = c[j] * direction[j];
     for (int64_t i = 0; i < n; ++i) {
@@ -82,7 +83,7 @@ template <class T> struct PlanGradient {
     for (int64_t j = 0; j < m; ++j) sum += u[j] * v[j];
     return sum;
   }
-  // The residual without its part along y = 1, which rounding brings, over c.
+  // Removes the residual's part along y = 1, which rounding adds, and divides the residual by c.
   double precondition() const {
     double sum = 0, mass = 0;
     for (int64_t j = 0; j < m; ++j) sum += residual[j], mass += c[j];
@@ -97,7 +98,7 @@ template <class T> struct PlanGradient {
     memcpy(residual, rhs, m * sizeof(double));
     memset(y, 0, m * sizeof(double));
     double norm = precondition();
-    const double enough = norm * 1e-26;  // of squares
+    const double enough = norm * 1e-26;  // a norm is a sum of squares
     memcpy(direction, preconditioned, m * sizeof(double));
     for (int64_t step = 0; step < 2 * m + 20 && norm > enough; ++step) {
       apply();
@@ -110,8 +111,9 @@ template <class T> struct PlanGradient {
       for (int64_t j = 0; j < m; ++j) direction[j] = preconditioned[j] + norm / before * direction[j];
     }
   }
+  // (P2)
   void implicit() {
-    T* w = out(call.grad_cost, n * m);  // its first row holds a row of weights, until it is written
+    T* w = out(call.grad_cost, n * m);  // the first row of grad_cost holds a row of weights until it is written
     for (int64_t j = 0; j < m; ++j) c[j] = rhs[j] = 0;
     for (int64_t i = 0; i < n; ++i) {
       double* in = shares + i * padded(m);
@@ -123,7 +125,7 @@ template <class T> struct PlanGradient {
         in[j] = (double)b[j] * w[j];
         sum += in[j] * finite(costs[j]), total += in[j];
       }
-      x[i] = total == 0 ? 0 : sum / total;  // where y is 0
+      x[i] = total == 0 ? 0 : sum / total;  // x for y = 0
       const double mass = a[i], of_row = x[i];
 #pragma omp simd
       for (int64_t j = 0; j < m; ++j) {
@@ -145,7 +147,7 @@ template <class T> struct PlanGradient {
     }
     for (int64_t j = 0; j < m; ++j) grad_b[j] = (T)y[j];
   }
-  // What the rows that would send it mass give it.
+  // Column j without mass: y_j is the mean of C_ij - x_i over the rows, weighted by the mass that they would send it.
   void find_y_without_mass(T* w) const {
     bool any = false;
     for (int64_t j = 0; j < m; ++j) any |= b[j] == 0;

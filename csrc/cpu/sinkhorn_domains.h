@@ -60,7 +60,7 @@ template <class T> void transposed_product(const T* matrix, int64_t n, int64_t m
 }
 
 template <class T> struct Scratch {
-  int64_t rounds;           // that are stored: all for derivatives, else the last two
+  int64_t rounds;           // stored rounds: all for derivatives, else the last two
   T* matrix;                // [n, padded m]
   T *f, *g;                 // [rounds]: the vectors of a round
   T *base, *sum;            // [rounds]: maximum and sum of each column's log-sum-exp
@@ -85,7 +85,7 @@ template <class T> struct Data {
   const T *cost, *a, *b;
   const T epsilon, inverse;
   Scratch<T>& scratch;
-  T least;        // min C: costs are relative to it in all that would cancel otherwise
+  T least;        // min C: sums that would cancel otherwise take C - min C
   T sum_a, sum_b;
   bool scalings;  // the domain
 

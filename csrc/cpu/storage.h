@@ -1,5 +1,6 @@
-// Loads and stores: any storage type as the compute type T, a block of columns at a time. Included inside a namespace
-// per instruction set, after elementary.h: nothing here may be shared between them.
+// Loads and stores: conversions between any storage type and the compute type T, a block of columns at a time; and the
+// memory of threads. Included inside a namespace per instruction set, after elementary.h: the namespaces may share no
+// code.
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -8,21 +9,21 @@ constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
 #endif
-// Columns that are gone through together: few enough that a few buffers fit the first-level cache, and so many that the
-// next block arrives while this one computes.
+// Columns per block: small enough for a few buffers in the first-level cache, large enough to hide the prefetch of the
+// next block.
 constexpr int kBlock = 128 * kLanes;
-constexpr int64_t kSerialWork = 32768;  // logits under which starting threads costs more than it brings
+constexpr int64_t kSerialWork = 32768;  // for fewer logits, starting threads costs more time than it saves
 
-// The threads that so much work pays for.
+// One thread for little work (a number of logits), else all threads.
 inline int threads_for(int64_t work, int threads) { return work < kSerialWork ? 1 : threads; }
 
-// body(T()) with the compute type T.
+// Calls body(T()) with the compute type T.
 template <class Body> auto by_type(bool fp64, Body body) { return fp64 ? body(double()) : body(float()); }
 
 inline int64_t rounded_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Hands out memory from a base on. From base 0 it counts: a Scratch that takes its memory from an arena then says how
-// much it needs.
+// Hands out memory, from a base upwards. With base 0 an arena only counts: a Scratch that takes its memory from it then
+// says how many bytes the Scratch needs.
 struct Arena {
   uintptr_t base;
   int64_t used = 0;
@@ -36,7 +37,7 @@ struct Arena {
   void align() { used = rounded_up(used); }
 };
 
-// A kernel's workspace has a region for each thread, whose Scratch(call, arena) takes its memory there.
+// A kernel's workspace has one region for each thread. Scratch(call, arena) takes the thread's memory from its region.
 template <class Scratch, class Call> int64_t scratch_bytes(const Call& call) {
   Arena arena(0);
   Scratch counted(call, arena);

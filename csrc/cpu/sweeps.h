@@ -1,11 +1,11 @@
-// What sweeps over rows of logits are made of: maxima and exponentials of a block of columns, and who works on a row.
-// Included inside a namespace per instruction set, after storage.h: nothing here may be shared between them.
+// The parts of sweeps over rows of logits: maxima and exponentials of a block of columns, and the threads of a row.
+// Included inside a namespace per instruction set, after storage.h: the namespaces may share no code.
 
-// The maxima of n columns, of which column i goes to maxima[i % kMaxima]. NaN is passed over. So many accumulators that
-// no comparison waits for the one before it.
+// maxima[j] is the maximum of the columns i with i % kMaxima == j, without NaN. kMaxima accumulators are enough that no
+// comparison waits for the comparison before it.
 constexpr int kMaxima = 4 * kLanes;
 template <class T> void lane_maxima(const T* x, int n, T* maxima) {
-  T max[kMaxima];  // not where x may lie: it stays in registers
+  T max[kMaxima];  // cannot alias x, so that it stays in registers
   for (int j = 0; j < kMaxima; ++j) max[j] = -INFINITY;
   int i = 0;
   for (; i + kMaxima <= n; i += kMaxima) {
@@ -25,8 +25,8 @@ template <class T> T block_max(const T* x, int n) {
   return max;
 }
 
-// exp((x - max) * inverse_temperature); each is written to e, where that is wanted, and column i counts in
-// sums[i % kMaxima]. `next` is where the same columns of the next block lie in memory.
+// exp((x - max) * inverse_temperature) of n columns. Writes the exponentials to e if `keep`, and adds column i to
+// sums[i % kMaxima]. `next`: address of the same columns in the next block; `element`: bytes of a column there.
 template <bool keep, class T>
 void lane_exponentials(const T* x, int n, T max, T inverse_temperature, T* e, T* sums, const void* next,
                        int64_t element) {
@@ -46,8 +46,8 @@ void lane_exponentials(const T* x, int n, T max, T inverse_temperature, T* e, T*
 }
 
 #if defined(__AVX512F__)
-// With the exp made of AVX-512's own instructions. The next block is fetched while this one computes: a hardware
-// prefetcher stops at a page, and a block of 16-bit logits is half of one.
+// lane_exponentials with AVX-512's own instructions. It prefetches the next block while this block computes: a hardware
+// prefetcher stops at the end of a page, and a block of 16-bit logits is half a page.
 template <bool keep>
 void lane_exponentials(const float* x, int n, float max, float inverse_temperature, float* e, float* sums,
                        const void* next, int64_t element) {
@@ -88,7 +88,7 @@ template <class T> T sum_of_lanes(const T* sums) {
   for (int j = 0; j < kMaxima; ++j) sum += sums[j];
   return sum;
 }
-// The sum of all of them.
+// lane_exponentials, and the sum of all exponentials.
 template <bool keep, class T>
 T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void* next, int64_t element) {
   alignas(64) T sums[kMaxima];
@@ -96,7 +96,7 @@ T exponentials(const T* x, int n, T max, T inverse_temperature, T* e, const void
   return sum_of_lanes(sums);
 }
 
-// Who works on a row: one thread, or all threads of a region block by block.
+// The threads that work on a row: one thread, or all threads of a parallel region, which share the row's blocks.
 struct OneThread {
   template <class F> static void blocks(int64_t n, F body) {
     for (int64_t b = 0; b < n; ++b) body(b);
@@ -118,8 +118,8 @@ using Together = AllThreads;
 
 template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
 
-// Neighbouring rows that a thread takes at a time: so many that they fill huge pages, since threads that first write to
-// the same one would both clear it; but a few turns for each thread.
+// Neighbouring rows that a thread takes at a time: enough to fill huge pages, because two threads that first write to
+// one page would both clear it; but at most half of a thread's share of the rows.
 inline int64_t rows_of_a_turn(int64_t rows, int64_t row_bytes, int threads) {
   int64_t most = (rows + 2 * threads - 1) / (2 * threads), wanted = (8 << 20) / (row_bytes + 1) + 1;
   return wanted < most ? wanted : most < 1 ? 1 : most;

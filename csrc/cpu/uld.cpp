@@ -1,13 +1,13 @@
 // Universal Logit Distillation on a CPU: the sorted probabilities of two vocabularies are compared rank by rank.
 //
-// Softmax keeps the order, so the logits are sorted, by the bits of their storage type. A side of 16 bits is counted: a
-// histogram over its 65,536 values gives runs of equal logits, and one exponential serves a run. A wider side is sorted
-// by its keys alone, ten to twelve bits a pass. Either way the exponentials of the ranks follow, and one loop over the
-// ranks finds the loss and the signs.
+// Softmax keeps the order, so the kernel sorts the logits, by the bits of their storage type. It counts logits of 16
+// bits: a histogram over the 65,536 values gives runs of equal logits, and one exponential serves a run. It sorts the
+// keys of wider logits, ten to twelve bits a pass. The exponentials of the ranks follow, and one loop over the ranks
+// finds the loss and the signs.
 //
-// No class is carried along. A class finds its sign by its logit: of 16 bits, in a table of the gradient of each value;
-// wider, in the segments into which the changes of sign cut the sorted keys. Their number is small where the two curves
-// cross seldom, and a table by the upper 16 bits of the key says which segments may be meant: one, nearly always.
+// Sorting moves no class indices. A class finds its sign by its logit. For 16 bits, a table holds the gradient of each
+// value. For wider logits, the changes of sign cut the sorted keys into segments, which are few where the two curves
+// cross seldom; a table indexed by the key's upper 16 bits gives the candidate segments, nearly always one.
 //
 // This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
 #if defined(__F16C__)
@@ -28,9 +28,9 @@ namespace KDK_ISA {
 #include "sweeps.h"
 #include "row.h"
 
-// ---- keys: the bits of a number, so that a larger number has the smaller key
+// ---- keys: the bits of a number, changed so that a larger number has a smaller key
 
-// Its own inverse: a positive number has all bits but the first flipped.
+// Flips all bits but the first of a positive number. It is its own inverse.
 inline uint16_t flipped(uint16_t bits) { return bits >> 15 ? bits : (uint16_t)(bits ^ 0x7fff); }
 inline uint32_t flipped(uint32_t bits) { return bits ^ (~(uint32_t)((int32_t)bits >> 31) & 0x7fffffffu); }
 inline uint64_t flipped(uint64_t bits) { return bits ^ (~(uint64_t)((int64_t)bits >> 63) & 0x7fffffffffffffffu); }
@@ -56,16 +56,16 @@ inline int64_t wider(const UldCall& call) {
   return call.student_columns > call.teacher_columns ? call.student_columns : call.teacher_columns;
 }
 
-// The memory that a thread works in; its counts are 0 between rows.
+// The memory of a thread. `counts` is 0 between rows.
 template <class T> struct Scratch {
-  uint64_t* keys[3];        // of a rank; two of them take turns while a side is sorted
-  T *p, *q;                 // exponentials of the ranks, relative to the first's; then probabilities
-  T* mean_sign;             // of a segment or run
-  T* of_bucket;             // the sign of all classes in a bucket, or kMixed
-  int32_t* segment;         // in effect where a bucket begins
-  int32_t *counts, *ends;   // of each 16-bit value; the rank where a run ends
-  uint16_t *values, *table; // the bits of a run; the gradient by the bits of the logit
-  int8_t* signs;            // of the ranks
+  uint64_t* keys[3];        // keys by rank; two arrays alternate while a side is sorted
+  T *p, *q;                 // by rank: exponentials relative to the first rank; then probabilities
+  T* mean_sign;             // by segment or run
+  T* of_bucket;             // by bucket: the sign of all its classes, or kMixed
+  int32_t* segment;         // by bucket: the segment at the bucket's first key
+  int32_t *counts, *ends;   // by 16-bit value; by run: the rank where it ends
+  uint16_t *values, *table; // by run: the bits of its logits; by the bits of a logit: the gradient
+  int8_t* signs;            // by rank
 
   static constexpr int64_t kTable = kBuckets + 64;
 
@@ -84,20 +84,20 @@ template <class T> struct Scratch {
 
 constexpr float kMixed = 2;
 
-// A side's ranks.
+// The sorted logits of a side.
 template <class T> struct Ranked {
-  T max, last;         // the first and the last logit
-  double sum;          // of exponentials relative to the first
-  int64_t runs;        // of a side of 16 bits
-  const uint64_t* keys;  // sorted, of a wider one
+  T max, last;           // the first and the last logit
+  double sum;            // of exponentials relative to the first logit
+  int64_t runs;          // of logits of 16 bits
+  const uint64_t* keys;  // sorted, of wider logits
 
   bool is_distribution() const { return max - max == 0 && last == last; }
 };
 
 // ---- sorting
 
-// Which bits of a key a pass sorts by. The upper ones are sign, exponent and little more, and most logits share a few
-// of their values: increments of one counter wait for each other, so that pass takes the widest digit.
+// The bits of a key that each pass sorts by. Most logits share a few values of the upper bits, which are sign, exponent
+// and little more. Increments of one counter wait for each other, so the last pass takes the widest digit.
 template <class Key> struct Digits;
 template <> struct Digits<uint32_t> {
   static constexpr int passes = 3, shift[] = {0, 10, 20, 32};
@@ -105,14 +105,14 @@ template <> struct Digits<uint32_t> {
 template <> struct Digits<uint64_t> {
   static constexpr int passes = 6, shift[] = {0, 10, 20, 30, 40, 52, 64};
 };
-constexpr int kDigitValues = 4096;  // of the widest
+constexpr int kDigitValues = 4096;  // of the widest digit
 
 template <class Key, int pass> int digit_of(Key key) {
   using D = Digits<Key>;
   return (int)(key >> D::shift[pass]) & ((1 << (D::shift[pass + 1] - D::shift[pass])) - 1);
 }
 
-// From this pass on; returns where the sorted keys are.
+// Sorts by the digits from this pass on. Returns the array that holds the sorted keys.
 template <class Key, int pass> Key* sorted_from(Key* keys, Key* other, int64_t n, int32_t (*counts)[kDigitValues]) {
   if constexpr (pass < Digits<Key>::passes) {
     int32_t* place = counts[pass];
@@ -140,7 +140,7 @@ template <class Key, int pass> void count_digits(Key key, int32_t (*counts)[kDig
   }
 }
 
-// By the digits from the lowest up.
+// Sorts by the digits from the lowest up. Returns the array that holds the sorted keys.
 template <class Key> Key* sorted(Key* keys, Key* other, int64_t n) {
   int32_t counts[Digits<Key>::passes][kDigitValues];
   memset(counts, 0, sizeof counts);
@@ -171,7 +171,7 @@ Ranked<T> rank_wide(const Element* x, int64_t n, T inverse_temperature, uint64_t
   return found;
 }
 
-// The runs go to scratch.values and scratch.ends.
+// Counts logits of 16 bits. Writes the runs to scratch.values and scratch.ends.
 template <class T>
 Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T inverse_temperature, Scratch<T>& scratch, T* e) {
   int32_t* counts = scratch.counts;
@@ -179,7 +179,7 @@ Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T inverse_tempe
   counts[0] += counts[0x8000], counts[0x8000] = 0;  // -0 is 0
   Ranked<T> found = {};
   int32_t end = 0;
-  // By the key: the positive numbers downwards, then the negative ones.
+  // In the order of keys: the bits of positive numbers downwards, then the bits of negative numbers upwards.
   auto take_run = [&](int bits) {
     if (counts[bits] == 0) return;
     end += counts[bits];
@@ -220,13 +220,13 @@ Ranked<T> rank_halves(const uint16_t* x, Dtype dtype, int64_t n, T inverse_tempe
   return found;
 }
 
-// ---- what the ranks add up to
+// ---- sums over the ranks
 
 struct Sums {
   double loss, signed_mass;  // sum |p - q|, sum p sign(p - q)
 };
 
-// The exponentials become probabilities. Both sides have `n` ranks here.
+// Turns the exponentials into probabilities, and finds the signs. Both sides have `n` ranks here.
 template <class T>
 __attribute__((noinline)) Sums compare(T* p_of, T student_factor, T* q_of, T teacher_factor, int64_t n, int8_t* signs) {
   Sums sums = {0, 0};
@@ -283,7 +283,7 @@ template <class T> struct UldRow {
   }
 
   void sweep() {
-    // The teacher first: then the runs and keys that are there are the student's.
+    // The teacher comes first, so that the runs and keys in scratch are the student's afterwards.
     const Ranked<T> teacher = ranked(call.teacher, call.teacher_columns, scratch.keys[0], scratch.keys[1], scratch.q);
     const Ranked<T> student = ranked(call.student, call.student_columns, scratch.keys[0], scratch.keys[1], scratch.p);
     if (!student.is_distribution() || !teacher.is_distribution()) return write(T(NAN), T(NAN));
@@ -329,9 +329,9 @@ template <class T> struct UldRow {
     for (int64_t i = 0; i < call.student_columns; ++i) out[i] = table[x[i]];
   }
 
-  // The keys of one sign, or, where a run of equal logits has several, the run.
+  // A segment is a range of keys with one sign, or a run of equal logits with several signs.
   template <class Key> struct Segments {
-    Key* first;        // key of each
+    Key* first;        // the first key of each segment
     T* mean_sign;
     int64_t count;
 
@@ -360,7 +360,7 @@ template <class T> struct UldRow {
         begin = end;
         continue;
       }
-      int64_t run = end - 1, run_end = end + 1;  // of equal logits, which has both
+      int64_t run = end - 1, run_end = end + 1;  // the run of equal logits in which the sign changes
       while (run > begin && keys[run - 1] == keys[run]) --run;
       while (run_end < n && keys[run_end] == keys[run]) ++run_end;
       if (run > begin) found.add(keys[begin], sign);
@@ -370,7 +370,8 @@ template <class T> struct UldRow {
     return found;
   }
 
-  // Which segments the classes of a bucket may be in: from that in effect where it begins to that where the next does.
+  // Finds the candidate segments of each bucket: from the segment at the bucket's first key to the segment at the next
+  // bucket's first key.
   template <class Key> void tabulate(const Segments<Key>& segments, Key last) const {
     int bucket = bucket_of(segments.first[0]);
     const int end = bucket_of(last) + 1;

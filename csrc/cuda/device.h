@@ -1,9 +1,9 @@
-// What only a GPU has, in small functions: shared memory, special-function instructions, 16-bit floats, and what
-// Hopper brought (thread-block clusters, bulk copies). Everything else in csrc/cuda is C++ that a host compiler takes
+// The features of a GPU that C++ lacks, in small functions: shared memory, special-function instructions, 16-bit
+// floats, and the features of Hopper (thread-block clusters, bulk copies). A host compiler takes the rest of csrc/cuda
 // too: tests/cuda_model/cuda_runtime.h defines KDK_CUDA_DEVICE_H and these same functions in plain C++, and so runs the
-// kernels, unchanged, on a CPU. A function that is added here needs its twin there.
+// unchanged kernels on a CPU. Every function here needs a twin there.
 //
-// Before sm_90 a cluster is one block, and there are no bulk copies: the launcher plans for neither.
+// Before sm_90 a cluster is one block and bulk copies do not exist: the launcher plans for neither.
 #ifndef KDK_CUDA_DEVICE_H
 #define KDK_CUDA_DEVICE_H
 
@@ -17,7 +17,7 @@ namespace cuda {
 #define KDK_HOPPER
 #endif
 
-// The dynamic shared memory of this block, aligned to 128 bytes: the only shared memory there is.
+// The dynamic shared memory of this block, aligned to 128 bytes. Kernels use no other shared memory.
 inline __device__ char* shared_memory() {
   extern __shared__ __align__(128) char bytes[];
   return bytes;
@@ -27,34 +27,34 @@ inline __device__ char* shared_memory() {
 
 template <class T> inline __device__ T load(const T* from) { return *from; }
 template <class T> inline __device__ void store(T* to, T value) { *to = value; }
-// The same for what is not read again soon: its lines are the first to leave a cache.
+// Stores a value that is not read again soon: its lines are the first to leave a cache.
 template <class T> inline __device__ void store_streaming(T* to, T value) { __stcs(to, value); }
 
-// *sum += x, in shared memory; what was there before.
+// *sum += x, in shared memory. Returns the value of *sum before.
 inline __device__ int add_shared(int* sum, int x) { return atomicAdd(sum, x); }
 
-// ---- special functions, each one instruction
+// ---- special functions, one instruction each
 
-// 2^x within 2 ulp; results below 2^-126 are 0.
+// 2^x within 2 ulp. Results below 2^-126 are 0.
 inline __device__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// log2(x) within 2^-22 (absolute, between 1/2 and 2) or 2^-22.6 (relative); below 2^-126 it is -inf.
+// log2(x) within 2^-22 (absolute, for x between 1/2 and 2) or 2^-22.6 (relative, elsewhere). -inf for x below 2^-126.
 inline __device__ float log2_approx(float x) {
   float y;
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// 1 / x within 1 ulp; below 2^-126 it is infinite.
+// 1 / x within 1 ulp. Infinite for |x| below 2^-126.
 inline __device__ float reciprocal_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// ---- 16-bit floats, two in a word, the first in its lower half. Rounding is to nearest even; NaN stays NaN.
+// ---- 16-bit floats, two in a word, the first in the lower half. Rounding is to nearest even; a NaN stays a NaN.
 
 inline __device__ float2 floats_of_bf16x2(uint32_t x) {
   return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
@@ -77,10 +77,10 @@ inline __device__ uint32_t f16x2_of_floats(float first, float second) {
   return x;
 }
 
-// ---- clusters: blocks that are on the chip together and reach each other's shared memory
+// ---- clusters: blocks that run at the same time and reach each other's shared memory
 
-// All threads of all blocks of the cluster arrive before any leaves; what they wrote to shared memory is seen by all.
-// Where a cluster is one block, this is __syncthreads.
+// All threads of all blocks of the cluster arrive before any thread leaves, and then see what all threads wrote to
+// shared memory. In a cluster of one block this is __syncthreads.
 inline __device__ void cluster_sync(int blocks) {
 #if defined(KDK_HOPPER)
   if (blocks > 1) {
@@ -91,7 +91,7 @@ inline __device__ void cluster_sync(int blocks) {
   __syncthreads();
 }
 
-// Where block `rank` of the cluster keeps what this block keeps at `mine` in its shared memory.
+// The address in block `rank`'s shared memory that corresponds to `mine` in this block's.
 template <class T> inline __device__ const T* map_shared_rank(const T* mine, int rank) {
 #if defined(KDK_HOPPER)
   uint64_t theirs;
@@ -102,11 +102,11 @@ template <class T> inline __device__ const T* map_shared_rank(const T* mine, int
 #endif
 }
 
-// ---- bulk copies from global to shared memory, and the barrier in shared memory that counts their bytes
+// ---- bulk copies from global to shared memory, and the barrier in shared memory that counts the bytes
 
 inline __device__ uint32_t shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
-// By one thread; the others may use the barrier after the next __syncthreads.
+// One thread calls this. The other threads may use the barrier after the next __syncthreads.
 inline __device__ void bulk_barrier_init(uint64_t* barrier) {
 #if defined(KDK_HOPPER)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
@@ -114,14 +114,14 @@ inline __device__ void bulk_barrier_init(uint64_t* barrier) {
                : "memory");
 #endif
 }
-// By the thread that then copies so many bytes; one phase of the barrier.
+// Begins a phase of the barrier, for this many bytes. The thread that copies the bytes calls this before it copies.
 inline __device__ void bulk_barrier_expect(uint64_t* barrier, uint32_t bytes) {
 #if defined(KDK_HOPPER)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 #endif
 }
-// Until the phase of this parity (0, 1, 0, ... for the first, second, third use) has all its bytes.
+// Waits until the phase of this parity (0, 1, 0, ... for the first, second, third use) has all its bytes.
 inline __device__ void bulk_barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(KDK_HOPPER)
   asm volatile(
@@ -132,13 +132,13 @@ inline __device__ void bulk_barrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 #endif
 }
-// Bulk copies that are issued after the next barrier come after what this thread has read and written so far.
+// Orders this thread's reads and writes so far before bulk copies that are issued after the next barrier.
 inline __device__ void bulk_fence() {
 #if defined(KDK_HOPPER)
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
-// Both addresses and the number of bytes are multiples of 16.
+// Starts a copy. Both addresses and the number of bytes are multiples of 16.
 inline __device__ void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
 #if defined(KDK_HOPPER)
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -148,7 +148,7 @@ inline __device__ void bulk_copy(void* shared, const void* global, uint32_t byte
 #endif
 }
 
-// The same bytes to the L2 cache; a hint.
+// A hint to copy the bytes to the L2 cache.
 inline __device__ void bulk_prefetch(const void* global, uint32_t bytes) {
 #if defined(KDK_HOPPER)
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)), "r"(bytes));

@@ -1,4 +1,4 @@
-// A row of logits as threads take it: eight columns at a time, 16 bytes of 16-bit logits, in any storage type.
+// Loads and stores of a row of logits of any storage type, in groups of eight columns: 16 bytes of 16-bit logits.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -14,9 +14,9 @@ constexpr int kGroup = 8;
 inline __host__ __device__ int bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 inline __device__ int columns_in(int bytes, Dtype dtype) { return bytes >> (dtype == Dtype::f32 ? 2 : 1); }
 
-// A block's slice of a row, in global memory or copied to shared memory. Its columns are at the positions from `begin`
-// to `end`; position 0 lies at a multiple of 16 bytes, unless the slice is not aligned at all. In shared memory -inf
-// stands at all other positions of a group.
+// A block's slice of a row, in global memory or copied to shared memory. The slice's columns are at the positions from
+// `begin` to `end`. Position 0 lies at a multiple of 16 bytes if the slice is aligned. In shared memory all other
+// positions of a group hold -inf.
 struct Slice {
   const char* data;
   Dtype dtype;
@@ -27,8 +27,8 @@ struct Slice {
   __device__ bool holds(int position) const { return position >= begin && position < end; }
 };
 
-// By how many columns the groups of a row are shifted so that they lie at multiples of 16 bytes in both tensors; -1
-// where no shift does that.
+// The number of columns by which the groups of a row are shifted, so that they lie at multiples of 16 bytes in both
+// tensors; -1 if no shift does that.
 inline __device__ int shift_of(const char* a, Dtype a_dtype, const char* b, Dtype b_dtype) {
   const bool a_wide = a_dtype == Dtype::f32, b_wide = b_dtype == Dtype::f32;
   const int a_shift = columns_in((uint64_t)a % 16, a_dtype), b_shift = columns_in((uint64_t)b % 16, b_dtype);
@@ -37,7 +37,7 @@ inline __device__ int shift_of(const char* a, Dtype a_dtype, const char* b, Dtyp
   return narrow % 4 == wide ? narrow : -1;
 }
 
-// Eight logits as they lie in memory; those of 16 bits take the first four words.
+// The bits of eight logits in memory. Logits of 16 bits take the first four words.
 struct Raw {
   uint32_t words[kGroup];
 };
@@ -55,7 +55,7 @@ template <bool staged> inline __device__ void load_16_bytes(const char* from, ui
   words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
 }
 
-// The group at a position, -inf where the slice has no column. `halves`: the dtype is known to have 16 bits.
+// The group at a position, with -inf where the slice has no column. `halves`: the dtype is known to have 16 bits.
 template <bool staged, bool halves> inline __device__ Raw load_group(const Slice& x, int position) {
   Raw raw = {};
   const bool wide = !halves && x.dtype == Dtype::f32;
@@ -89,7 +89,7 @@ template <bool halves> inline __device__ void widen(const Raw& raw, Dtype dtype,
   }
 }
 
-// Both sides of a group; both loads are under way before either is waited for.
+// Both sides of a group. Both loads are issued before the first use of either.
 template <bool staged, bool halves>
 inline __device__ void load_pair(const Slice& a, const Slice& b, int position, float (&x)[kGroup], float (&y)[kGroup]) {
   const Raw raw_a = load_group<staged, halves>(a, position), raw_b = load_group<staged, halves>(b, position);
@@ -109,7 +109,8 @@ inline __device__ void store_logit(char* row, Dtype dtype, int64_t column, float
   else store((uint16_t*)to, (uint16_t)(dtype == Dtype::bf16 ? bf16x2_of_floats(x, 0) : f16x2_of_floats(x, 0)));
 }
 
-// `whole`: all eight columns are there, and lie at a multiple of 16 bytes; else those from `begin` to `end` are stored.
+// Stores a group. `whole`: it has all eight columns, at a multiple of 16 bytes; else only columns from `begin` to `end`
+// are stored.
 template <bool halves>
 inline __device__ void store_group(char* data, Dtype dtype, bool whole, int position, int begin, int end,
                                    const float (&x)[kGroup]) {
@@ -139,7 +140,7 @@ inline __device__ void store_group(char* data, Dtype dtype, bool whole, int posi
   }
 }
 
-// The groups of a slice that are this thread's: `for (int i = groups.first; groups.has(i); i += groups.step)`.
+// This thread's groups of a slice: `for (int i = groups.first; groups.has(i); i += groups.step)`.
 struct Groups {
   int first, step, end;
 

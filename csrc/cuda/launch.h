@@ -1,4 +1,4 @@
-// Launches from the host: errors, what the chip is, how many teams it holds at once.
+// Launches from the host: errors, the properties of the chip, the number of teams that it holds at once.
 #pragma once
 #include <cuda_runtime.h>
 #include <stdint.h>
@@ -16,7 +16,7 @@ namespace cuda {
 
 inline void check(cudaError_t error, const char* call) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // an error that a launch left behind is not met again by the next call
+  cudaGetLastError();  // clears the error of a failed launch, so that the next call does not return it
   std::string advice = "another backend (triton, reference) does not use these kernels";
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction)
     advice = "KDKERNELS_CUDA_ARCHS, set before the installation, names the architectures to build; " + advice;
@@ -28,7 +28,7 @@ inline void check(cudaError_t error, const char* call) {
 }
 #define KDK_CHECK(call, ...) check(call(__VA_ARGS__), #call)
 
-// Each family has one: it loads the family's kernels, and raises where the current device cannot run them.
+// load_FAMILY loads the family's kernels, and raises if the current device cannot run them.
 void load_rows();
 void load_linear();
 void load_topk();
@@ -36,7 +36,7 @@ void load_pairwise();
 void load_sinkhorn();
 void load_uld();
 
-// Makes a device current, and then again the one that was.
+// Makes a device current, and restores the current device when it is destroyed.
 struct OnDevice {
   int before;
   explicit OnDevice(int device) {
@@ -48,7 +48,7 @@ struct OnDevice {
 
 struct Chip {
   int multiprocessors, shared, shared_of_multiprocessor, l2;
-  bool clusters;  // and whether the kernels know them: not those that a driver made of PTX for older chips
+  bool clusters;  // false too for kernels that a driver compiled from PTX for older chips
 
   template <class Kernel> Chip(int device, Kernel kernel) {
     auto ask = [&](cudaDeviceAttr attribute, int* value) {
@@ -63,7 +63,8 @@ struct Chip {
     clusters = attributes.ptxVersion >= 90;
   }
 
-  // What each of so many blocks on a multiprocessor may have of its shared memory; the system takes its part of each.
+  // Bytes of shared memory for each of `blocks` blocks on a multiprocessor. The system reserves some bytes of each
+  // block.
   int shared_of(int blocks) const {
     return blocks < 2 ? shared : shared_of_multiprocessor / blocks - (shared_of_multiprocessor - shared);
   }
@@ -73,7 +74,7 @@ struct Launch {
   int blocks;   // of a cluster
   int threads;  // of a block
   int shared;   // bytes of a block
-  int grid;     // blocks in all
+  int grid;     // blocks of the launch
 };
 
 inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribute* cluster, cudaStream_t stream) {
@@ -103,7 +104,7 @@ inline void require_room(bool has_room) {
   if (!has_room) throw std::runtime_error("the device has no room for a block of these kernels");
 }
 
-// How many teams of a launch the device holds at once; 0 where it cannot hold one. It is asked once for each.
+// The number of teams of a launch that the device holds at once; 0 if it cannot hold one. The answers are stored.
 template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, const Chip& chip, int device) {
   static std::mutex mutex;
   static std::map<std::tuple<Kernel, int, int, int, int>, int> known;
@@ -113,7 +114,7 @@ template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, c
   if (found != known.end()) return found->second;
 
   KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, chip.shared);
-  if (launch.shared > 1024)  // rows are kept there; what reads them from memory is better off with a first-level cache
+  if (launch.shared > 1024)  // it holds rows; kernels that read rows from memory gain more from a first-level cache
     KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
               cudaSharedmemCarveoutMaxShared);
   int teams = 0;

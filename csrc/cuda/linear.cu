@@ -1,6 +1,6 @@
-// What a head needs around its matrix products and row sweeps, on an NVIDIA GPU: the twin of csrc/cpu/linear.cpp, but
-// for sums in fp32 of 16-bit products, which are one kernel of torch there. The soft cap of logits and its gradient,
-// element by element, in place, eight elements a thread a turn.
+// The element-wise kernels of a head on an NVIDIA GPU: the soft cap of logits and its gradient, in place, eight
+// elements a thread a turn. The twin of csrc/cpu/linear.cpp, without the sum in fp32 of 16-bit products: a kernel of
+// torch does it.
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
@@ -14,8 +14,8 @@ namespace cuda {
 
 constexpr int kThreads = 256, kBlocksOfMultiprocessor = 6;
 
-// Calls body(first, begin, end) for this thread's groups of a tensor's elements: those from first + begin to
-// first + end, where first is shifted so that a whole group lies at a multiple of 16 bytes.
+// Calls body(first, begin, end) for this thread's groups of a tensor's elements: a group has the elements from
+// first + begin to first + end, and `first` is shifted so that a whole group lies at a multiple of 16 bytes.
 template <class F> inline __device__ void each_group(int64_t count, int shift, F body) {
   const int64_t step = (int64_t)gridDim.x * kThreads * kGroup;
   int64_t first = ((int64_t)blockIdx.x * kThreads + threadIdx.x) * kGroup - shift;
@@ -27,18 +27,18 @@ struct Cap {
   float cap, inverse;
 };
 
-// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN stays the one that it is.
+// Where |x / cap| is small, cap * tanh(x / cap) is x to the last digit. A NaN keeps its bits.
 inline __device__ float softcap_of(float x, Cap at) {
   const float ratio = x * at.inverse;
   return fabsf(ratio) >= 0x1p-12f ? at.cap * tanhf(ratio) : x;
 }
 
-// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap, whose digits are all there near the cap, where a square would
-// have lost them. The rounding of a capped logit to 16 bits may take it past the cap: the slope is 0 there.
+// 1 - (x / cap)^2 = d (2 - d) with d = 1 - |x| / cap. d is exact near the cap, where the square would lose digits. The
+// rounding of a capped logit to 16 bits may move the logit past the cap, where the slope is 0.
 inline __device__ float softcap_gradient_of(float gradient, float x, Cap at) {
   float d = (at.cap - fabsf(x)) * at.inverse;
   d = d < 0 ? 0 : d;
-  return gradient == 0 ? gradient : gradient * (d * (2 - d));  // 0: a skipped row, or padding; its logits are anything
+  return gradient == 0 ? gradient : gradient * (d * (2 - d));  // 0 in skipped rows and padding: any logits
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfMultiprocessor)
 
 namespace {
 
-// A thread for each group, up to the number that the chip holds at once.
+// Launches a thread for each group, up to the number of threads that the chip holds at once.
 template <class Kernel, class... Arguments>
 void launch_elements(int64_t count, const Execution& run, Kernel kernel, Arguments... arguments) {
   if (count == 0) return;

@@ -1,23 +1,23 @@
 // Costs between the rows of a student's and a teacher's cloud of logits, and their gradient, on an NVIDIA GPU: the twin
-// of csrc/cpu/pairwise.cpp. calls/pairwise.h has the formulas. No matrix unit computes |p - q|: these are the loops of
-// a matrix product with another operation inside, in fp32.
+// of csrc/cpu/pairwise.cpp. calls/pairwise.h has the formulas. No matrix unit computes |p - q|, so the kernels are the
+// loops of a matrix product with another operation inside, in fp32.
 //
-// ---- Costs. A block takes a square of pairs of a cloud and a range of columns, of at most 4,096, which is the length
-// of a running sum:
+// ---- Costs. A block takes a square of pairs of a cloud and a range of columns. A range has at most 4,096 columns, the
+// length of a running sum.
 //
 //     stage       a few columns of the square's student and teacher rows, as probabilities, in shared memory: one
-//                 exponential an element and square; the logits after them are on their way meanwhile
-//     sum         4 x 4 pairs a thread: of each column eight numbers from shared memory, and for l1 32 operations,
+//                 exponential an element and square; the loads of the next logits are in flight meanwhile
+//     sum         4 x 4 pairs a thread: for each column eight numbers from shared memory, and for l1 32 operations,
 //                 68 with moments
 //     write       the sums of the range, to the workspace [ranges, clouds, n, n]
 //
-// and a second kernel adds the ranges, always in the same order, and finishes: the root of l2, 0 for dropped rows.
+// A second kernel adds the ranges in a fixed order, takes the root for l2, and writes 0 for dropped rows.
 //
-// ---- Gradient. A block takes a tile of student rows by columns, which stay where they are, 4 x 4 a thread, while all
-// teacher rows of the cloud and the weights of the pairs pass through shared memory; the softmax's own derivative needs
-// no other sum than `dot`, which the moments gave. Each student logit is read once and each gradient written once.
+// ---- Gradient. A block takes a tile of student rows by columns, 4 x 4 elements a thread, which stay in registers. All
+// teacher rows of the cloud and the weights of the pairs pass through shared memory. The softmax's own derivative needs
+// one sum, `dot`, which the moments gave. Each student logit is read once and each gradient is written once.
 //
-// Two equal logits of rows with equal floats have the same probability to the last bit, so that sign(0) is 0 there.
+// Two equal logits in rows with equal floats have the same probability to the last bit, so that the sign is 0 there.
 //
 // Computed for an H100, and not yet measured: at n = 64 and 128k columns the costs of l1 take 32 us of fp32 operations,
 // 67 us with moments, and the gradient 48 us, where the logits in bf16 are 10 us of memory.
@@ -38,7 +38,7 @@ constexpr int64_t kRunningSum = 4096;  // terms
 
 // ---- rows as probabilities
 
-// A row of logits as its softmax at the temperature. One that is dropped, or past the last, is 0 and never read.
+// A row of logits as its softmax at the temperature. A dropped row, or a row past the last, is 0 and never read.
 struct Probabilities {
   const char* row;
   Dtype dtype;
@@ -59,7 +59,7 @@ struct Probabilities {
     log2_sum = load(floats + call.clouds * call.rows + at) * kLog2e;
   }
 
-  // The logits of eight columns; -inf from `end` on.
+  // The logits of eight columns, with -inf from `end` on.
   __device__ Raw load_logits(int64_t column, int64_t end) const {
     if (!there) return {};
     const char* from = row + column * bytes_of(dtype);
@@ -88,16 +88,16 @@ struct Quad {
   }
 };
 
-// (1 + sign(d)) / 2, in one instruction: a sum that saturates. sum x sign(d) = 2 sum x above(d) - sum x, which is exact
-// where all d are 0, takes two for a pair and one for all pairs of a row.
+// (1 + sign(d)) / 2 in one instruction, a saturating sum. sum x sign(d) = 2 sum x above(d) - sum x takes two
+// instructions for each pair and one for all pairs of a row; it is exact where all d are 0.
 inline __device__ float above(float d) { return fminf(fmaxf(fmaf(d, 0x1p126f, 0.5f), 0.0f), 1.0f); }
 
 // ---- costs
 
 struct PairCostsPlan : Launch {
-  int64_t tiles;   // a side of a cloud's pairs
-  int64_t ranges;  // of columns
-  int64_t range;   // columns of one
+  int64_t tiles;   // squares along a side of a cloud's pairs
+  int64_t ranges;  // ranges of columns
+  int64_t range;   // columns of a range
 };
 
 template <PairCost kind, bool moments> struct PairSums {
@@ -119,15 +119,15 @@ template <PairCost kind, bool moments> struct PairSums {
   }
 };
 
-// Of a square of so many pairs a side: [columns][rows] of both sides in shared memory, of as many columns as give each
-// thread one group of either to stage.
+// A square with `side` pairs a side has [columns][rows] of both clouds in shared memory: as many columns as give each
+// thread one group of each cloud to stage.
 constexpr __host__ __device__ int threads_of_square(int side) { return side * side / (kQuad * kQuad); }
 constexpr __host__ __device__ int columns_of_square(int side) { return side / 2; }
 constexpr __host__ __device__ int shared_of_square(int side) {
   return 2 * columns_of_square(side) * side * (int)sizeof(float);
 }
 
-// Groups of eight columns, two side by side of each row.
+// Writes one group of eight columns of a row. Neighbouring threads write two neighbouring groups of one row.
 template <int side>
 inline __device__ void stage(const Probabilities& from, const Raw& raw, int row, int group, float* to) {
   float p[kGroup];
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(threads_of_square(side), 512 / threads_of_squa
     }
 }
 
-// 32 pairs a block, a lane each; every warp adds its part of the ranges.
+// A block has 32 pairs, one for each lane. Every warp adds its part of the ranges.
 constexpr int kFinishedPairs = 32, kPartsOfRanges = 8;
 constexpr int kSharedOfFinish = 2 * kFinishedPairs * kPartsOfRanges * (int)sizeof(float);
 
@@ -210,7 +210,8 @@ __global__ void __launch_bounds__(kFinishedPairs* kPartsOfRanges)
       moment += moments[i * kFinishedPairs + lane];
     }
     const int64_t student = pair / call.rows, teacher = student / call.rows * call.rows + pair % call.rows;
-    const bool kept = load((const float*)call.row_mass + student) != 0 && load((const float*)call.row_mass + teacher) != 0;
+    const float* row_mass = (const float*)call.row_mass;
+    const bool kept = load(row_mass + student) != 0 && load(row_mass + teacher) != 0;
     if (kind == PairCost::l2) {
       cost = sqrtf(cost);
       moment = cost == 0 ? 0 : moment / cost;
@@ -224,8 +225,8 @@ __global__ void __launch_bounds__(kFinishedPairs* kPartsOfRanges)
 
 constexpr int kThreadsOfGradient = 256;
 
-// A tile of so many student rows: its columns, the teacher rows that are staged at a time, and what a row of theirs of
-// weights takes, whose banks then are not all the same.
+// A tile with `rows` student rows: its columns, the number of teacher rows that are staged at a time, and the stride of
+// a teacher's weights, which spreads them over the banks of shared memory.
 constexpr __host__ __device__ int columns_of_tile(int rows) { return kThreadsOfGradient * kQuad * kQuad / rows; }
 constexpr __host__ __device__ int teachers_of_tile(int rows) { return rows / 2; }
 constexpr __host__ __device__ int stride_of_weights(int rows) { return rows + 4; }
@@ -238,7 +239,7 @@ struct PairGradientPlan : Launch {
   int64_t row_tiles, column_tiles;
 };
 
-// sum_j W_ij sign(p_iv - q_jv), or that of W_ij (p_iv - q_jv).
+// sum_j W_ij sign(p_iv - q_jv) for l1, sum_j W_ij (p_iv - q_jv) for l2.
 template <PairCost kind> struct SlopeSums {
   float slopes[kQuad][kQuad], weights[kQuad];
 
@@ -265,9 +266,9 @@ template <int rows> struct GradientTile {
   static constexpr int columns = columns_of_tile(rows), teachers = teachers_of_tile(rows);
   static constexpr int weights_stride = stride_of_weights(rows), groups = columns / kGroup;
 
-  float* tile;     // [rows][columns]: probabilities, and then the gradient
+  float* tile;     // [rows][columns]: probabilities, then the gradient
   float* q;        // [teachers][columns]
-  float* weights;  // [teachers][rows], of that stride
+  float* weights;  // [teachers][rows], with stride weights_stride
   int64_t cloud, first_row, first_column;
 
   __device__ GradientTile(int64_t cloud, int64_t first_row, int64_t first_column)
@@ -286,7 +287,7 @@ template <int rows> struct GradientTile {
       put_group(tile + row * columns + position, p);
     });
   }
-  // A group a thread.
+  // Each thread stages one group of a teacher row.
   __device__ Probabilities teacher(const PairGradientCall& call, int64_t first_teacher) const {
     return teacher_row(call, cloud, first_teacher + threadIdx.x / groups);
   }
@@ -339,7 +340,7 @@ __global__ void __launch_bounds__(kThreadsOfGradient, 2)
   for (int i = 0; i < kQuad; ++i)
     for (int j = 0; j < kQuad; ++j) p[i][j] = mine[i * Tile::columns + j];
 
-  const int64_t teachers = tile.first_column < call.columns ? call.rows : 0;  // where there is padding alone: none
+  const int64_t teachers = tile.first_column < call.columns ? call.rows : 0;  // no teachers for padding alone
   Probabilities staged = tile.teacher(call, 0);
   Raw raw = tile.load_teacher(call, staged);
   for (int64_t teacher = 0; teacher < teachers; teacher += Tile::teachers) {
@@ -409,12 +410,12 @@ int grid_of(int64_t blocks) {
 
 bool takes_small_squares(int64_t rows) { return rows <= 32; }
 
-// As many ranges as give the chip what it holds at once, but none so short that its start outweighs its columns.
+// Takes enough ranges to fill the chip, but no range so short that its start costs more than its columns.
 PairCostsPlan plan_costs(const PairCostsCall& call) {
   const int64_t clouds = call.clouds, rows = call.rows, columns = call.columns;
   const bool small = takes_small_squares(rows);
   const int side = small ? 32 : 64;
-  const PairCostsKernel kernel = pair_costs_kernel_of(PairCost::l1, true, small);  // for each the same workspace
+  const PairCostsKernel kernel = pair_costs_kernel_of(PairCost::l1, true, small);  // each kernel has the same workspace
   const Chip chip(call.run.device, kernel);
   PairCostsPlan plan = {};
   plan.blocks = 1, plan.threads = threads_of_square(side), plan.shared = shared_of_square(side);

@@ -1,5 +1,5 @@
-// How a call is launched: which of three ways its kernels take, by clusters of how many blocks. Made on the host, from
-// sizes alone.
+// How a call is launched: the way of its kernels, one of three, and the number of blocks in a cluster. The host makes
+// the plan from sizes alone.
 #pragma once
 #include <stdint.h>
 
@@ -13,10 +13,13 @@
 namespace kdk {
 namespace cuda {
 
-// `halves` is `staged` where all logits have the same 16-bit dtype, as in most training: it takes fewer instructions.
+// staged: clusters copy rows to shared memory. halves: the same for logits of one 16-bit dtype, as in most training,
+// with fewer instructions. streaming: kernels read rows from global memory.
 enum class Way { halves, staged, streaming };
-constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }  // at most, of a block
-constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }  // a multiprocessor's
+// The largest number of threads of a block.
+constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }
+// Blocks of a multiprocessor.
+constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }
 
 struct Plan : Launch {
   Way way;
@@ -25,7 +28,7 @@ struct Plan : Launch {
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Enough threads that each has at most so many groups of the slice, as far as there are so many.
+// The number of threads for which each has at most `groups` groups of the slice; at most `most`.
 inline int threads_for(int64_t slice, int groups, int most) {
   int threads = kWarp;
   while (threads < most && slice > groups * kGroup * threads) threads *= 2;
@@ -37,7 +40,8 @@ inline bool rows_are_aligned(const Logits& x) {
   return (uint64_t)x.data % 16 == 0 && x.outer_stride * bytes % 16 == 0 && x.inner_stride * bytes % 16 == 0;
 }
 
-// One stride where one will do: then no row is found by a division. Returns `inner`, which is `rows` there.
+// Gives the views a single row stride if one is enough, so that no row is found by a division. Returns the new `inner`,
+// which is `rows` then.
 template <class... Views> inline int64_t collapse(int64_t rows, int64_t inner, Views&... views) {
   if (inner == 1) {
     inner = rows;
@@ -49,25 +53,26 @@ template <class... Views> inline int64_t collapse(int64_t rows, int64_t inner, V
   return inner;
 }
 
-// What a plan is made for.
+// The sizes of a call, from which its plan is made.
 struct Shape {
   int64_t rows, columns;
-  int sweeps;        // how often the logits are read
-  int column_bytes;  // of one column, in all tensors that are read
-  int column_bits;   // that a block keeps in shared memory of each column of its slice, beside what is staged
+  int sweeps;        // the number of times that the logits are read
+  int column_bytes;  // bytes of one column in all tensors that are read
+  int column_bits;   // bits of shared memory for each column of a block's slice, besides the staged logits
   bool aligned;      // every row begins at a multiple of 16 bytes
   bool halves;
 };
 
-// A plan for clusters of so many blocks, all but how many there are and what they stage in shared memory.
+// A plan for clusters of `blocks` blocks, without the number of clusters and without the shared memory of staged
+// logits.
 inline Plan cut(const Shape& shape, Way way, int blocks) {
   const int64_t positions = shape.columns + (shape.aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
   Plan plan = {};
   plan.way = way;
   plan.blocks = blocks;
   plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
-  // A row costs a thread as much around its loops as two groups in them; but one that reads memory had better wait for
-  // few.
+  // Around its loops a row costs a thread as much time as two groups inside. A thread that reads global memory should
+  // still wait for few groups.
   plan.threads = threads_for(plan.slice, way == Way::streaming ? 2 : 8, threads_of(way));
   plan.shared = (int)(sizeof(Board) + round_up((int64_t)plan.slice * shape.column_bits, 128) / 8);
   return plan;
@@ -78,8 +83,8 @@ inline Plan with_teams(Plan plan, const Shape& shape, int64_t teams) {
   return plan;
 }
 
-// How many rows of those that a chip works on at once are worked on, where they are read again: as few as keep it busy,
-// so that another sweep finds what it can of them in the L2 cache.
+// Limits the teams, each of which works on a row, if rows are read more than once: to as many as have their rows in the
+// L2 cache, where later sweeps find them, but not to fewer than keep the chip busy.
 inline int64_t limited_teams(int64_t teams, const Shape& shape, const Chip& chip, int blocks, int64_t fit) {
   if (shape.sweeps < 2) return teams;
   const int64_t busy = chip.multiprocessors / blocks, limit = fit > busy ? fit : busy;
@@ -89,9 +94,9 @@ inline int64_t rows_in_cache(const Shape& shape, const Chip& chip) {
   return (int64_t)(0.75 * chip.l2) / (shape.columns * shape.column_bytes);
 }
 
-// The smallest cluster whose blocks leave room for another on the multiprocessor, which works while one waits for its
-// row or its cluster; else the smallest that has room at all. And clusters that fill most of the chip, if there are.
-// A plan without blocks where no cluster holds the row.
+// Takes the smallest cluster that lets a multiprocessor hold two blocks, so that one block works while the other waits
+// for its row or its cluster; else the smallest cluster that fits. Prefers clusters that fill most of the chip. Returns
+// a plan without blocks if no cluster holds the row.
 template <class KernelOf> Plan plan_staged(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
   const Way way = shape.halves ? Way::halves : Way::staged;
   for (int occupancy : {2, 1, 0}) {
@@ -107,7 +112,8 @@ template <class KernelOf> Plan plan_staged(const Shape& shape, const Chip& chip,
   return {};
 }
 
-// By clusters, where there are any, so few that what they work on fills no more than three quarters of the L2 cache.
+// Takes larger clusters, if the chip has clusters, until the rows of all clusters fill at most three quarters of the L2
+// cache.
 template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
   const int64_t fit = rows_in_cache(shape, chip);
   Plan plan = {};
@@ -125,7 +131,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
   return with_teams(plan, shape, limited_teams(teams, shape, chip, plan.blocks, fit));
 }
 
-// `kernel_of` gives the kernel of a way.
+// kernel_of(way) returns the kernel of a way.
 template <class KernelOf> Plan plan(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
   if (chip.clusters && shape.sweeps > 1) {
     const Plan staged = plan_staged(shape, chip, device, kernel_of);

@@ -8,7 +8,7 @@ namespace cuda {
 
 void load_topk_rows();
 
-// Loads every kernel, so that none is loaded later: a CUDA graph may capture the first call.
+// Loads every kernel now and none later, because a CUDA graph may capture the first call.
 std::string refusal(int device) {
   try {
     int devices = 0;

@@ -1,27 +1,25 @@
-// Sinkhorn's iterations on an NVIDIA GPU: the twin of csrc/cpu/sinkhorn.cpp. calls/sinkhorn.h has the formulas.
+// Sinkhorn's iterations on an NVIDIA GPU: the twin of csrc/cpu/sinkhorn.cpp. calls/sinkhorn.h has the formulas and
+// their numbers.
 //
-// A block works on a problem from its costs to its derivatives, and then on another. Its threads read costs along rows,
-// where they lie side by side: of a row's sum each lane of a warp has a part, of a column's each warp. Two domains:
+// A block works on one problem after the other, each from its costs to its derivatives. Threads read costs along rows,
+// where they are neighbours in memory: each lane of a warp has a part of a row's sum, and each warp has a part of a
+// column's sum. A problem is solved in one of two domains (sinkhorn_domains.h): in scalings where the costs span at
+// most 30 epsilon and no pair is forbidden, elsewhere in logarithms. Within 30 epsilon no scaling leaves fp32: all u
+// lie within e^30 of each other, and so do all v.
 //
-//     scalings     where the costs span at most 30 epsilon: K = exp(-(C - min C) / epsilon) is stored, the potentials
-//                  are u = exp((f - min C) / epsilon) and v = exp(g / epsilon), and a half step is a matrix-vector
-//                  product. Nothing leaves fp32: all u lie within e^30 of each other, and so do all v.
-//     logarithms   otherwise, and where a pair is forbidden: -(C - min C) / epsilon is stored, and a half step is a
-//                  log-sum-exp that is relative to its maximum. All in powers of 2.
+// Both domains add min C to f at the end. Masses are in units of the largest power of two below their sum. Sums of P C
+// and their derivatives take C - min C instead of C, and min C sum b is added at the end: the columns of P add up to b.
 //
-// In both min C is put back into f at the end, and masses are in units of a power of two, the largest below their sum.
-// Sums of P C and their derivatives are of C - min C too: as the columns of P add up to b, the rest is min C sum b.
-//
-// Unrolled, the steps of all rounds are kept. The reverse sweep is a row's and a column's sum a round, of each step's
-// shares of its sum times the derivatives of the potentials it gave; those are kept too, and grad_C is found at the end,
-// each element once, as the sum over the rounds of what both half steps add to it: no [n, m] is written more than once.
+// Unrolled, the history stores the steps of all rounds. The reverse sweep computes the sums of (R2) and (R3) for each
+// round, from the terms of each step divided by the step's sum. The history stores alpha_f and alpha_g too. grad_C is
+// computed at the end, each element once, as the sum over the rounds: no [n, m] is written more than once.
 //
 // Matrix and history are in shared memory where they fit (n = m = 160 with 20 rounds, on an H100), else in the
 // workspace, which a chip's L2 cache holds.
 //
 // Computed for an H100, and not yet measured: n = m = 64 takes 256 threads, 16 products and 12 shuffles a lane in a row
-// step and 16 products in a column step. A round is bound by their latency and that of three barriers, some 0.4 us.
-// Where the matrix is in the workspace a half step is bound by what one multiprocessor reads of the L2 cache: one large
+// step and 16 products in a column step. Their latency and three barriers bound a round, at about 0.4 us. With the
+// matrix in the workspace, the rate at which one multiprocessor reads the L2 cache bounds a half step: one large
 // problem alone leaves the chip idle.
 #include <cuda_runtime.h>
 #include <math.h>
@@ -37,8 +35,8 @@
 namespace kdk {
 namespace cuda {
 
-constexpr float kGuard = 80 * kLog2e;  // exponents of points without mass, which no sum bounds, end here
-constexpr int kRowsAtOnce = 4;         // of a warp
+constexpr float kGuard = 80 * kLog2e;  // the largest exponent of a point without mass, which no sum bounds
+constexpr int kRowsAtOnce = 4;         // rows of a warp
 
 struct SinkhornPlan : Launch {
   InShared in_shared;
@@ -53,7 +51,7 @@ template <class X> inline __device__ X from_lane_across(const X& x, int bits) {
   return moved.value();
 }
 
-// Word by word: a choice between places would put both into memory.
+// Chooses word by word: a choice between addresses would put both structs into memory.
 template <class X> inline __device__ X either(bool first, const X& a, const X& b) {
   Words<X> chosen(b);
   const Words<X> other(a);
@@ -61,7 +59,8 @@ template <class X> inline __device__ X either(bool first, const X& a, const X& b
   return chosen.value();
 }
 
-// Of four partial results a lane, the merge of the i-th in lanes 8 i to 8 i + 7: each exchange halves what is left.
+// Merges four partial results of each lane. Lanes 8 i to 8 i + 7 return the merge of all lanes' result i. Each of the
+// first two exchanges halves the number of results of a lane.
 template <class X> inline __device__ X merge_four(const X (&x)[kRowsAtOnce]) {
   const bool upper = threadIdx.x & 16, odd = threadIdx.x & 8;
   X a = either(upper, x[2], x[0]), b = either(upper, x[3], x[1]);
@@ -73,8 +72,8 @@ template <class X> inline __device__ X merge_four(const X (&x)[kRowsAtOnce]) {
   return mine;
 }
 
-// Of each row the merge of what each(x, i, j) adds to an X for its columns, given to result(i, x), by one thread. All
-// of the block.
+// For each row i: each(x, i, j) adds column j to an X; one thread calls result(i, x) with the merge over all columns.
+// All threads of the block call reduce_rows.
 template <class X, class Each, class Result>
 inline __device__ void reduce_rows(int n, int m, Each each, Result result) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -90,8 +89,8 @@ inline __device__ void reduce_rows(int n, int m, Each each, Result result) {
   }
 }
 
-// The same of columns. A warp has 32 of them, and a part of the rows where there are more warps than that takes; parts
-// are merged in their order. `parts` has room for as many X as there are threads, and for one a column.
+// The same for columns. A warp takes 32 columns, and only a part of the rows if some warps would have no columns. Parts
+// are merged in order. `parts` has room for one X for each thread, and for one X for each column.
 template <class X, class Each, class Result>
 inline __device__ void reduce_columns(int n, int m, X* parts, Each each, Result result) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -114,9 +113,9 @@ inline __device__ void reduce_columns(int n, int m, X* parts, Each each, Result 
   }
 }
 
-// ---- what a block keeps
+// ---- points
 
-// The points of one side, in shared memory. Masses are in units of the problem's.
+// The points of one side, in shared memory. Masses are in the problem's units.
 struct Points {
   static constexpr int kVectors = 9;
   int count;
@@ -127,16 +126,14 @@ struct Points {
         next(weighted + count), base(next + count), inverse(base + count), alpha(inverse + count),
         grad_mass(alpha + count) {}
   __device__ Step step(int i) const { return {potential[i], base[i], inverse[i]}; }
-  // What stands for the point where it is not summed over: one without mass has derivatives too. No sum bounds them.
+  // The point's potential with its mass; without it if the mass is 0, because the point has derivatives too. No sum
+  // bounds the exponents of these.
   __device__ float own(int i) const { return mass[i] == 0 ? potential[i] : weighted[i]; }
   __device__ float limit(int i) const { return mass[i] == 0 ? kGuard : INFINITY; }
-  // x, which is of own(i), without the mass.
+  // x, which was computed from own(i), divided by the mass.
   __device__ float without_mass(int i, float x) const { return mass[i] == 0 ? x : x / mass[i]; }
   __device__ float with_mass(int i, float x) const { return mass[i] == 0 ? 0 : x; }
 };
-
-// P C, where P is 0 if the pair is forbidden.
-inline __device__ float cost_of_plan(float plan, float cost) { return cost == INFINITY ? 0 : plan * cost; }
 
 // ---- a problem
 
@@ -151,7 +148,7 @@ template <class Domain, InShared in_shared> struct Problem {
   const float* cost;
 
   __device__ float stored(int i, int j) const { return matrix.get(i * columns.count + j); }
-  __device__ float cost_at(int i, int j) const {  // above the smallest
+  __device__ float cost_at(int i, int j) const {  // C - min C
     return load(cost + (int64_t)i * columns.count + j) - units.offset;
   }
   template <class X, class Each, class Result> __device__ void each_row(Each each, Result result) const {
@@ -187,8 +184,8 @@ template <class Domain, InShared in_shared> struct Problem {
     __syncthreads();
   }
 
-  // The rows' next potentials. Returns this thread's part of how far the rows' sums with the present ones, which are
-  // a_i exp((f_i - next_i) / epsilon), are from a.
+  // (1): computes the next f. Returns this thread's part of (3), sum_i |a_i exp((f_i - next f_i) / epsilon) - a_i|, for
+  // the present f.
   __device__ float row_step(int64_t round) {
     float off = 0;
     each_row<typename Domain::Total>(
@@ -203,6 +200,7 @@ template <class Domain, InShared in_shared> struct Problem {
         });
     return off;
   }
+  // (2)
   __device__ void column_step(int64_t round) {
     each_column<typename Domain::Total>(
         [&](auto& total, int i, int j) { Domain::add(total, stored(i, j), rows.weighted[i]); },
@@ -214,7 +212,7 @@ template <class Domain, InShared in_shared> struct Problem {
     __syncthreads();
   }
 
-  // Returns the rounds done and sets the error.
+  // Returns the number of rounds and sets the error.
   __device__ int64_t iterate(float* error) {
     for (int64_t round = 0;; ++round) {
       float off = row_step(round);
@@ -235,20 +233,20 @@ template <class Domain, InShared in_shared> struct Problem {
     }
   }
 
-  // a_i exp((f_i + g_j - C_ij) / epsilon), of a step of the columns: it adds up to 1 in each. `own`: without a_i where
-  // that is 0.
+  // a_i w_ij, from a term of (2) and its sum, so that each column adds up to 1. of_column_own leaves a_i out if it is
+  // 0.
   __device__ float of_column(int i, int j) const {
     return Domain::share(rows.weighted[i], stored(i, j), columns.step(j), INFINITY);
   }
   __device__ float of_column_own(int i, int j) const {
     return Domain::share(rows.own(i), stored(i, j), columns.step(j), rows.limit(i));
   }
-  // The same with b_j, of a step of the rows.
+  // b_j w_ij, from a term of (1) and its sum, for g before the round; without b_j if that is 0.
   __device__ float of_row_own(int i, int j) const {
     return Domain::share(columns.own(j), stored(i, j), rows.step(i), columns.limit(j));
   }
 
-  // sum_j P_ij C_ij, without a_i where that is 0, and sum_i P_ij C_ij / b_j, to the `next` of rows and columns.
+  // rows.next = sum_j P_ij C_ij, without a_i if that is 0; columns.next = sum_i P_ij C_ij / b_j.
   __device__ void sum_costs() const {
     each_row<Sum>(
         [&](Sum& x, int i, int j) { x.sum += columns.mass[j] * cost_of_plan(of_column_own(i, j), cost_at(i, j)); },
@@ -262,6 +260,7 @@ template <class Domain, InShared in_shared> struct Problem {
   __device__ float f_of(int i) const { return units.f(Domain::log2_of(rows.potential[i])); }
   __device__ float g_of(int j) const { return units.g(Domain::log2_of(columns.potential[j])); }
 
+  // (4)
   __device__ float value() {
     Sum mine = Sum::none();
     if (!call.entropic) {
@@ -282,8 +281,9 @@ template <class Domain, InShared in_shared> struct Problem {
     store(call.done + problem, (int32_t)rounds);
   }
 
-  // ---- the derivatives, of masses in units, so that those of the costs are in units too
+  // ---- the derivatives, with masses in units, so that the derivatives of the costs are in units too
 
+  // (R1), without grad_C.
   __device__ void begin_reverse() const {
     each_point(rows, [&](int i) {
       rows.alpha[i] = call.entropic ? units.epsilon * rows.mass[i] : rows.with_mass(i, rows.next[i]);
@@ -297,6 +297,7 @@ template <class Domain, InShared in_shared> struct Problem {
     __syncthreads();
   }
 
+  // (R2) and (R3), without grad_C.
   __device__ void reverse_round(int64_t round, bool last) const {
     each_point(rows, [&](int i) { set(rows, i, history.template row_step<Domain>(round, i)); });
     each_point(columns, [&](int j) {
@@ -321,7 +322,8 @@ template <class Domain, InShared in_shared> struct Problem {
     __syncthreads();
   }
 
-  // P - P C / epsilon, or 0, and the sum over the rounds of (a_i w_ij alpha_g_j + b_j w_ij alpha_f_i) / epsilon.
+  // grad_C: (R1)'s P - P C / epsilon, or 0, and (R2) and (R3) of all rounds:
+  // sum over the rounds of (a_i w_ij alpha_g_j + b_j w_ij alpha_f_i) / epsilon.
   __device__ void write_grad_cost(float* grad_cost, int64_t rounds) const {
     each_point(rows, [&](int i) { set(rows, i, history.template row_step<Domain>(rounds - 1, i)); });
     each_point(columns, [&](int j) { set(columns, j, history.template column_step<Domain>(rounds, j)); });
@@ -381,7 +383,7 @@ template <class Domain, InShared in_shared> struct Problem {
   }
 };
 
-// Reads costs and masses; the costs stay in shared memory where it holds the matrix.
+// Reads costs and masses. The costs stay in shared memory if it holds the matrix.
 template <InShared in_shared>
 inline __device__ Facts read_problem(const SinkhornCall& call, int64_t problem, const float* cost, const Points& rows,
                                      const Points& columns, const Matrix<in_shared>& matrix, Team& team) {
@@ -439,7 +441,7 @@ SinkhornKernel sinkhorn_kernel_of(InShared in_shared) {
                                                    : sinkhorn_kernel<InShared::nothing>;
 }
 
-// Some 16 pairs a thread: a problem that is small leaves its multiprocessor to others.
+// Takes a thread for about 16 pairs, so that small problems share a multiprocessor.
 SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
   const int64_t n = call.n, m = call.m;
   const int device = call.run.device;
@@ -479,8 +481,8 @@ int64_t sinkhorn_bytes(const SinkhornCall& call) {
   return plan.grid * plan.workspace * (int64_t)sizeof(float);
 }
 
-// A std::runtime_error where the n + m points of a problem do not fit the shared memory of a block: on an H100, above
-// some 5,700. A problem that holds a NaN, or whose epsilon no problem has, becomes NaN.
+// Throws a std::runtime_error if the n + m points of a problem do not fit the shared memory of a block: on an H100,
+// above about 5,700 points. A problem that holds a NaN, or has an epsilon <= 0, becomes NaN.
 void sinkhorn(const SinkhornCall& call) {
   OnDevice guard(call.run.device);
   const SinkhornPlan plan = plan_sinkhorn(call);

@@ -11,12 +11,12 @@ namespace kdk {
 namespace cuda {
 
 constexpr float kLargestSpan = 30;  // of the costs, in epsilons, in the domain of scalings
-constexpr float kLeastMass = 0x1p-100f, kMostMass = 0x1p100f;  // sums of masses that a power of two takes near 1
+constexpr float kLeastMass = 0x1p-100f, kMostMass = 0x1p100f;  // sums of masses that a power of two brings near 1
 
-// What shared memory holds beside the vectors of the points; the workspace has the rest.
+// The data in shared memory besides the vectors of the points. The workspace has the rest.
 enum class InShared { matrix_and_history, matrix, nothing };
 
-// Of costs as the domain stores them.
+// The matrix of a problem: costs as the domain stores them.
 template <InShared in_shared> struct Matrix {
   float* data;
 
@@ -27,8 +27,8 @@ template <InShared in_shared> struct Matrix {
   }
 };
 
-// Of the rows' steps [rounds], and the columns' [rounds + 1], of which the first is what the rounds began with: the
-// step's three numbers, and the derivative with respect to its potential.
+// The history of the rows' steps [rounds] and of the columns' steps [rounds + 1], which begin with g = 0. A step has
+// three numbers, and alpha, the derivative with respect to its potential.
 template <InShared in_shared> struct History {
   static constexpr int kOfStep = 4, kAlpha = 3;
   float* data;
@@ -49,7 +49,7 @@ template <InShared in_shared> struct History {
     if (in_shared == InShared::matrix_and_history) data[at] = x;
     else store(data + at, x);
   }
-  // `at` is row or column: of what number of a step.
+  // at(what) is the index of number `what` of a step: row(what, t, i) or column(what, t, j).
   template <class Domain, class At> __device__ void set_step(const Step& x, At at) const {
     set(at(0), x.potential);
     if (Domain::kNormalizes) set(at(1), x.base), set(at(2), x.inverse);
@@ -72,11 +72,11 @@ template <InShared in_shared> struct History {
   }
 };
 
-// What costs and masses say of a problem, each thread's and merged.
+// Facts about the costs and masses of a problem: from one thread's costs, then merged.
 struct Facts {
-  float least, largest;  // of finite costs
+  float least, largest;  // finite costs
   float mass_a, mass_b;
-  int forbidden, wrong;  // whether a pair is; whether a cost is NaN or -inf
+  int forbidden, wrong;  // a pair is forbidden; a cost is NaN or -inf
 
   static __device__ Facts none() { return {INFINITY, -INFINITY, 0, 0, 0, 0}; }
   __device__ void add(float cost) {
@@ -95,13 +95,13 @@ struct Facts {
   }
 };
 
-// What all threads know of a problem.
+// The units and the domain of a problem.
 struct Units {
   float epsilon, tolerance;
   float offset;            // min C; NaN makes the problem NaN
-  float exponents;         // of 2 in a cost: log2(e) / epsilon
-  float mass;              // a power of two
-  float mass_a, mass_b;    // the sums, not in units
+  float exponents;         // log2(e) / epsilon: from costs to exponents of 2
+  float mass;              // the unit of masses, a power of two
+  float mass_a, mass_b;    // sum a and sum b, not in units
   bool scalings;           // the domain
 
   __device__ Units(const SinkhornCall& call, const Facts& facts)
@@ -115,7 +115,7 @@ struct Units {
     scalings = ordinary && !wrong && !facts.forbidden && facts.largest - facts.least <= kLargestSpan * epsilon;
   }
   __device__ float exponent(float cost) const { return (offset - cost) * exponents; }
-  // Potentials as the caller has them, of their logarithms.
+  // The caller's potentials f and g, from the logarithms of potentials.
   __device__ float f(float log2_potential) const {
     return log2_potential == -INFINITY ? 0 : offset + (log2_potential - log2f(mass)) * (epsilon * kLn2);
   }
@@ -123,6 +123,9 @@ struct Units {
     return log2_potential == -INFINITY ? 0 : log2_potential * (epsilon * kLn2);
   }
 };
+
+// P C; 0 for a forbidden pair.
+inline __device__ float cost_of_plan(float plan, float cost) { return cost == INFINITY ? 0 : plan * cost; }
 
 }  // namespace cuda
 }  // namespace kdk

@@ -21,7 +21,7 @@ struct Sum {
   __device__ void merge(const Sum& other) { sum += other.sum; }
 };
 
-// log2 of a sum of powers of 2, relative to the largest. One that is NaN makes `sum` NaN.
+// log2 of a sum of powers of 2, relative to the largest. A NaN exponent makes `sum` NaN.
 struct LogSum {
   float max, sum;
 
@@ -39,21 +39,21 @@ struct LogSum {
   }
 };
 
-// A half step's result for a point: its potential, and how the step found it, as what each term is divided by. The
-// terms of its sum, over that, add up to 1 to the last digits, which exponentials of the rounded potential do not;
-// derivatives that nearly cancel need it.
+// A half step's result for a point: the potential, and the divisor of each term of the step's sum. The terms, divided
+// so, add up to 1 to the last digits; exponentials of the rounded potential do not. Derivatives that nearly cancel need
+// this.
 struct Step {
   float potential;
   float base, inverse;  // term / sum = 2^(exponent - base) * inverse
 };
 
-// `factor` is what a point's mass is in the domain, and share(x, stored, step) a term of the step's sum, over the sum:
-// that of a point whose potential, mass included or not, is x.
+// factor(mass) is the mass in the domain. share(x, stored, step, limit) is the term of a point with the potential x,
+// which may include the mass, divided by the step's sum.
 struct Scalings {
-  static constexpr bool kNormalizes = false;  // steps have a potential, and nothing else
+  static constexpr bool kNormalizes = false;  // steps have only a potential
   using Total = Sum;
 
-  static __device__ Step first() { return {1, 0, 1}; }  // of potential 0
+  static __device__ Step first() { return {1, 0, 1}; }  // of the potential 0
   static __device__ float stored(float exponent) { return exp2_approx(exponent); }
   static __device__ float factor(float mass) { return mass; }
   static __device__ float weighted(float potential, float factor) { return potential * factor; }
@@ -64,7 +64,8 @@ struct Scalings {
   static __device__ float log2_of(float potential) { return log2f(potential); }
   static __device__ float ratio(float before, float after) { return before / after; }
   static __device__ float share(float x, float stored, const Step& step, float) { return x * step.potential * stored; }
-  // What a round adds to a cost's derivative: row and column_before are weighted, and of_rounds comes after the sum.
+  // A round's share of (R2) and (R3) in grad_C. row and column_before are weighted. of_rounds finishes the sum of
+  // rounds.
   static __device__ float of_round(float row, const Step& row_step, float alpha_f, float column_before,
                                    const Step& column_step, float alpha_g, float) {
     return fmaf(row, column_step.potential * alpha_g, row_step.potential * alpha_f * column_before);
@@ -81,7 +82,7 @@ struct Logarithms {
   static __device__ float factor(float mass) { return log2f(mass); }
   static __device__ float weighted(float potential, float factor) { return potential + factor; }
   static __device__ void add(Total& total, float stored, float weighted) { total.add(stored + weighted); }
-  // -inf stands for the potential 0 of a point that has no partner: it has no part in any sum.
+  // -inf stands for the potential 0 of a point without partner, so that the point has no part in any sum.
   static __device__ Step step(const Total& total, float own_mass) {
     if (total.sum == 0) return own_mass == 0 ? Step{-INFINITY, INFINITY, 1} : Step{NAN, NAN, NAN};
     return {-(total.max + log2f(total.sum)), total.max, 1 / total.sum};

@@ -1,5 +1,5 @@
-// The threads that work on one row: those of a thread-block cluster, which is one block where the row is short or the
-// chip knows no clusters. They merge partial results always in the same order, so that no result depends on timing.
+// A team: the threads that work on one row. A team is a thread-block cluster, of one block if the row is short or the
+// chip has no clusters. A team merges partial results in a fixed order, so that no result depends on timing.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // of a block
 constexpr int kMaxBlocks = 16;    // of a cluster; 8 where the device does not allow more
 
-// A struct of floats and ints as the words that shuffles and slots move.
+// The words of a struct of floats and ints. Shuffles and slots move words.
 template <class X> struct Words {
   static constexpr int count = sizeof(X) / 4;
   uint32_t words[count];
@@ -33,14 +33,14 @@ template <class X> inline __device__ X from_lane_below(const X& x, int by) {
   for (int i = 0; i < moved.count; ++i) moved.words[i] = __shfl_down_sync(0xffffffffu, moved.words[i], by);
   return moved.value();
 }
-// Brings the x of a warp to what they have in common before they merge, where X has share(options).
+// Calls x.share(options), if X has it, in all lanes of a warp before they merge.
 template <class X, class... Options>
 inline __device__ auto share_in_warp(int, X& x, const Options&... options) -> decltype(x.share(options...)) {
   x.share(options...);
 }
 template <class X, class... Options> inline __device__ void share_in_warp(long, X&, const Options&...) {}
 
-// The merge of a warp's x, in lane 0.
+// Returns, in lane 0, the merge of the x of all lanes.
 template <class X, class... Options> inline __device__ X merged_in_warp(X x, const Options&... options) {
   share_in_warp(0, x, options...);
   for (int by = kWarp / 2; by; by /= 2) x.merge(from_lane_below(x, by));
@@ -67,13 +67,13 @@ struct alignas(16) Slot {
   }
 };
 
-// What a block's shared memory begins with; what a family of kernels keeps there follows.
+// The header of a block's shared memory. A kernel's own data follows it.
 struct alignas(128) Board {
   Slot of_warp[kMaxThreads / kWarp];
-  Slot of_block[2];   // read by the other blocks; by turns, so that a fast block overwrites nothing
+  Slot of_block[2];   // read by the other blocks; they alternate, so that a fast block overwrites nothing
   Slot of_team;
   uint64_t arrived;   // barrier for bulk copies
-  float label_logit;  // of the student, from the first thread to itself: a register less through the sweeps
+  float label_logit;  // of the student; stored by the first thread for itself, which frees a register in the sweeps
 };
 
 struct Team {
@@ -85,8 +85,8 @@ struct Team {
 
   __device__ bool first_thread() const { return rank == 0 && threadIdx.x == 0; }
 
-  // The merge of every thread's x, in every thread. An X is a struct of floats and ints with none(), which changes no
-  // merge, and merge(other). It may have share(options), which takes it to a base that the whole warp shares.
+  // Returns, in every thread, the merge of every thread's x. An X is a struct of floats and ints with merge(other) and
+  // with none(), the neutral element. It may have share(options), which moves x to a base that the whole warp shares.
   template <class X, class... Options> __device__ X merged(const X& mine, const Options&... options) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
     X x = merged_in_warp(mine, options...);

@@ -1,12 +1,12 @@
-// Universal Logit Distillation on a GPU: rows that are sorted are compared rank by rank. A block works on a row, which
-// stays in the L2 cache meanwhile; each of its warps on one stretch of the ranks.
+// Universal Logit Distillation on a GPU: sorted rows are compared rank by rank. A block works on a row, which stays in
+// the L2 cache meanwhile. Each warp of the block works on one stretch of the ranks, in four passes:
 //
-//     sums       of exponentials, of both sides
-//     loss       |p - q|, p times the sign, and what the signs of each stretch add up to
-//     signs      their sum before each rank, from the stretches before and, by ballots, the ranks before
-//     gradient   of the class of each rank: of equal logits the ends of their run say what its signs add up to
+//     sums       the sums of exponentials of both sides
+//     loss       the sums of |p - q| and of p times the sign, and the sum of the signs of each stretch
+//     signs      the sum of the signs before each rank, from the stretches before and, by ballots, the ranks before
+//     gradient   for the class of each rank; the two ends of a run of equal logits give the sum of its signs
 //
-// The probabilities are computed again in each of them: that takes less than to store and load them.
+// Each pass computes the probabilities again, which takes less time than to store and load them.
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
@@ -40,9 +40,9 @@ struct Ranks {
   }
   __device__ float logit(int rank) const { return load_logit(row, dtype, rank); }
   __device__ float probability_of(float logit) const { return at.exp(logit - max) * factor; }
-  // 0 past the last.
+  // 0 past the last rank.
   __device__ float probability(int rank) const { return rank < columns ? probability_of(logit(rank)) : 0; }
-  // The first rank from `low` to `high` whose logit is less than x, or equal; `high` where there is none before.
+  // The first rank from `low` on whose logit is less than x, or equal with `or_equal`; `high` if no rank before it is.
   __device__ int first_below(float x, bool or_equal, int low, int high) const {
     while (low < high) {
       const int middle = (low + high) / 2;
@@ -65,13 +65,13 @@ struct TwoSums {
 
 inline __device__ int sign_of(float p, float q) { return (p > q) - (p < q); }
 
-// The sums of this warp's signs, in lane 0.
+// Returns, in lane 0, the sum of x over the lanes of this warp.
 inline __device__ int sum_across_warp(int x) {
   for (int by = kWarp / 2; by; by /= 2) x += __shfl_down_sync(0xffffffffu, x, by);
   return x;
 }
 
-// A stretch of the ranks of the wider side.
+// This warp's stretch of the ranks of the wider side.
 struct Stretch {
   int begin, end;
 
@@ -88,7 +88,7 @@ inline __device__ void write_row(const RankedUldCall& call, int64_t row, float l
   store((float*)call.divergence + row, divergence);
 }
 
-// All of the block; of the columns from `first` to before `end`.
+// Fills the gradient's columns from `first` to before `end`. All threads of the block call it.
 inline __device__ void fill(const RankedUldCall& call, int64_t row, int64_t first, int64_t end, float value) {
   if (!call.gradient) return;
   char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(call.student.dtype);
@@ -121,7 +121,7 @@ inline __device__ void sweep_row(const RankedUldCall& call, Team& team, int* of_
   found = team.merged(found);
   write_row(call, row, scale * found.a, found.a);
   if (!call.gradient) return;
-  const float signed_mass = found.a == found.a ? found.b : NAN;  // where the teacher is NaN no sign is
+  const float signed_mass = found.a == found.a ? found.b : NAN;  // a teacher of NaN makes signs 0, not NaN
 
   signs = sum_across_warp(signs);
   if (lane == 0) of_warp[warp] = signs;
@@ -139,7 +139,7 @@ inline __device__ void sweep_row(const RankedUldCall& call, Team& team, int* of_
     before += __popc(plus) - __popc(minus);
     if (rank == student.columns - 1) store(sums_of_signs + student.columns, before);
   }
-  __syncthreads();  // the sums are there, and those of the warps have been read
+  __syncthreads();  // all sums of signs are stored, and all threads have read of_warp
 
   char* gradient = (char*)call.gradient + row * call.gradient_columns * bytes_of(student.dtype);
   const int64_t* indices = call.indices + row * call.student_columns;

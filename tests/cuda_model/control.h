@@ -1,4 +1,4 @@
-// What a test says to the CUDA model, as functions of a Python module.
+// The controls of the CUDA model, as functions of a Python module for the tests.
 #pragma once
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
@@ -29,7 +29,8 @@ inline pybind11::tuple numbers(dim3 x) { return pybind11::make_tuple(x.x, x.y, x
 inline void bind_control(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("set_seed", [](uint64_t seed) { machine.random = scrambled(seed + 1); });
-  // Adds a device and returns its index: what a host has learnt of a device stays true. Device 0 is like an H100.
+  // Adds a device and returns its index. Existing devices do not change, because the launcher stores answers about
+  // them. Device 0 is like an H100.
   m.def("configure_device", [](const py::kwargs& attributes) {
     Device device;
     for (auto& [name, value] : attributes) member(device, py::cast<std::string>(name)) = py::cast<int>(value);
@@ -37,7 +38,7 @@ inline void bind_control(pybind11::module_& m) {
     return (int)machine.devices.size() - 1;
   });
   m.def("current_device", [] { return machine.current_device; });
-  // The call fails until it is told to return cudaSuccess.
+  // The call returns this error until fail_call sets cudaSuccess.
   m.def("fail_call", [](const std::string& call, const std::string& error) {
     machine.failing.erase(call);
     if (error_of_name(error) != cudaSuccess) machine.failing[call] = error_of_name(error);

@@ -1,24 +1,25 @@
-// An execution model of CUDA on a CPU: under this header a host compiler takes csrc/cuda/*.cu unchanged, and the
-// kernels run where there is no GPU. It is made to find errors:
+// An execution model of CUDA on a CPU: with this header a host compiler takes csrc/cuda/*.cu unchanged, and the kernels
+// run without a GPU. The model is made to find errors:
 //
 //   - Every thread of every block of a cluster is a fiber, and all fibers share one thread of the operating system. A
-//     fiber runs until it waits (block barrier, cluster barrier, warp exchange, bulk barrier); then the runnable one of
-//     the highest priority does. Priorities are drawn from a seed, with a share for the block and one for the warp, and
-//     now and then redrawn, so that some threads, warps or blocks run far ahead of others: a missing barrier shows as a
-//     wrong result under most seeds. Threads that wait for each other for ever are reported, with what they wait at.
-//   - Shared memory is NaN when a block starts and when it has ended, and what lies around it must stay as it was.
+//     fiber runs until it waits (block barrier, cluster barrier, warp exchange, bulk barrier); then the runnable fiber
+//     of the highest priority runs. A seed draws the priorities, with a share for the block and a share for the warp,
+//     and redraws some of them at times, so that some threads, warps or blocks run far ahead of others: a missing
+//     barrier shows as a wrong result under most seeds. The model reports threads that wait for each other for ever,
+//     and the places where they wait.
+//   - Shared memory is NaN when a block starts and when it has ended. The bytes around it must not change.
 //   - A bulk copy makes its destination NaN at once, and its bytes arrive some time later.
-//   - load, store and bulk_copy touch only memory that was allowed, at aligned addresses.
+//   - load, store and bulk_copy may touch only allowed memory, at aligned addresses.
 //   - exp2_approx, log2_approx and reciprocal_approx are as wrong as the instructions may be.
-//   - There are devices of any size, and any call of the runtime can be made to fail.
+//   - Devices may have any size, and any call of the runtime can be made to fail.
 //
-// It does not see: races between accesses that no wait lies between, or between clusters, which run one after the
-// other; what a GPU's compiler and memory system reorder (there are no fences here); registers; and fused
-// multiply-adds, which a GPU's compiler makes and this one does not.
+// The model does not find: races between accesses without a wait between them; races between clusters, which run one
+// after the other; reordering by a GPU's compiler and memory system (the model has no fences); errors that depend on
+// registers; and errors of fused multiply-adds, which a GPU's compiler generates and a host compiler here does not.
 //
-// machine.h, memory.h and grid.h are the machine, runtime.h is what a host calls, and here is what a kernel does.
+// machine.h, memory.h and grid.h are the machine, runtime.h has the host's functions, and this header the kernel's.
 #pragma once
-#define KDK_CUDA_DEVICE_H  // csrc/cuda/device.h: the twins of its functions are here
+#define KDK_CUDA_DEVICE_H  // csrc/cuda/device.h: this header has the twins of its functions
 
 #include "runtime.h"
 
@@ -45,7 +46,7 @@ KDK_VECTORS(unsigned, uint)
 #define threadIdx (::kdk::model::machine.current->index)
 #define blockIdx (::kdk::model::machine.current->block->index)
 
-// ---- what a kernel calls: barriers, warp exchanges, numbers
+// ---- the functions of kernels: barriers, warp exchanges, numbers
 
 inline void __syncthreads(kdk::model::Place place = {}) { kdk::model::block_barrier(0, place); }
 inline int __syncthreads_count(int predicate, kdk::model::Place place = {}) {
@@ -119,7 +120,7 @@ inline uint32_t __float_as_uint(float x) { return kdk::model::bits_of<uint32_t>(
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int32_t __float_as_int(float x) { return kdk::model::bits_of<int32_t>(x); }
 
-// Of floating-point numbers, as fmin and fmax: a NaN loses.
+// For floating-point numbers these are fmin and fmax, which return the other number for a NaN.
 template <class A, class B> std::common_type_t<A, B> min(A a, B b) {
   if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return std::fmin(a, b);
   else return std::min<std::common_type_t<A, B>>(a, b);
@@ -153,10 +154,10 @@ inline int add_shared(int* sum, int x) {
   return std::exchange(*sum, *sum + x);
 }
 
-// In [-1, 1], the same for the same x.
+// A number in [-1, 1] that depends on x alone.
 inline double wrongness(float x) { return (int32_t)(model::scrambled(__float_as_uint(x)) >> 32) * 0x1p-31; }
 
-// A float within `ulps` of the exact value, half a ulp of which is the rounding's. Subnormal results are 0.
+// A float within `ulps` of the exact value; rounding takes half a ulp of these. Subnormal results are 0.
 inline float inexact(double exact, double ulps, float x) {
   if (exact == 0 || std::isinf(exact)) return (float)exact;
   const float y = (float)(exact + (ulps - 0.5) * wrongness(x) * std::ldexp(1.0, std::ilogb(exact) - 23));
@@ -179,7 +180,7 @@ inline float log2_approx(float x) {
   return (float)(exact + bound * wrongness(x));
 }
 
-// The conversions of csrc/cpu/elementary.h, but for NaN, which is 0x7fff.
+// The conversions of csrc/cpu/elementary.h, except that a NaN becomes 0x7fff.
 inline uint32_t bf16_of_float(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -253,7 +254,8 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
 }
 inline void bulk_fence() {}
 inline void bulk_prefetch(const void* global, uint32_t bytes) {
-  if (bytes == 0 || bytes % 16) model::fail("prefetches " + std::to_string(bytes) + " bytes, which is no multiple of 16");
+  if (bytes == 0 || bytes % 16)
+    model::fail("prefetches " + std::to_string(bytes) + " bytes, which is no multiple of 16");
   model::check_global(global, bytes, 16, false);
 }
 

@@ -1,8 +1,8 @@
-// The Python module faults: kernels that are right, and wrong in one way when they are told to be, so that the tests
-// can see that the model finds what it is there to find.
+// The Python module faults: kernels that are right, or wrong in one way if `broken`. The tests check that the model
+// finds each fault.
 //
-// Every kernel does the same: out[i] = in[i rotated by one within its group], where a group is a warp, a block or a
-// cluster. A fault shows as a wrong result or as an error of the model.
+// Every kernel computes out[i] = in[i rotated by one within its group], where a group is a warp, a block or a cluster.
+// A fault shows as a wrong result or as an error of the model.
 #include "control.h"
 
 #include <pybind11/stl.h>
@@ -12,7 +12,7 @@
 namespace kdk::cuda {
 
 constexpr int kThreads = 128, kCluster = 4, kClusters = 2, kTiles = 4;
-constexpr int kBlockTotal = kThreads * kTiles;  // elements of a block where it works in tiles
+constexpr int kBlockTotal = kThreads * kTiles;  // elements of a block that works in tiles
 
 __device__ inline int thread() { return (int)threadIdx.x; }
 __device__ inline int element() { return (int)(blockIdx.x * kThreads + threadIdx.x); }
@@ -53,7 +53,7 @@ __global__ void block_leaves_early(const float* in, float* out, bool broken) {
   if (!broken) cluster_sync(kCluster);
 }
 
-// As above, but with the address taken before the barrier.
+// block_leaves_early, with the address taken before the barrier.
 __global__ void block_leaves_early_unseen(const float* in, float* out, bool broken) {
   shared_floats()[thread()] = load(in + element());
   const int rank = (blockIdx.x + (next_thread() == 0)) % kCluster;
@@ -78,7 +78,7 @@ __global__ void two_barriers(const float* in, float* out, bool broken) {
   store(out + element(), shared_floats()[next_thread()]);
 }
 
-// Half of a warp waits for the other half in an exchange, which waits at a barrier.
+// Half of a warp waits in an exchange for the other half, which waits at a barrier.
 __global__ void deadlock(const float* in, float* out, bool broken) {
   shared_floats()[thread()] = load(in + element());
   if (!broken || thread() % 32 < 16) __syncwarp();
@@ -100,7 +100,7 @@ __global__ void shuffle_without_a_lane(const float* in, float* out, bool broken)
   store(out + element(), x);
 }
 
-// All lanes, but in two kinds of shuffle.
+// All lanes shuffle, but in two kinds of shuffle.
 __global__ void shuffle_by_kind(const float* in, float* out, bool broken) {
   const float x = load(in + element());
   float y;
@@ -113,7 +113,7 @@ __global__ void shuffle_by_kind(const float* in, float* out, bool broken) {
 
 // ---- shared memory
 
-// A slot that is used again: a barrier after the reads as well as after the writes.
+// A slot that is used again needs a barrier after the reads and a barrier after the writes.
 __global__ void slot_reused(const float* in, float* out, bool broken) {
   for (int tile = 0; tile < kTiles; ++tile) {
     const int at = blockIdx.x * kBlockTotal + tile * kThreads;
@@ -210,7 +210,7 @@ __global__ void bulk(const float* in, float* out, BulkFault fault) {
   }
 }
 
-// ---- kernels without a fault: they ask the model for what it can do
+// ---- kernels without a fault, which test the model's functions
 
 __global__ void no_work() {}
 
@@ -241,7 +241,7 @@ __global__ void votes_and_widths(uint32_t* out) {
     store(mine + 8, (uint32_t)__shfl_sync(0xffff0000u, lane, 19));
 }
 
-// ---- launching them
+// ---- launches
 
 struct LaunchError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -280,11 +280,11 @@ struct alignas(128) Line {
   float x[32];
 };
 
-// Numbers from 0 on in, what the kernel makes of them out.
+// Runs a kernel on the numbers 0, 1, 2, ... and returns its output.
 std::vector<float> run(const std::string& name, bool broken) {
   const bool in_bulk = bulk_faults.count(name);
   const int blocks = kCluster * kClusters, count = blocks * (in_bulk || name == "slot_reused" ? kBlockTotal : kThreads);
-  std::vector<Line> memory(2 * count / 32 + 1);  // a line between the two belongs to neither
+  std::vector<Line> memory(2 * count / 32 + 1);  // `in`, one line that belongs to neither, and `out`
   float *in = memory[0].x, *out = in + count + 32;
   for (int i = 0; i < count; ++i) in[i] = (float)i, out[i] = NAN;
   model::readable.clear();
@@ -306,7 +306,7 @@ std::vector<uint32_t> votes(int threads) {
   return out;
 }
 
-// The name of the error of a launch of these sizes, on a device that allows the kernel as much as is said.
+// The name of the error of a launch of these sizes, after the kernel's attributes were set on the device.
 std::string launch_error(int device, int blocks, int threads, int cluster, int shared, int allowed_shared,
                          bool non_portable) {
   cudaSetDevice(device);

@@ -1,4 +1,4 @@
-// Running a grid in the CUDA model (cuda_runtime.h): one cluster after the other, in an order that is drawn.
+// Runs a grid in the CUDA model (cuda_runtime.h): one cluster after the other, in a random order.
 #pragma once
 
 #include "memory.h"
@@ -41,7 +41,7 @@ inline void end_thread() {
   if (_setjmp(self->context) == 0) _longjmp(machine.host, 2);
 }
 
-// What a fiber runs: when its thread has ended, it sleeps until it is given another.
+// The loop of a fiber. When its thread has ended, the fiber sleeps until it gets another thread.
 inline void run_threads() {
   for (;;) {
     machine.kernel(machine.arguments);
@@ -68,7 +68,8 @@ inline void start_block(Block& block, int number, int rank) {
   }
 }
 
-// Priorities with a share for the block, one for the warp and one for the thread, of weights that are drawn.
+// Draws priorities, each with a share for the block, a share for the warp and a share for the thread. The weights of
+// the shares are random too.
 inline void draw_priorities() {
   const uint64_t block_weight = (uint64_t[]){0, 1, 64}[random_below(3)];
   const uint64_t warp_weight = (uint64_t[]){0, 1, 16}[random_below(3)];

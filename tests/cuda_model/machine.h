@@ -1,4 +1,4 @@
-// The machine of the CUDA model (cuda_runtime.h): its state, the scheduler, and what threads wait for.
+// The machine of the CUDA model (cuda_runtime.h): its state, the scheduler, and the barriers and exchanges of threads.
 #pragma once
 
 #include <math.h>
@@ -33,16 +33,16 @@ inline dim3 gridDim, blockDim;
 
 namespace kdk::model {
 
-// ---- devices, and the calls that fail
+// ---- devices
 
 struct Device {
   int major = 9, minor = 0, multiprocessors = 132, l2_bytes = 50 << 20;
   int shared_memory_per_block = 227 << 10, shared_memory_per_multiprocessor = 228 << 10;
-  int max_cluster = 16;  // the largest cluster that fits the device at all
-  int ptx_version = 0;   // what the kernels were compiled for; 0: this device
+  int max_cluster = 16;  // the largest cluster that fits the device
+  int ptx_version = 0;   // the architecture that the kernels were compiled for; 0: this device's
 };
 
-// What cudaFuncSetAttribute said of a kernel on a device.
+// The attributes that cudaFuncSetAttribute set for a kernel on a device.
 struct KernelAttributes {
   int dynamic_shared = 48 << 10;
   bool non_portable_cluster = false;
@@ -56,7 +56,7 @@ struct Launch {
 
 // ---- threads, warps, blocks
 
-// Where in the source a thread waits.
+// A place in the source at which a thread waits.
 struct Place {
   const char* file;
   int line;
@@ -101,7 +101,7 @@ struct Warp {
 
 struct BulkBarrier {
   uint32_t phase = 0;
-  bool expecting = false;               // its one arrival of this phase has come
+  bool expecting = false;               // the one arrival of this phase has come
   int64_t to_issue = 0, to_arrive = 0;  // bytes
   std::vector<Fiber*> waiting;
 };
@@ -110,11 +110,11 @@ struct Block {
   int number = 0, rank = 0;  // in the grid, in the cluster
   dim3 index;
   char* shared = nullptr;
-  Fiber* first = nullptr;  // of its fibers
+  Fiber* first = nullptr;  // the first of the block's fibers
   int at_barrier = 0, ended = 0;
   Place barrier;
   int votes = 0, vote_result = 0;  // of __syncthreads_count
-  bool mapped = false;             // by another block, since the last cluster barrier
+  bool mapped = false;             // another block mapped its shared memory since the last cluster barrier
   std::vector<Warp> warps;
   std::deque<BulkBarrier> bulk_barriers;
 };
@@ -127,7 +127,7 @@ struct BulkCopy {
   BulkBarrier* barrier;
 };
 
-// Which priorities are runnable, as bits, and as bits of words that are not 0.
+// The set of runnable priorities: one bit a priority in `words`, and one bit in `summary` for each word that is not 0.
 struct Runnable {
   std::vector<uint64_t> words, summary;
 
@@ -154,7 +154,7 @@ struct Runnable {
 };
 
 struct Machine {
-  // The host's side.
+  // The host.
   std::mutex launching;
   std::deque<Device> devices = {Device()};
   int current_device = 0;
@@ -165,15 +165,15 @@ struct Machine {
 
   // The launch.
   uint64_t random = 0;              // the state of the generator
-  uint32_t redraw = 0, arrive = 0;  // probabilities, of 2^32: a wake-up draws a priority, a switch ends a bulk copy
-  int cluster = 1, threads = 0;     // blocks of a cluster, threads of one
+  uint32_t redraw = 0, arrive = 0;  // probabilities times 2^32: a wake-up redraws a priority, a switch ends a bulk copy
+  int cluster = 1, threads = 0;     // blocks of a cluster, threads of a cluster
   size_t shared_bytes = 0;
   void (*kernel)(void*) = nullptr;
   void* arguments = nullptr;
   jmp_buf host;
   std::string error;
 
-  // The cluster that runs.
+  // The running cluster.
   std::vector<Fiber> fibers;  // never moves: it has room for the largest cluster
   std::vector<Fiber*> order;  // by priority
   Runnable runnable;
@@ -181,7 +181,7 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<BulkCopy> copies;
   int ended = 0, at_barrier = 0;
-  std::vector<char> shared;  // of all its blocks
+  std::vector<char> shared;  // shared memory of all its blocks
   uint64_t switches = 0;
 };
 inline Machine machine;
@@ -195,7 +195,7 @@ inline uint64_t random_bits() { return scrambled(machine.random += 0x9e3779b97f4
 inline int random_below(int n) { return (int)((random_bits() >> 32) * (uint64_t)n >> 32); }
 inline bool chance(uint32_t probability) { return probability && (uint32_t)random_bits() <= probability; }
 
-// Ends the launch; the fibers are dropped where they stand, without unwinding.
+// Ends the launch. The fibers stop without unwinding their stacks.
 [[noreturn]] inline void fail(const std::string& what) {
   if (!machine.current) throw std::runtime_error("CUDA model: " + what);
   machine.error = "block " + std::to_string(machine.current->block->number) + ", thread " +
@@ -208,7 +208,7 @@ inline bool chance(uint32_t probability) { return probability && (uint32_t)rando
 inline void end_copy();     // memory.h
 inline void run_threads();  // grid.h
 
-// How many threads of which block wait where.
+// A text: for each block and each place, the number of threads that wait there.
 inline std::string standstill() {
   std::map<std::pair<int, std::string>, int> counts;
   for (Fiber* fiber : machine.order) {
@@ -231,18 +231,18 @@ inline Fiber* choose() {
   return machine.order[first];
 }
 
-// Goes on with a fiber, or begins it; the caller has saved itself.
+// Resumes a fiber, or starts it. The caller has saved its own context.
 [[noreturn]] inline void enter(Fiber* fiber) {
   machine.current = fiber;
   if (fiber->entered) _longjmp(fiber->context, 1);
-  constexpr size_t guard = 4 << 10, usable = 32 << 10;  // what overflows a stack ends the process
+  constexpr size_t guard = 4 << 10, usable = 32 << 10;  // an overflow of the stack ends the process
   if (!fiber->stack) {
     void* memory = mmap(nullptr, guard + usable, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect((char*)memory + guard, usable, PROT_READ | PROT_WRITE))
       fail("has no stack: the system gave no memory");
     fiber->stack = (char*)memory + guard;
   }
-  // Stacks that all end at the same place in a page would share a few lines of the cache.
+  // If all stacks ended at the same offset in a page, they would share a few lines of the cache.
   const size_t colour = fiber->thread % 8 * 512;
   static ucontext_t start;
   getcontext(&start);
@@ -252,10 +252,10 @@ inline Fiber* choose() {
   makecontext(&start, run_threads, 0);
   fiber->entered = true;
   setcontext(&start);
-  abort();  // it does not return
+  abort();  // setcontext does not return
 }
 
-// Lets the runnable thread of the highest priority run, which may be this one; returns when this one runs again.
+// Runs the runnable thread of the highest priority, which may be this thread. Returns when this thread runs again.
 inline __attribute__((noinline)) void reschedule() {
   Fiber* self = machine.current;
   Fiber* next = choose();
@@ -292,7 +292,7 @@ inline void wake(Fiber* fiber) {
   }
 }
 
-// ---- what threads wait for
+// ---- barriers and exchanges
 
 inline int block_threads() { return blockDim.x * blockDim.y * blockDim.z; }
 
@@ -305,7 +305,7 @@ inline void wake_block(Block& block, Wait wait) {
     if (block.first[i].wait == wait) wake(block.first + i);
 }
 
-// Returns how many threads of the block came with a predicate that is not 0.
+// Returns the number of the block's threads whose predicate is not 0.
 inline int block_barrier(int predicate, Place place) {
   Block& block = *machine.current->block;
   require_all_there(block.ended, "block barrier");
@@ -348,7 +348,8 @@ inline bool all_wait(const Warp& warp, uint32_t mask) {
   return true;
 }
 
-// Gives each lane of the mask the value of its source; of a vote, the bits of the values that are not 0.
+// Gives each lane of the mask the value of its source lane. In a vote, every lane gets one bit for each value that is
+// not 0.
 inline void exchange_values(Warp& warp, uint32_t mask, Exchange what, Place place) {
   uint64_t ballot = 0;
   for (int i = 0; i < 32; ++i)

@@ -1,4 +1,4 @@
-// The memory of the CUDA model (cuda_runtime.h): bulk copies to shared memory, and which global memory may be touched.
+// The memory of the CUDA model (cuda_runtime.h): bulk copies to shared memory, and the ranges of allowed global memory.
 #pragma once
 
 #include "machine.h"
@@ -7,7 +7,7 @@ namespace kdk::model {
 
 // ---- bulk copies
 
-// A barrier's word in shared memory names its state here, so that one that was overwritten is not found.
+// A barrier's word in shared memory is an index of its state, so that the model does not find an overwritten barrier.
 constexpr uint64_t kBulkBarrier = 0x6b42756c6b000000ull;
 
 inline size_t shared_offset(const void* address, size_t bytes, size_t alignment, const char* what) {
@@ -18,7 +18,7 @@ inline size_t shared_offset(const void* address, size_t bytes, size_t alignment,
   return offset;
 }
 
-// The state of a barrier, or null where there is none.
+// The state of a barrier, or null if the word is no barrier.
 inline BulkBarrier* find_bulk_barrier(const uint64_t* word) {
   if (machine.devices[machine.current_device].major < 9) fail("uses a bulk barrier, which came with sm_90");
   shared_offset(word, 8, 8, "uses a bulk barrier that");
@@ -39,7 +39,7 @@ inline void end_phase_if_complete(BulkBarrier& barrier) {
   barrier.waiting.clear();
 }
 
-// One of the copies under way arrives.
+// Completes one of the copies under way.
 inline void end_copy() {
   std::swap(machine.copies[random_below((int)machine.copies.size())], machine.copies.back());
   BulkCopy copy = machine.copies.back();
@@ -55,7 +55,7 @@ struct Range {
   uintptr_t first, last;
 };
 
-// Ranges that overlap become one; that touch, not: an access lies in one of them.
+// Allowed ranges. Overlapping ranges become one range; touching ranges do not, because an access must lie in one range.
 struct Ranges {
   std::vector<Range> sorted;
   bool dirty = false;

@@ -1,4 +1,4 @@
-// The Python module cuda_model: the CUDA kernels of csrc/, compiled for the model, with the functions they have in
+// The Python module cuda_model: the CUDA kernels of csrc/, compiled for the model. It has the CUDA functions of
 // kdkernels._native.
 #include "control.h"
 

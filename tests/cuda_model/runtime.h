@@ -1,4 +1,4 @@
-// The runtime of the CUDA model (cuda_runtime.h): the calls of a host, as far as csrc/cuda makes them.
+// The runtime of the CUDA model (cuda_runtime.h): the runtime's functions that csrc/cuda calls.
 #pragma once
 
 #include "grid.h"
@@ -45,7 +45,7 @@ inline cudaError_t cudaPeekAtLastError() { return (cudaError_t)kdk::model::machi
 inline cudaError_t cudaGetLastError() { return (cudaError_t)std::exchange(kdk::model::machine.last_error, 0); }
 
 namespace kdk::model {
-// The error that a test asked of the call, else this one.
+// Returns the error that a test set for the call, else `error`.
 inline cudaError_t answer(const char* call, cudaError_t error) {
   auto failing = machine.failing.find(call);
   if (failing != machine.failing.end()) error = (cudaError_t)failing->second;
@@ -200,7 +200,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel, const 
   return error;
 }
 
-// Runs the kernel to its end. What a thread does wrong is a std::runtime_error, since it has no error code.
+// Runs the kernel to its end. A thread's error is a std::runtime_error, because CUDA has no error code for it.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
