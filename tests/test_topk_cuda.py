@@ -668,7 +668,7 @@ def test_a_vocabulary_of_an_h100_is_taken_from():
 
 # (what is wrong, text in csrc/cuda, what stands there instead)
 FAULTS = [
-    ("names are overwritten while they are read", "        __syncthreads();  // all have read the names\n", ""),
+    ("names are overwritten while they are read", "        __syncthreads();  // all threads have read the names\n", ""),
     ("the entries of a word overwrite each other",
      "if (before >= 0 && before / kWarp == word) continue;", ""),
     ("an entry's gradient is written over", "if (!(named >> i & 1) && student.holds(position + i))",
