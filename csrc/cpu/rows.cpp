@@ -8,10 +8,10 @@
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
 //
 // Loss and gradient thus take each logit's exponential once. The label term at another temperature takes it again, and
-// so does a gradient in a call of its own. With m the block's maximum, log-probabilities are (x - m) / temperature +
-// ((m - max) / temperature - log sum). The difference comes first, so a large common offset of the logits costs no
-// digits. kl, whose sum psi is 0, could write its gradient in the second sweep. That was slower: the page faults of a
-// fresh gradient clear pages through the caches, and evict the row that the sweep reads.
+// so does a gradient in a call of its own. With m the block's maximum, log-probabilities are
+// (x - m) / temperature + ((m - max) / temperature - log sum). The difference comes first, so a large common offset of
+// the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep. That was slower:
+// the page faults of a fresh gradient clear pages through the caches, and evict the row that the sweep reads.
 //
 // The gradient may overwrite the student's logits. The statistics, the label's logit and the first column of the
 // maximum need a whole row of logits, so the kernel finds them before the third sweep. The third sweep reads a block
@@ -42,8 +42,8 @@ namespace KDK_ISA {
 
 // ---- the inner loops, each over one block
 
-// Turns a block's logits and exponentials into probabilities: log q = (s - max) / temperature + shift, and q = e *
-// factor with factor = exp(shift). Both use the same rounded shift, so q is the exponential of log q.
+// Turns a block's logits and exponentials into probabilities: log q = (s - max) / temperature + shift, and
+// q = e * factor with factor = exp(shift). Both use the same rounded shift, so q is the exponential of log q.
 template <class T> struct Normalizer {
   T max, shift, factor, inverse_temperature;
   inline T log_prob(T logit) const { return (logit - max) * inverse_temperature + shift; }
