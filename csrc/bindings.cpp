@@ -1,11 +1,11 @@
-// The Python module kdkernels._native: the CPU kernels, and the CUDA kernels where they were built.
+// The Python module kdkernels._native: the CPU kernels, and the CUDA kernels if the build has them.
 //
 //     cpu_NAME(fields, allocate, threads) -> bool
 //     cuda_NAME(fields, allocate, device, stream)
 //
-// `fields` is a dict that fields.h reads into the kernel's call; allocate(bytes) returns a tensor of bytes, and is asked
-// only by a kernel that needs a workspace. The result of cpu_NAME: whether a kept row has options that no
-// loss has; nothing is written then.
+// `fields` is a dict, which calls/fields.h reads into the kernel's call. allocate(bytes) returns a tensor of bytes;
+// only a kernel that needs a workspace calls it. cpu_NAME returns whether a kept row has an invalid option; if so, the
+// kernel does not run and writes nothing.
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -24,7 +24,7 @@ namespace py = pybind11;
 
 namespace {
 
-// ---- the instruction set, chosen once when the module is loaded
+// ---- the instruction set, which the module chooses once, at its import
 
 struct Cpu {
   const char* isa;
@@ -80,13 +80,13 @@ Cpu choose_cpu() {
 
 Cpu cpu;
 
-// For a large tensor that nothing has been written to yet. Its page faults cost as much as the kernel that writes it, and
-// huge pages avoid most of them.
+// Call this for a large tensor before the first write to it. The page faults of such a tensor cost as much as the
+// kernel that writes it. Huge pages avoid most of the page faults.
 void advise_huge_pages(uintptr_t data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 2 << 20;
   uintptr_t first = (data + page - 1) / page * page, last = (data + bytes) / page * page;
-  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // advice: an error changes nothing
+  if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);  // only advice: an error changes nothing
 #else
   (void)data, (void)bytes;
 #endif
@@ -94,7 +94,7 @@ void advise_huge_pages(uintptr_t data, int64_t bytes) {
 
 // ---- the calls
 
-// Whether a kept row has options that no loss has.
+// Whether a kept row has an invalid option.
 template <class T, class Call> bool has_bad_row(const Call& call) {
   for (int64_t row = 0; row < call.rows; ++row) {
     kdk::RowValues<T> values;
@@ -104,7 +104,8 @@ template <class T, class Call> bool has_bad_row(const Call& call) {
   return false;
 }
 
-// For the calls that have row options; chosen over the second by its first argument.
+// The first overload serves the calls that have row options. The argument 0 prefers `int` to `long`, so the compiler
+// takes the second overload only for a call without row options.
 template <class Call> auto has_bad_value(int, const Call& call) -> decltype(call.options, true) {
   return call.run.fp64 ? has_bad_row<double>(call) : has_bad_row<float>(call);
 }

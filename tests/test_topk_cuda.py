@@ -674,7 +674,8 @@ def test_a_vocabulary_of_an_h100_is_taken_from():
 
 # (the fault, its text in csrc/cuda, the replacement)
 FAULTS = [
-    ("the bitmap of entries is overwritten during reads", "        __syncthreads();  // all have read the names\n", ""),
+    ("the bitmap of entries is overwritten during reads",
+     "        __syncthreads();  // all threads have read the names\n", ""),
     ("entries in one word of the bitmap overwrite each other",
      "if (before >= 0 && before / kWarp == word) continue;", ""),
     ("an entry's gradient is overwritten", "if (!(named >> i & 1) && student.holds(position + i))",

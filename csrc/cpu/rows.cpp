@@ -1,23 +1,24 @@
 // The row sweeps of the dense family on a CPU.
 //
-// A row is cut into blocks of kBlock columns. Three sweeps over its blocks, with a merge in fixed order after each of
-// the first two, so that no result depends on the number of threads:
+// A row consists of blocks of kBlock columns. Three sweeps run over the blocks. A merge in a fixed order follows each
+// of the first two sweeps, so no result depends on the number of threads:
 //
 //     floats      block maximum, exponentials relative to it (kept in the workspace), their sum  -> max, log sum
 //     sums        p, q from those exponentials, the divergence's value and slope (psi kept)      -> sum phi, sum psi
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term                  -> gradient
 //
-// so that loss and gradient take each logit's exponential once (the label term at another temperature, and a gradient
-// that is found in a call of its own, take it again). Log-probabilities are
-// (x - m) / temperature + ((m - max) / temperature - log sum), m the block's maximum: differences first, so that a
-// large common offset of the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second
-// sweep, but that was slower: the page faults of a fresh gradient clear pages through the caches, and would throw out
-// the row that is being read.
+// Loss and gradient thus take each logit's exponential once. The label term at another temperature takes it again, and
+// so does a gradient in a call of its own. With m the block's maximum, log-probabilities are
+// (x - m) / temperature + ((m - max) / temperature - log sum). The difference comes first, so a large common offset of
+// the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep. That was slower:
+// the page faults of a fresh gradient clear pages through the caches, and evict the row that the sweep reads.
 //
-// The gradient may take the place of the student's logits. All that needs a whole row of them (statistics, the label's
-// logit, the first column of the maximum) is found before the third sweep, which reads a block before it writes it.
+// The gradient may overwrite the student's logits. The statistics, the label's logit and the first column of the
+// maximum need a whole row of logits, so the kernel finds them before the third sweep. The third sweep reads a block
+// before it writes the block.
 //
-// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+// setup.py compiles this file once for each instruction set, into a namespace of the instruction set's name. The file
+// calls no std:: template.
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -41,8 +42,8 @@ namespace KDK_ISA {
 
 // ---- the inner loops, each over one block
 
-// How a block's exponentials and logits become probabilities: log q = (s - max) / temperature + shift,
-// q = e * factor with factor = exp(shift), of the same rounded shift, so that q is the exponential of log q.
+// Turns a block's logits and exponentials into probabilities: log q = (s - max) / temperature + shift, and
+// q = e * factor with factor = exp(shift). Both use the same rounded shift, so q is the exponential of log q.
 template <class T> struct Normalizer {
   T max, shift, factor, inverse_temperature;
   inline T log_prob(T logit) const { return (logit - max) * inverse_temperature + shift; }
@@ -52,8 +53,8 @@ template <class T> struct BlockSums {
   T phi, psi, tv, student_entropy, teacher_entropy;
 };
 
-// Sum of phi and psi; with_slope leaves q in student_e and psi in teacher_e. Not inlined: a symbol of its own shows in
-// a profile, and lets a test see that the loop is made of packed instructions.
+// The sums of phi and psi. with_slope leaves q in student_e and psi in teacher_e. The function is not inlined: a
+// profile shows its symbol, and a test checks that its loop has packed instructions.
 template <class T, class D, bool with_slope>
 __attribute__((noinline)) void divergence_sums(const D& divergence, const T* student, const T* teacher, int n,
                                                Normalizer<T> student_norm, Normalizer<T> teacher_norm, T* student_e,
@@ -98,7 +99,7 @@ template <class T> struct BlockFloats {
   T student_max, student_sum, teacher_max, teacher_sum, unit_sum;
 };
 
-// What lies in a workspace region: the row's exponentials (later q and psi) and its blocks' partial results.
+// A region of the workspace: the row's exponentials (later q and psi), and the partial results of the row's blocks.
 template <class T> struct Scratch {
   T *student_e, *teacher_e;
   BlockFloats<T>* floats;
@@ -147,7 +148,8 @@ template <class T> struct Row {
   }
   T* student_e(const Scratch<T>& scratch) const { return gradient.exponentials(student, scratch.student_e); }
 
-  // (max, sum exp) pairs merge: log sum_b sum_b exp(max_b - max). A row of -inf alone is 0/0: NaN, as log_softmax.
+  // Merges the (max, sum exp) pairs: log sum_b sum_b exp(max_b - max). A row of -inf alone gives 0/0: NaN, as in
+  // log_softmax.
   T merged(T BlockFloats<T>::*block_max, T BlockFloats<T>::*block_sum, T beta, const Scratch<T>& scratch,
            T* max) const {
     *max = -INFINITY;
@@ -175,14 +177,14 @@ template <class T> struct Row {
     unit_log_sum = in[4 * call.rows];
   }
 
-  // `base` is what the exponentials are relative to.
+  // The exponentials are relative to `base`.
   Normalizer<T> normalizer(T max, T log_sum, T base) const {
     T shift = (base - max) * terms.inverse_temperature - log_sum;
     return {base, shift, exp_of(shift), terms.inverse_temperature};
   }
 
-  // Sweep 2. student_e and teacher_e hold the block's exponentials where sweep 1 left them (`kept`), else they are
-  // taken here; with_slope leaves q and psi in their place.
+  // Sweep 2. If `kept` is not null, sweep 1 left the block's exponentials in student_e and teacher_e; else this
+  // function computes them there. with_slope replaces the exponentials with q and psi.
   template <bool with_slope>
   void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out) const {
     alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
@@ -190,7 +192,7 @@ template <class T> struct Row {
     const T *s = student.load(b, student_buffer), *t = teacher.load(b, teacher_buffer);
     T student_base = student_max, teacher_base = teacher_max;
     if (kept) {
-      // Where a block is -inf throughout, its exponentials are 0 relative to anything: the row's maximum will do.
+      // The exponentials of a block of -inf alone are 0 relative to any base. The base is then the row's maximum.
       if (kept->student_max != T(-INFINITY)) student_base = kept->student_max;
       if (kept->teacher_max != T(-INFINITY)) teacher_base = kept->teacher_max;
     } else {
@@ -229,12 +231,12 @@ template <class T> struct Row {
     phi = ((const T*)call.sums)[row], psi = ((const T*)call.sums)[call.rows + row];
     find_factors();
   }
-  // Before a gradient is written, which may lie where the logits do.
+  // The factors come before the gradient, because the gradient may overwrite the logits that cross_entropy() reads.
   void find_factors() {
     if (call.sweeps & kGradient) factors = terms.factors(phi, [&] { return cross_entropy(); });
   }
 
-  // Cross-entropy with the label, at temperature 1.
+  // The cross-entropy with the label, at temperature 1.
   T cross_entropy() const { return unit_log_sum + (student_max - student.logit(call.options.labels[row])); }
   void write_statistics() const {
     RowStatistics<T> x = {};
@@ -255,20 +257,20 @@ template <class T> struct Row {
     KDK_ISA::write_statistics(call, row, x, student.argmax(student_max), teacher.argmax(teacher_max));
   }
 
-  // Sweep 3, from q and psi of the block.
+  // Sweep 3 of a block, from q and psi of the block's classes.
   void block_gradient(int64_t b, const T* q, const T* psi_of_class) const {
     alignas(64) T student_buffer[kBlock], gradient_buffer[kBlock];
     const int n = student.width(b);
     T* out = gradient.block(b, gradient_buffer);
 
     const T soft = factors.soft, hard = factors.hard;
-    T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
+    T slope_sum = psi - psi == 0 ? psi : T(NAN);  // an infinite slope makes the whole row's gradient NaN
     auto soft_term = [=](int i) { return soft == 0 ? T(0) : soft * (psi_of_class[i] - q[i] * slope_sum); };
     if (hard == 0) {
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = soft_term(i);
     } else {
-      // `out` may be where these logits lie: each is loaded before its gradient is stored.
+      // `out` may overwrite these logits: the loop loads each logit before it stores the logit's gradient.
       const T* s = student.load(b, student_buffer);
       T unit_factor = hard * (T)::exp(-(double)unit_log_sum);
 #pragma omp simd
@@ -340,7 +342,7 @@ int64_t rows_bytes(const RowsCall& call) noexcept {
 template <class T> void scale_all(const ScaleRowsCall& call) {
   const int64_t rows = call.rows, columns = call.columns;
   const Dtype dtype = call.x.dtype;
-  int64_t first = 0;  // the first row that is scaled: in most backward passes there is none
+  int64_t first = 0;  // the first row whose factor is not 1; most backward passes have no such row
   while (first < rows && per_row<T>(call.factor, first) == 1) first += call.factor.stride ? 1 : rows;
   if (first == rows) return;
 #pragma omp parallel for schedule(dynamic) num_threads(call.run.threads) \

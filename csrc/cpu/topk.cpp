@@ -1,12 +1,14 @@
-// Sparse teachers on a CPU: the extraction of a teacher's largest classes, and the sort of a teacher's entries.
+// Sparse teachers on a CPU: the extraction of a teacher's k largest classes, and the sort of a teacher's entries.
 //
-// An extraction goes through a row once. Each block's columns are kGroups groups; their maxima, and their sums of
-// exponentials relative to the block's maximum, are kept. The k-th largest of the maxima of groups joined by two is a
-// threshold: at least k logits reach it, and those above it lie in fewer than k of these. Only groups that reach it are
-// gone through again, to take aside the logits that do and to sum the others: what lies below the threshold is never
-// found as a difference.
+// An extraction sweeps a row once. Each block's columns form kGroups groups. The sweep keeps each group's maximum, and
+// each group's sum of exponentials relative to the block's maximum. Two groups make a joined group. The k-th largest
+// maximum of the joined groups is the threshold: at least k logits reach the threshold, and the logits above the
+// threshold lie in fewer than k joined groups. The extraction then visits only the groups that reach the threshold. It
+// collects the logits that reach the threshold and sums the exponentials of the others, so the mass below the threshold
+// is a sum, never a difference.
 //
-// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+// setup.py compiles this file once for each instruction set, into a namespace of the instruction set's name. The file
+// calls no std:: template.
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -25,18 +27,18 @@ namespace KDK_ISA {
 #include "sweeps.h"
 #include "row.h"
 
-// ---- entries, from what a teacher gave
+// ---- the sort of a teacher's entries
 
-constexpr int kDigit = 9;  // bits that one pass sorts by: two passes for 262,144 classes
+constexpr int kDigit = 9;  // the bits that one pass sorts by: 262,144 classes take two passes
 
-// An entry's class and, in the lower half, its place in its row.
+// The upper half is an entry's class, the lower half the entry's place in its row.
 typedef int64_t Key;
 inline Key key_of(int64_t index, int64_t place) { return index << 32 | place; }
 inline int32_t index_of(Key key) { return (int32_t)(key >> 32); }
 inline int32_t place_of(Key key) { return (int32_t)key; }
 
-// In order, into `sorted`: each goes where so many come before it. Many comparisons, but no branch that a processor
-// mispredicts; for a few.
+// Sorts a few elements into `sorted`. The place of an element is the number of elements before it. This takes n^2
+// comparisons, but no branch that a processor could mispredict.
 template <class X, class Before> void place_by_rank(const X* x, int n, X* sorted, Before before) {
   for (int i = 0; i < n; ++i) {
     const X one = x[i];
@@ -47,8 +49,8 @@ template <class X, class Before> void place_by_rank(const X* x, int n, X* sorted
   }
 }
 
-// In ascending order; returns where they are then: in `keys` or in `other`. More than a few by the bits of their index
-// from the lowest up.
+// Sorts the keys in ascending order. Returns the array that holds the result: `keys` or `other`. A radix sort, from the
+// lowest digit of the index up, sorts more than a few keys.
 inline Key* sorted_keys(Key* keys, Key* other, int64_t n, int64_t columns) {
   constexpr int few = 128;
   if (n <= few) {
@@ -126,21 +128,21 @@ void sort_entries(const SortEntriesCall& call) noexcept {
 
 // ---- extraction
 
-constexpr int kGroups = kMaxima;          // of a block: column i is of group i % kGroups
-constexpr int kGroup = kBlock / kGroups;  // columns of a group
-constexpr int kJoined = kGroups / 2;      // groups joined by two, before the threshold is sought
+constexpr int kGroups = kMaxima;          // the groups of a block: column i belongs to group i % kGroups
+constexpr int kGroup = kBlock / kGroups;  // the columns of a group
+constexpr int kJoined = kGroups / 2;      // the joined groups of a block; the threshold comes from their maxima
 static_assert(kGroups <= 64 && kGroup <= 64, "each has a bit in 64");
 
 template <class T> struct Candidate {
   T value;
   int32_t index;
-  // Larger values first, smaller indices first among equals.
+  // Larger values come first. Among equal values the smaller index comes first.
   bool before(const Candidate& other) const {
     return (value > other.value) | ((value == other.value) & (index < other.index));
   }
 };
 
-// Sorts by `before`, with a heap whose root comes last.
+// Sorts by `before`, with a heap whose root is the last of the order.
 template <class T> void heap_sort(Candidate<T>* x, int64_t n) {
   auto sift_down = [x](int64_t at, int64_t n) {
     Candidate<T> moved = x[at];
@@ -160,7 +162,7 @@ template <class T> void heap_sort(Candidate<T>* x, int64_t n) {
   }
 }
 
-// The same, in the quicker way for the number.
+// Sorts by `before`: a few candidates by rank, more with the heap, since each is the quicker way for its number.
 template <class T> void sort(Candidate<T>* x, int64_t n) {
   constexpr int few = 512;
   if (n > few) return heap_sort(x, n);
@@ -169,7 +171,7 @@ template <class T> void sort(Candidate<T>* x, int64_t n) {
   memcpy(x, sorted, n * sizeof(Candidate<T>));
 }
 
-// Floats as integers of the same order.
+// Maps floats to integers of the same order.
 inline uint32_t ordered(float x) {
   uint32_t bits = float_to_bits(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
@@ -187,7 +189,7 @@ inline double unordered(uint64_t bits) {
   return x;
 }
 
-// The k-th largest (k from 1 to n) of n keys, by its bits from the highest down.
+// The k-th largest (k from 1 to n) of n keys. The search sets the result's bits from the highest down.
 template <class Key> Key kth_largest(const Key* keys, int64_t n, int64_t k) {
   Key found = 0;
   for (Key bit = (Key)1 << (8 * sizeof(Key) - 1); bit; bit >>= 1) {
@@ -200,7 +202,7 @@ template <class Key> Key kth_largest(const Key* keys, int64_t n, int64_t k) {
   return found;
 }
 
-// A bit for each of n numbers (up to 64) that reaches the threshold.
+// Bit i says whether number i of n (up to 64) reaches the threshold.
 template <class T> uint64_t reaching(const T* x, int n, T threshold) {
   uint64_t bits = 0;
   for (int i = 0; i < n; ++i) bits |= (uint64_t)(x[i] >= threshold) << i;
@@ -226,11 +228,12 @@ template <class T> struct TopkScratch {
   typedef typename KeyOf<T>::type Key;
   T *maxima, *sums;            // of each group
   T* block_max;
-  Key* keys;                   // of the maxima of joined groups
+  Key* keys;                   // the maxima of the joined groups, as integers of the same order
   Candidate<T>* candidates;
 
   static int64_t joined(int64_t columns) { return blocks_of(columns) * kJoined; }
-  // Those above the threshold lie in fewer than k joined groups; of its equals k are kept, and all of a block.
+  // The largest number of candidates. The logits above the threshold lie in fewer than k joined groups. Of the logits
+  // that equal the threshold, the extraction keeps k, and all of the block in which it reaches k.
   static int64_t most(int64_t columns, int64_t k) {
     int64_t bound = k * (kBlock / kJoined + 1) + kBlock;
     return bound < columns ? bound : columns;
@@ -257,7 +260,7 @@ template <class T> struct Extraction {
         x(call.logits, row, call.inner, call.columns),
         beta(1 / per_row<T>(call.temperature, row)) {}
 
-  // In a last block that is not full, the maximum of a group without columns is -inf.
+  // The last block may not be full. A group without columns has the maximum -inf.
   void sweep(TopkScratch<T>& scratch) const {
     alignas(64) T buffer[kBlock];
     for (int64_t b = 0; b < x.blocks; ++b) {
@@ -277,14 +280,15 @@ template <class T> struct Extraction {
                                bytes_of(x.dtype));
     }
   }
-  // At least k logits reach it, and those above it lie in fewer than k joined groups.
+  // At least k logits reach the threshold. The logits above the threshold lie in fewer than k joined groups.
   T threshold(const TopkScratch<T>& scratch) const {
     int64_t groups = scratch.joined(call.columns);
     return groups < call.k ? T(-INFINITY) : unordered(kth_largest(scratch.keys, groups, call.k));
   }
 
-  // How many candidates there are: those above the threshold, and the first k that equal it and perhaps more; how many
-  // equal it at all; and the sum of exponentials below it, relative to `base`.
+  // `candidates` counts the logits above the threshold and the kept logits that equal the threshold: the first k of
+  // these, and perhaps more. `kept_equals` counts the latter, `equals` all logits that equal the threshold. `below` is
+  // the sum of exponentials below the threshold, relative to `base`.
   struct Found {
     int64_t candidates, kept_equals, equals;
     double below;
@@ -296,7 +300,8 @@ template <class T> struct Extraction {
       T* sums = scratch.sums + b * kGroups;
       const T distance = (scratch.block_max[b] - found.base) * beta;
       uint64_t visited = reaching(scratch.maxima + b * kGroups, kGroups, threshold);
-      // Relative to a maximum so far above the threshold, exponentials of what is below it have lost digits.
+      // If the block's maximum is more than 10 above the threshold, the exponentials below the threshold have lost
+      // digits. The extraction then visits all groups of the block.
       if (visited && !(distance <= 10)) visited = ~(uint64_t)0 >> (64 - kGroups);
       const bool keeps_equals = found.kept_equals < call.k;
       for (; visited; visited &= visited - 1) {
@@ -307,7 +312,7 @@ template <class T> struct Extraction {
       const T sum = sum_of_lanes(sums);
       found.below += sum == 0 ? T(0) : sum * exp_of(distance);
     }
-    // Relative to a maximum up to 10 above the threshold, what lies 77 below the threshold was lost.
+    // Relative to a maximum up to 10 above the threshold, the exponentials of logits 77 below the threshold are lost.
     if (found.below < 1e-20) find_far_below(threshold, found);
     return found;
   }
@@ -326,7 +331,8 @@ template <class T> struct Extraction {
     }
     found.below += exponentials<false>(logits, n, found.base, beta, (T*)0, (const void*)logits, 0);
   }
-  // Where all below the threshold is so far below that its exponentials were lost: relative to its own maximum.
+  // If all logits below the threshold are so far below that their exponentials are lost, this sums their exponentials
+  // again, relative to their own maximum.
   void find_far_below(T threshold, Found& found) const {
     alignas(64) T buffer[kBlock], below[kBlock];
     auto each_block = [&](auto body) {
@@ -352,12 +358,13 @@ template <class T> struct Extraction {
     sweep(scratch);
     const T threshold = this->threshold(scratch);
     const Found found = find(scratch, threshold);
-    if (found.candidates < call.k) return write_nan();  // not so many that are no NaN
+    if (found.candidates < call.k) return write_nan();  // fewer than k logits are not NaN
     const Candidate<T>* sorted = scratch.candidates;
     sort(scratch.candidates, found.candidates);
 
-    // The rest: those below the threshold, equals there was no room for, and rejected candidates above it, in a sum
-    // relative to the largest of them.
+    // The rest has three parts: the logits below the threshold, the logits that equal the threshold and are past the
+    // k-th, and the candidates above the threshold that are past the k-th. `rest` is their sum of exponentials,
+    // relative to their maximum `rest_max`.
     const int64_t above = found.candidates - found.kept_equals;
     const int64_t equals = found.equals - (above < call.k ? call.k - above : 0);
     const double largest = sorted[0].value;
@@ -371,7 +378,7 @@ template <class T> struct Extraction {
     double total = rest == 0 ? 0 : rest * relative_to(rest_max, largest);
     for (int64_t i = 0; i < call.k; ++i) total += relative_to(sorted[i].value, largest);
     const double log_total = largest < INFINITY ? ::log(total) : NAN;
-    if (!(log_total > -INFINITY)) return write_nan();  // of a NaN; and of -inf alone, as log_softmax
+    if (!(log_total > -INFINITY)) return write_nan();  // a row with a NaN, or a row of -inf alone, as in log_softmax
     const double log_rest = rest == 0 ? -INFINITY : ::log(rest) + (rest_max - largest) * beta;
 
     T* log_probs = (T*)call.log_probs + row * call.k;

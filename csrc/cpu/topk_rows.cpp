@@ -1,11 +1,13 @@
-// The loss against a sparse teacher on a CPU: losses against the teacher's entries.
+// The loss of a row against the entries of a sparse teacher, on a CPU.
 //
-// A loss reads a row of logits once. In a copy of a block of kBlock columns the classes that entries name are set to
-// -inf, so that the block's maximum and exponentials are those of the other classes, the bucket, alone; these stay in
-// the workspace. What the entries and the bucket add up to is found from K + 1 log-probabilities. The second sweep
-// scales the exponentials into the gradient of the other classes, and puts the entries' own in their places.
+// The first sweep reads a row of logits once. It copies a block of kBlock columns and sets the classes that entries
+// name to -inf in the copy, so the block's maximum and exponentials are over the other classes (the bucket) alone. The
+// exponentials stay in the workspace. The sums over the entries and the bucket need K + 1 log-probabilities only. The
+// second sweep scales the exponentials into the gradient of the other classes, and writes the entries' gradients in
+// their places.
 //
-// This file is compiled once per instruction set into a namespace of that name; it calls no std:: template.
+// setup.py compiles this file once for each instruction set, into a namespace of the instruction set's name. The file
+// calls no std:: template.
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -27,25 +29,25 @@ namespace KDK_ISA {
 #include "../divergences.h"
 #include "row.h"
 
-// exp of a maximum relative to a larger one; 0 where both are -inf.
+// exp((max - larger) * beta), and 0 if both maxima are -inf.
 template <class T> T relative(T max, T larger, T beta) {
   return max == T(-INFINITY) ? T(0) : exp_of_nonpositive((max - larger) * beta);
 }
-// A sum of exponentials relative to a maximum, relative to a larger one. Where the maximum is -inf it is 0, or NaN.
+// Takes a sum of exponentials from one maximum to a larger one. If the maximum is -inf, the sum is 0 or NaN and stays.
 template <class T> T moved(T sum, T max, T larger, T beta) {
   return max == T(-INFINITY) ? sum : sum * relative(max, larger, beta);
 }
 
 template <class T> struct BlockSums {
-  T max, sum, unit_sum;    // of the classes that no entry names; the second sum at temperature 1
-  T sum_of_distance;       // sum exp(d) d, d the distance from the maximum over the temperature: for the entropy
+  T max, sum, unit_sum;    // of the classes that no entry names; unit_sum is the sum at temperature 1
+  T sum_of_distance;       // sum exp(d) d with d = (logit - max) / temperature; the entropy needs it
 };
 
 template <class T> struct RowScratch {
-  T* e;                    // exponentials of a row, relative to their block's maximum
+  T* e;                    // the exponentials of a row, each relative to its block's maximum
   BlockSums<T>* blocks;
-  T *logits, *lp, *lq, *q, *psi;  // of the entries and, last, the bucket
-  int32_t* first_entry;           // of each block; of the one past the last block too
+  T *logits, *lp, *lq, *q, *psi;  // of the entries; the bucket comes last
+  int32_t* first_entry;           // of each block, and of the end past the last block
 
   RowScratch(const TopkRowsCall& call, Arena& arena) {
     const int64_t blocks_of_row = blocks_of(call.columns), entries = call.entries + 1;
@@ -62,7 +64,7 @@ template <class T> struct EntrySums {
   T phi, psi, tv, entropy;
 };
 
-// Over n classes; q and psi of each are kept.
+// The sums over n classes. The function keeps q and psi of each class.
 template <class T, class D>
 __attribute__((noinline)) void entry_sums(const D& divergence, const T* lp_of, const T* lq_of, int64_t n, T* q_of,
                                           T* psi_of, EntrySums<T>* sums) {
@@ -88,9 +90,9 @@ template <class T> struct TopkRow {
   const RowTerms<T> terms;
   const T beta;  // 1 / temperature
   const int32_t* indices;
-  int64_t entries;                   // of this row
-  // Maxima, and sums of exponentials relative to them, of the other classes and of the entries; the maximum and log-sum
-  // of all, the latter at temperature 1 too.
+  int64_t entries;                   // the number of entries of this row
+  // bucket_ is over the other classes, entries_ over the entries; each sum is of exponentials relative to the maximum
+  // beside it. max, log_sum and, at temperature 1, unit_log_sum are over all classes.
   T bucket_max, entries_max, max;
   double bucket_sum, entries_sum, log_sum, unit_log_sum, entropy;
   EntrySums<T> sums;
@@ -108,7 +110,7 @@ template <class T> struct TopkRow {
     if (terms.scale != 0) entries = entries_below(call.columns);
   }
 
-  // The number of entries of classes below a column.
+  // The number of entries whose class is below a column.
   int64_t entries_below(int64_t column) const {
     int64_t low = 0, high = call.entries;
     while (low < high) {
@@ -128,7 +130,7 @@ template <class T> struct TopkRow {
       scratch.first_entry[b] = k;
     }
   }
-  // Sweep 1, of a block: the logits of entries go to the scratch, and -inf in their place.
+  // Sweep 1 of a block. It moves the logits of entries to the scratch, and leaves -inf in their places.
   void block_sums(int64_t b, RowScratch<T>& scratch) const {
     alignas(64) T buffer[kBlock];
     const int n = student.width(b);
@@ -189,10 +191,10 @@ template <class T> struct TopkRow {
       write_statistics(scratch);
     }
     ((T*)call.loss)[row] = terms.loss(sums.phi, [&] { return cross_entropy(); });
-    // Before a gradient is written, which may lie where the logits do.
+    // The factors come before the gradient, because the gradient may overwrite the logits that cross_entropy() reads.
     if (call.gradient) factors = terms.factors(sums.phi, [&] { return cross_entropy(); });
   }
-  // A sum relative to a part's maximum, relative to that of all.
+  // Takes a sum of exponentials from a part's maximum to the maximum of all classes.
   double of_all(double sum, T part_max) const {
     return part_max == T(-INFINITY) ? sum : sum * ::exp(((double)part_max - max) * beta);
   }
@@ -211,7 +213,8 @@ template <class T> struct TopkRow {
       scratch.lq[k] = (scratch.logits[k] - from) * beta - shift;
     }
   }
-  // log of the bucket's share; near 1 as log(1 - the entries' share), which has the digits of that.
+  // The log of the bucket's share. Near 1 the formula is log(1 - the entries' share), which keeps the digits of the
+  // entries' share.
   double bucket_log_prob() const {
     if (bucket_max == T(-INFINITY) && bucket_sum == 0) return -INFINITY;
     double share = ::log(bucket_sum) + ((double)bucket_max - max) * beta - log_sum;
@@ -224,7 +227,8 @@ template <class T> struct TopkRow {
   }
 
   T cross_entropy() const { return (T)(unit_log_sum + (max - student.logit(call.options.labels[row]))); }
-  // -sum q log q over all classes: of a block, log q is the distance from its maximum and what the block has in common.
+  // -sum q log q over all classes. In a block, log q is the distance from the block's maximum plus `shift`, which all
+  // classes of the block share.
   double entropy_of_all(const RowScratch<T>& scratch) const {
     double sum = 0;
     for (int64_t b = 0; b < student.blocks; ++b) {
@@ -264,11 +268,11 @@ template <class T> struct TopkRow {
 
   // Sweep 2.
   struct Slopes {
-    T soft, hard, unit_factor, sum, others;  // others: the gradient of the bucket's classes over their softmax in it
+    T soft, hard, unit_factor, sum, others;  // others: a bucket class's gradient over its softmax in the bucket
   };
   Slopes slopes(const RowScratch<T>& scratch) const {
     const T soft = factors.soft, hard = factors.hard;
-    T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope leaves the whole row without a gradient
+    T sum = sums.psi - sums.psi == 0 ? sums.psi : T(NAN);  // an infinite slope makes the whole row's gradient NaN
     T others = call.support_only ? 0 * sum : scratch.psi[entries] - scratch.q[entries] * sum;
     return {soft, hard, (T)(hard * ::exp(-unit_log_sum)), sum, soft == 0 ? T(0) : soft * others};
   }
@@ -280,12 +284,12 @@ template <class T> struct TopkRow {
     T block_max = scratch.blocks[b].max;
     T share = bucket_sum == 0 ? T(0) : (T)(relative(block_max, bucket_max, beta) / bucket_sum);
     T factor = slopes.others == 0 ? T(0) : slopes.others * share;
-    auto of_others = [=](int i) { return factor == 0 ? T(0) : factor * e[i]; };  // where they are left out, also of NaN
+    auto of_others = [=](int i) { return factor == 0 ? T(0) : factor * e[i]; };  // 0, not NaN, if the factor is 0
     if (slopes.hard == 0) {
 #pragma omp simd
       for (int i = 0; i < n; ++i) out[i] = of_others(i);
     } else {
-      // `out` may be where these logits lie: each is loaded before its gradient is stored.
+      // `out` may overwrite these logits: the loop loads each logit before it stores the logit's gradient.
       const T* s = student.load(b, student_buffer);
       T base = max;
 #pragma omp simd
@@ -303,7 +307,7 @@ template <class T> struct TopkRow {
     value += slopes.unit_factor * exp_of_nonpositive(scratch.logits[k] - max);
     return indices[k] == call.options.labels[row] ? value - slopes.hard : value;
   }
-  // Without a sweep: a gradient of the entries alone.
+  // The gradient of a row whose logits no sweep reads: only entries have a gradient of their own.
   void gradient_of_entries(const RowScratch<T>& scratch, const Slopes& slopes) const {
     gradient.fill(0, call.columns, slopes.others);
     for (int64_t k = 0; k < entries; ++k) {

@@ -1,5 +1,5 @@
-// The CUDA kernels as functions of a Python module: of kdkernels._native, and of the module that the tests compile with
-// a host compiler. bindings.cpp says what the functions take.
+// The CUDA kernels as functions of a Python module. Two modules have these functions: kdkernels._native, and the module
+// that the tests compile with a host compiler. bindings.cpp describes the arguments of the functions.
 #pragma once
 #include "../calls/fields.h"
 #include "../calls/kernels.h"

@@ -1,4 +1,4 @@
-// A mass of classes: the partial result that the kernels of the top-k family share.
+// The mass of some classes: a partial result that topk.cu and topk_rows.cu share.
 #pragma once
 #include <math.h>
 
@@ -8,7 +8,7 @@
 namespace kdk {
 namespace cuda {
 
-// Of some classes, relative to their own maximum.
+// The sums of exponentials of some classes, relative to the classes' own maximum.
 struct Mass {
   float max, sum;
   float unit_sum;  // at temperature 1
@@ -33,12 +33,13 @@ struct Mass {
     if (at.unit)
       for (int i = 0; i < kGroup; ++i) unit_sum += exp_of(logits[i] - base);
   }
-  // Relative to another base.
+  // The sum relative to another base.
   __device__ float sum_from(float base, Tempering at) const { return sum * at.exp(max - base); }
 };
 
-// log of `part`'s share of a whole of which `beside` is the rest. Both sums are relative to the whole's maximum. Near 1
-// the share's distance from 1 decides, which a difference of logarithms would lose; a tiny part is still its own sum.
+// The log of `part`'s share of a whole. `beside` is the sum of the rest of the whole. part_sum and `beside` are
+// relative to the whole's maximum. Near 1 the formula uses the share's distance from 1, which a difference of
+// logarithms would lose. A small share uses the part's own sum, however tiny the part is.
 inline __device__ float log_share(const Mass& part, float part_sum, float beside, const Normalizer& whole) {
   if (beside <= part_sum) return -log1pf(beside / part_sum);
   return (part.max - whole.max) * whole.inverse_temperature + logf(part.sum) - whole.log_sum;

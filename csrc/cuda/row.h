@@ -1,5 +1,5 @@
-// A row of a call as its team works on it: what the options say of it, where it lies, a block's slice of its columns,
-// and that slice on its way to shared memory. A Call is a RowsCall or a TopkRowsCall.
+// The parts of a kernel that works on rows in teams: a row's options and its address, a block's slice of the row's
+// columns, and the copy of a slice to shared memory. A Call is a RowsCall or a TopkRowsCall.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -19,37 +19,38 @@ struct LoadOne {
   template <class T> __device__ T operator()(const T* from) const { return load(from); }
 };
 
-// The factor of the divergence in a row's gradient, and that of the label term.
+// The factors in a row's gradient: `soft` of the divergence, `hard` of the label term.
 struct Factors {
   float soft, hard;
 };
 
-// The options of a row, and how its loss and the factors of its gradient follow from them. A row past the last counts as
-// skipped.
+// The options of a row, and the formulas of the row's loss and of the factors of the row's gradient. A row past the
+// last counts as skipped.
 struct RowTerms : RowValues<float> {
   template <class Call> __device__ RowTerms(const Call& call, int64_t row) {
     if (row < call.rows) read(call.options, row, LoadOne());
   }
   template <class Call> __device__ bool swept(const Call& call) const { return !skipped() && !bad(call.columns); }
 
-  // cross_entropy is with the label, at temperature 1.
+  // cross_entropy is the cross-entropy with the label, at temperature 1.
   __device__ float loss(const RowOptions& options, float phi, float cross_entropy) const {
     const float loss = uncapped(options, phi, cross_entropy);
     return scale * (capped(loss) ? loss_cap : loss);
   }
-  // Before the row's scale.
+  // The loss before the cap and the row's scale.
   __device__ float uncapped(const RowOptions& options, float phi, float cross_entropy) const {
     const float factor = options.temperature_squared ? temperature * temperature : 1;
     float loss = weighted(1 - hard_weight, factor * phi);
     if (hard_weight != 0) loss += hard_weight * cross_entropy;
     return loss;
   }
-  // A scale may be infinite or NaN; a weight of 0 still means that there is no label.
+  // A scale may be infinite or NaN, so a hard weight of 0 is a case of its own: such a row has no label term, and
+  // 0 * scale would be NaN.
   __device__ Factors factors(const RowOptions& options, float inverse_temperature) const {
     return {scale * (1 - hard_weight) * (options.temperature_squared ? temperature : inverse_temperature),
             hard_weight == 0 ? 0 : scale * hard_weight};
   }
-  // The same where options.gradient_needs_loss().
+  // The factors if options.gradient_needs_loss().
   __device__ Factors factors(const RowOptions& options, float inverse_temperature, float phi,
                              float cross_entropy) const {
     if (capped(uncapped(options, phi, cross_entropy))) return {0, 0};
@@ -58,7 +59,7 @@ struct RowTerms : RowValues<float> {
 };
 
 template <class Call> inline __device__ const char* row_start(const Logits& x, const Call& call, int64_t row) {
-  // A division takes a hundred instructions.
+  // A division takes a hundred instructions, so a call with one outer row avoids it.
   const int64_t outer = call.inner == call.rows ? 0 : row / call.inner;
   const int64_t offset = outer * x.outer_stride + (row - outer * call.inner) * x.inner_stride;
   return (const char*)x.data + offset * bytes_of(x.dtype);
@@ -69,8 +70,8 @@ inline __device__ void write_column(Numbers matrix, const Call& call, int64_t ro
   for (int i = 0; i < count; ++i) store((float*)matrix + i * call.rows + row, values[i]);
 }
 
-// The following write the statistics of a row, by one thread. student_first and teacher_first are the first columns that
-// hold the maximum of what is not NaN; a column past the last says that there is none.
+// One thread writes the statistics of a row. student_first and teacher_first are the first columns that hold the
+// maximum of the logits that are not NaN. A column past the last means that no column holds the maximum.
 template <class Call>
 inline __device__ void write_statistics(const Call& call, int64_t row, const RowStatistics<float>& x,
                                         int64_t student_first, int64_t teacher_first) {
@@ -85,13 +86,13 @@ template <class Call> inline __device__ void fill_statistics(const Call& call, i
   store(call.top1 + row, (int64_t)0), store(call.top1 + call.rows + row, (int64_t)0);
 }
 
-// All of the team fills the columns from `first` on.
+// The whole team fills the columns from `first` on.
 template <class Call>
 inline __device__ void fill_gradient(const Call& call, const Team& team, int64_t row, int64_t first, float value) {
   if (first == call.gradient_columns) return;
   const Dtype dtype = call.student.dtype;
   char* data = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
-  // Position 0 is the column at or before the first that lies at a multiple of 16 bytes.
+  // Position 0 is the last column, at or before the first one, whose address is a multiple of 16 bytes.
   const int shift = columns_in((uint64_t)(data + first * bytes_of(dtype)) % 16, dtype);
   data += (first - shift) * bytes_of(dtype);
   const int end = (int)(call.gradient_columns - first) + shift;
@@ -102,13 +103,13 @@ inline __device__ void fill_gradient(const Call& call, const Team& team, int64_t
     store_group<false>(data, dtype, i >= shift && i + kGroup <= end, (int)i, shift, end, values);
 }
 
-// Where a block's slice of a row begins and ends.
+// The begin and the end of a block's slice of a row.
 struct Cut {
-  int begin, end;    // positions of the slice that hold columns
-  int first_column;  // that of position 0; before the row's first where the row is shifted
+  int begin, end;    // the positions of the slice that hold columns
+  int first_column;  // the column of position 0, which is negative if the row is shifted
   bool aligned;
 
-  // Of a row that is shifted by so many columns, -1 where it is not aligned.
+  // `shift` is the number of columns by which the row is shifted; -1 if the row is not aligned.
   __device__ Cut(int64_t columns, int shift, const Plan& plan, const Team& team) {
     aligned = shift >= 0;
     shift = aligned ? shift : 0;
@@ -122,11 +123,12 @@ struct Cut {
   }
 };
 
-// One slice, or those of two tensors, which lie behind each other after the board.
+// The slice of one tensor, or the slices of two tensors, in shared memory. The slices follow the board, one behind the
+// other.
 struct Staging {
   Board& board;
   char *student, *teacher;  // in shared memory
-  uint32_t parity;          // of the next wait
+  uint32_t parity;          // the parity of the next wait
 
   __device__ Staging(Dtype student_dtype, const Plan& plan, Board& board)
       : board(board),
@@ -137,14 +139,15 @@ struct Staging {
     __syncthreads();
   }
 
-  // The groups that begin at a multiple of 16 bytes are copied in bulk, the columns before and after one by one.
+  // A bulk copy moves the groups that begin at a multiple of 16 bytes. The threads copy the columns before and after
+  // these groups one by one.
   static __device__ int bulk_begin(const Slice& from) { return from.begin > 0 ? kGroup : 0; }
   static __device__ int bulk_bytes(const Slice& from) {
     const int columns = from.end - bulk_begin(from);
     return from.aligned && columns > 0 ? columns * bytes_of(from.dtype) / 16 * 16 : 0;
   }
 
-  // From when no thread uses what is staged any more, until all of the row is there.
+  // Call stage() when no thread uses the staged row any more. stage() returns when the new row is staged.
   __device__ void stage(const Slice& student_row) {
     expect(bulk_bytes(student_row));
     copy(student_row, student);
@@ -168,7 +171,7 @@ struct Staging {
     __syncthreads();
   }
 
-  // By one thread.
+  // One thread calls this.
   static __device__ void prefetch(const Slice& from) {
     const int bytes = bulk_bytes(from);
     if (bytes) bulk_prefetch(from.data + bulk_begin(from) * bytes_of(from.dtype), bytes);

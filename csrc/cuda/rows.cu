@@ -1,35 +1,38 @@
 // The row sweeps of the dense family on an NVIDIA GPU: the twin of csrc/cpu/rows.cpp.
 //
-// A row is worked on by a team: the blocks of a thread-block cluster, each on its slice of the columns, and in a block
-// every thread on groups of 8 columns. Up to three sweeps over the row, the team merging after each of the first two,
-// always in the same order:
+// A team works on a row. The team is the blocks of a thread-block cluster; each block has a slice of the columns, and
+// each thread of a block has groups of 8 columns. Up to three sweeps run over the row. The team merges after each of
+// the first two sweeps, always in the same order:
 //
 //     floats      running maxima, and the sums of exponentials relative to them            -> max, log sum
 //     sums        p, q from the log-probabilities, the divergence's value and slope        -> sum phi, sum psi
 //     gradient    scale / temperature * (psi - q * sum psi), and the label term            -> gradient
 //
-// Where sum psi is known after the first (kl, reverse_kl, mixed_kl: see slope_sum_of), the last two are one.
+// If the first sweep finds sum psi (kl, reverse_kl, mixed_kl: see slope_sum_of), one sweep does the work of the last
+// two.
 //
-// The same sweeps run in two ways, which the plan of a call chooses between:
+// The plan of a call chooses between two ways to run the sweeps:
 //
-//     staged      (Hopper and later) the slices of student and teacher are copied to shared memory in bulk, and every
-//                 sweep reads them there. In bf16 a row moves 6 bytes a column with gradient and 4 without: each logit
-//                 is read from memory once. Two or three blocks share a multiprocessor where they have room: one works
-//                 while another waits for its row, its cluster or its merge.
-//     streaming   every sweep reads global memory, to and fro, with as few rows in flight as keep the chip busy, so
-//                 that the second and third find what they can in the L2 cache. For older chips, for rows that are too
-//                 long for a cluster, and where there is one sweep only.
+//     staged      (Hopper and later) a bulk copy brings the slices of student and teacher to shared memory, and every
+//                 sweep reads them there. The kernel reads each logit from memory once: in bf16 a row moves 6 bytes a
+//                 column with a gradient and 4 without. If there is room, two or three blocks share a multiprocessor:
+//                 one block works while another waits for its row, its cluster or its merge.
+//     streaming   every sweep reads global memory. Sweeps alternate in direction, and the grid has as few rows in
+//                 flight as keep the chip busy, so the second and third sweep find columns in the L2 cache. Older chips
+//                 stream, and so do rows that are too long for a cluster and calls that have one sweep only.
 //
-// The gradient may take the place of the student's logits: a thread writes the columns that it has read, in the sweep
-// that needs them last, and what needs another's (the label's logit) is read before the first merge.
+// The gradient may overwrite the student's logits. A thread writes only columns that the thread itself has read, in the
+// last sweep that needs them. The label's logit is the exception, since another thread may own its column: the kernel
+// reads it before the first merge.
 //
-// The grid is what the chip holds at once, and a team takes every n-th row. Rows that do not begin at a multiple of 16
-// bytes are worked on in groups that do, if student and teacher agree on it; the columns before and after are copied
-// one by one. Log-probabilities are (x - max) / temperature - log sum: differences first, so that a large common offset
-// of the logits costs no digits.
+// The grid is the number of blocks that the chip holds at once, and a team takes every n-th row. A row may begin at an
+// address that is no multiple of 16 bytes. If student and teacher have the same shift, the groups still begin at
+// multiples of 16 bytes, and the threads copy the columns before and after the groups one by one. Log-probabilities are
+// (x - max) / temperature - log sum. The difference comes first, so a large common offset of the logits costs no
+// digits.
 //
-// Computed for an H100, and not yet measured. Of its shared memory a block may have 232,448 bytes, each of two 115,712,
-// each of three 76,800:
+// The following numbers are computed for an H100, and not yet measured. A block may have 232,448 bytes of the shared
+// memory, each of two blocks 115,712, and each of three blocks 76,800:
 //
 //     columns     bf16: blocks of a cluster, bytes        fp32
 //      32,000      2   64,640  three on a multiprocessor   4   64,640  two
@@ -37,16 +40,16 @@
 //     151,936      8   76,608  three                      16   76,608  two
 //     262,144     16   66,176  three                      16  131,712  one
 //
-// of 256 threads (128 in the first two of fp32) with at most 80 registers each in bf16 and 119 else. Copying at 3 TB/s
-// moves 5.0e11 column pairs a second in bf16 with their gradients; 132 multiprocessors at 1.7 GHz issue 57 instructions
-// for a pair in that time, 7.2 of them of the special-function unit. The inner loops take (sm_90a, bf16, with gradient,
-// no label term, no statistics):
+// A block has 256 threads (128 in the first two rows of fp32). A thread has at most 80 registers in bf16 and 119
+// otherwise. A copy at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients. In that time 132
+// multiprocessors at 1.7 GHz issue 57 instructions for a pair, 7.2 of them of the special-function unit. The inner
+// loops take (sm_90a, bf16, with gradient, no label term, no statistics; instructions and special functions a pair):
 //
 //     kl 39 and 4    reverse_kl 43 and 4    mixed_kl 51 and 4    hellinger 51 and 7    tv 57 and 6
 //     alpha 66 and 8    js 69 and 8    skew_kl 69 and 9    skew_reverse_kl 79 and 10
 //
-// so that the last four are bound to 86, 83, 80 and 72 % of the copy: alpha and js by the issue of instructions, which
-// a polynomial exp2 on the other pipes would need more of, the skews by special functions as much.
+// The last four thus reach 86, 83, 80 and 72 % of the copy at most. The issue of instructions bounds alpha and js; a
+// polynomial exp2 on the other pipes would need more instructions. Special functions bound the skews as much.
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
@@ -65,8 +68,8 @@ namespace cuda {
 
 // ---- the sweeps
 
-// This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)), where
-// the factors hold the row's scale. Positions are those of the logits' slices.
+// This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)). The
+// factors include the row's scale. The positions are those of the logits' slices.
 struct GradientSlice {
   bool wanted, aligned;
   char* data;
@@ -115,7 +118,7 @@ inline __device__ Floats floats_of(const Slice& student, const Slice& teacher, T
   return x;
 }
 
-// Sweep 2; and, where sum psi is known (`known`), the gradient.
+// Sweep 2. If `known`, gradient.slope_sum is sum psi already, and the sweep also writes the gradient.
 template <class D, Way way>
 inline __device__ Sums sums_of(const D& divergence, const Slice& student, const Slice& teacher,
                                Normalizer student_norm, Normalizer teacher_norm, bool known,
@@ -137,7 +140,8 @@ inline __device__ Sums sums_of(const D& divergence, const Slice& student, const 
   return x;
 }
 
-// A sweep of its own, so that the others keep to their registers: in shared memory it costs no bytes.
+// The statistics have a sweep of their own, so they cost the other sweeps no registers. If the row is staged, the
+// sweep reads nothing from global memory.
 template <Way way>
 inline __device__ Statistics statistics_of(const Slice& student, const Slice& teacher, Normalizer student_norm,
                                            Normalizer teacher_norm, int first_column) {
@@ -191,16 +195,18 @@ inline __device__ void fill_row(const RowsCall& call, const Team& team, int64_t 
   if (call.statistics) fill_statistics(call, row, value);
 }
 
-// The loss and the statistics of a row, by one thread.
+// One thread writes the loss and the statistics of a row.
 struct Outcome {
   const RowsCall& call;
   int64_t row;
   const RowTerms& numbers;
   Normalizer student, teacher;
-  float unit_log_sum, label_logit;  // label_logit: the student's
+  float unit_log_sum, label_logit;  // label_logit: the student's logit of the label
 
-  // With the label, at temperature 1.
-  __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  // The cross-entropy with the label, at temperature 1.
+  __device__ float cross_entropy() const {
+    return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0;
+  }
   __device__ void write_loss(float phi) const {
     store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
   }
@@ -226,12 +232,12 @@ template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
   const Tempering at(numbers.temperature, call.needs_unit_log_sum);
-  // Whether the factors of the gradient wait for the loss, which is found with sum psi.
+  // Whether the factors of the gradient wait for the loss, which the kernel finds together with sum psi.
   const bool waits = call.options.gradient_needs_loss() && (call.sweeps & kGradient);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats) && !waits;
 
-  // The gradient may take the place of the logits, and any block of the team that of the label: its logit is loaded
-  // before the first merge, which no thread leaves before all have come to it.
+  // The gradient may overwrite the logits, and any block of the team may overwrite the label's logit. The thread loads
+  // the label's logit before the first merge, because no thread leaves the merge before all threads have come to it.
   const bool labelled = call.options.labels && (call.sweeps & kSums) && team.first_thread();
   float label_logit = 0;
   if (labelled || (waits && call.options.labels))
@@ -243,7 +249,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     const Floats mine = floats_of<D, way>(student, teacher, at);
     if (labelled) team.board.label_logit = label_logit;
     Floats x = team.merged(mine, at);
-    // A row of -inf alone has no distribution: NaN, as log_softmax.
+    // A row of -inf alone has no distribution. Its log sum is NaN, as in log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
     floats[2] = x.teacher_max, floats[3] = x.teacher_sum == 0 ? NAN : logf(x.teacher_sum);
     floats[4] = !call.needs_unit_log_sum ? 0 : at.unit ? logf(x.unit_sum) : floats[1];
@@ -268,7 +274,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.aligned = (uint64_t)gradient.data % 16 == 0;
   gradient.set(numbers.factors(call.options, at.inverse_temperature));
   gradient.student_max = floats[0], gradient.unit_log_sum = floats[4];
-  // An infinite slope leaves the whole row without a gradient.
+  // An infinite slope makes the whole row's gradient NaN.
   auto finite_or_nan = [](float x) { return fabsf(x) < INFINITY ? x : NAN; };
   float phi = 0;
 
@@ -283,7 +289,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
         sums_of<D, way>(divergence, student, teacher, student_norm, teacher_norm, knows, gradient), at);
     if (knows) {
       sums.psi = known_psi;
-      // A class without a teacher's mass may count in the first sweep, and have underflowed in the second.
+      // A class without mass of the teacher may count in the first sweep, and may underflow in the second.
       if (isinf(known_psi)) sums.phi = INFINITY;
     }
     if (team.first_thread()) {
@@ -307,7 +313,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   fill_gradient(call, team, row, call.columns, 0);
 }
 
-// Where a block's slices of a row begin and end.
+// The begin and the end of a block's slices of a row, which student and teacher share.
 struct RowCut : Cut {
   const char *student, *teacher;  // the row in global memory
 
@@ -325,7 +331,7 @@ template <class D, Way way>
 __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
     rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (way != Way::streaming) return;  // never planned
+  if (way != Way::streaming) return;  // no plan has this way on these chips
 #endif
   Team team(plan.blocks);
   const int64_t teams = gridDim.x / plan.blocks;
@@ -347,7 +353,7 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
     Staging staging(call.student.dtype, plan, team.board);
     each_row([&](int64_t row, const RowTerms& numbers, const RowCut& cut) {
       staging.stage(cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype));
-      // The row after comes from memory while this one is worked on.
+      // The next row arrives in the L2 cache while the team works on this row.
       if (threadIdx.x == 0 && RowTerms(call, row + teams).swept(call)) {
         const RowCut after(call, plan, team, row + teams);
         staging.prefetch(after.slice(after.student, call.student.dtype));
@@ -357,7 +363,7 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
       const Slice teacher = {staging.teacher, call.teacher.dtype, cut.begin, cut.end, true};
       sweep_row<D, way>(call, team, row, numbers, cut.first_column, student, teacher);
       bulk_fence();
-      __syncthreads();  // all have read what is staged
+      __syncthreads();  // all threads have read the staged row
     });
   }
   if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory
@@ -398,7 +404,8 @@ struct KernelsOfDivergence {
 const KernelsOfDivergence kKernelsOf[] = {KDK_DIVERGENCES(KDK_KERNELS_OF)};
 #undef KDK_KERNELS_OF
 
-// Row floats are the same for all divergences.
+// A call that finds only row floats has no divergence. Any divergence's kernel serves it, because row floats do not
+// depend on the divergence.
 const KernelsOfDivergence& kernels_of(Divergence divergence) {
   return kKernelsOf[divergence == Divergence::none ? 0 : (int)divergence];
 }
@@ -407,7 +414,7 @@ Kernel kernel_of(Divergence divergence, Way way) {
   return way == Way::halves ? kernels.halves : way == Way::staged ? kernels.staged : kernels.streaming;
 }
 
-// How often a call reads the logits.
+// The number of times that a call reads the logits.
 int sweeps_of(const RowsCall& call) {
   const int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
   return sweeps == 3 && kernels_of(call.divergence).knows_slope_sum && !call.options.gradient_needs_loss() ? 2 : sweeps;

@@ -1,4 +1,4 @@
-// The partial results of the row sweeps, and how they merge across a warp: lane 0 has the whole.
+// The partial results of the row sweeps, and their merge across a warp, whose result is in lane 0.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,13 +11,13 @@ namespace cuda {
 
 struct Floats {
   float student_max, student_sum, teacher_max, teacher_sum;
-  float unit_sum;   // of the student at temperature 1
+  float unit_sum;   // of the student, at temperature 1
   float log_ratio;  // sum of e * ((s - student base) - (t - teacher base)), e the student's exponential
 
   static __device__ Floats none() { return {-INFINITY, 0, -INFINITY, 0, 0, 0}; }
 
-  // The same relative to new maxima, which are not smaller. An infinite sum whose exponentials have decayed to 0 is
-  // dropped with them.
+  // Takes the sums to new maxima, which are not smaller. `weighted` drops an infinite log_ratio if the exponentials
+  // decay to 0.
   __device__ void rebase(float new_student_max, float new_teacher_max, Tempering at) {
     float student_base = base_of(new_student_max), teacher_base = base_of(new_teacher_max);
     float decay = at.exp(student_max - student_base);
@@ -48,7 +48,7 @@ struct Sums {
 
 struct Statistics {
   float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // first column that holds the maximum; INT32_MAX: none does
+  int student_first, teacher_first;  // the first column that holds the maximum; INT32_MAX: no column holds it
 
   static __device__ Statistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX}; }
   __device__ void merge(const Statistics& below) {

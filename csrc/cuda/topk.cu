@@ -1,17 +1,18 @@
 // The extraction of a sparse teacher on an NVIDIA GPU: the twin of csrc/cpu/topk.cpp.
 //
-// ---- The k largest of a row, one block a row. A class is a word of 64 bits, its logit's order above the column's
-// complement: no two are equal, and the larger word comes first in the result.
+// One block finds the k largest classes of a row. A class is a word of 64 bits: the upper half is the order of the
+// class's logit, the lower half the complement of the column. No two words are equal, and the larger word comes first
+// in the result.
 //
-//     maxima      of each of many groups of columns
-//     threshold   a word that at least k maxima reach, and not many more, by bits
-//     collect     the words that reach it, in no order; (max, sum of exponentials) of all other classes
-//     sort        of what was collected; those past the k-th go back to the rest, in their order
+//     maxima      the maximum of each of many groups of columns
+//     threshold   a word that at least k maxima reach, and few more; the search goes bit by bit
+//     collect     the words that reach the threshold, in no order; (max, sum of exponentials) of all other classes
+//     sort        the collected words; the words past the k-th go back to the rest, in their order
 //
-// Where more reach the threshold than there is room for, or k is too large for the groups, the threshold is sought
-// among all columns, at a sweep for each bit. Logits are read twice, the second time from the L2 cache where the rows
-// in flight fit it: a perfect kernel reads 2 bytes a column in bf16, 304 KB or 0.09 us a row of 152k columns on an
-// H100, computed as above.
+// If more words reach the threshold than shared memory has room for, or if k is too large for the groups, the kernel
+// seeks the threshold among all columns, with a sweep for each bit. The kernel reads logits twice, the second time from
+// the L2 cache if the rows in flight fit the cache. A perfect kernel reads 2 bytes a column in bf16: 304 KB or 0.09 us
+// a row of 152k columns on an H100 at 3.35 TB/s (computed, and not yet measured).
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
@@ -28,10 +29,10 @@
 namespace kdk {
 namespace cuda {
 
-// ---- the k largest: a class as a word
+// ---- a class as a word
 
-// The order of numbers as one of unsigned integers; 0 and -0 are the same. Less than the smallest finite number has no
-// class that is ever chosen: -inf, and what is not a number.
+// Maps numbers to unsigned integers of the same order; 0 and -0 are the same. No class below the smallest finite number
+// is ever among the k largest: such a logit is -inf or NaN.
 inline __device__ uint32_t order_of(float x) {
   const uint32_t bits = __float_as_uint(x + 0.0f);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -39,9 +40,9 @@ inline __device__ uint32_t order_of(float x) {
 inline __device__ float number_of(uint32_t order) {
   return __uint_as_float(order >> 31 ? order & 0x7fffffffu : ~order);
 }
-constexpr uint32_t kSmallestOrder = 0x00800000u;  // of -FLT_MAX
+constexpr uint32_t kSmallestOrder = 0x00800000u;  // the order of -FLT_MAX
 
-// The larger logit has the larger word, among equals the smaller class.
+// The larger logit has the larger word. Among equal logits the smaller class has the larger word.
 struct WordsOfClasses {
   int column_bits;  // 2^column_bits is at least the number of columns
 
@@ -51,15 +52,16 @@ struct WordsOfClasses {
   __device__ int column_of(uint64_t word) const { return (int)((1u << column_bits) - 1 - (uint32_t)word); }
   __device__ float logit_of(uint64_t word) const { return number_of((uint32_t)(word >> 32)); }
 
-  // The largest word that at least k of some words reach, found bit by bit, or the first on the way that no more than
-  // `most` reach. count(word) says how many reach it. 1, which all reach, where there are not k.
+  // The largest word that at least k of some words reach. The search goes bit by bit, and stops at the first word that
+  // at most `most` words reach. count(word) returns the number of words that reach `word`. The result is 1, which all
+  // words reach, if fewer than k words exist.
   template <class Count> __device__ uint64_t threshold(Dtype dtype, int64_t k, int64_t most, Count count) const {
-    // The last bits of a 16-bit logit are all alike.
+    // The last bits of a 16-bit logit's order are all equal.
     const int unused = dtype == Dtype::f32 ? 0 : dtype == Dtype::bf16 ? 16 : 13;
     uint64_t word = 0;
     for (int bit = 63; bit >= 0; --bit) {
       if (bit == 31 + unused) {
-        if (!(word >> 63)) word |= (uint64_t)((1u << unused) - 1) << 32;  // set in what is negative
+        if (!(word >> 63)) word |= (uint64_t)((1u << unused) - 1) << 32;  // a negative logit has these bits set
         bit = 31;
       }
       if (bit == 31) bit = column_bits - 1;
@@ -74,7 +76,8 @@ struct WordsOfClasses {
   }
 };
 
-// A number that every class that reaches the word is not below: it spares most classes the making of theirs.
+// A lower bound for the logits of all classes that reach the word. Most logits are below the bound, so the kernel makes
+// no words of them.
 inline __device__ float floor_of(uint64_t word) {
   const uint32_t order = (uint32_t)(word >> 32);
   return number_of(order < kSmallestOrder ? kSmallestOrder : order);
@@ -86,20 +89,20 @@ constexpr int kMaximaOfThread = kGroup;
 constexpr int kThreadsOfRow = kMaxThreads;
 
 struct TopkPlan : Launch {
-  int room;             // for words in shared memory
-  int maxima;           // of a thread; 0: k is too large for them
+  int room;             // the words that shared memory has room for
+  int maxima;           // the maxima of a thread; 0: k is too large for the maxima
   WordsOfClasses words;
 };
 
 struct LogitRow {
-  Slice slice;  // all of the row
+  Slice slice;  // the whole row
   int shift;
 
   __device__ LogitRow(const char* row, Dtype dtype, int64_t columns)
       : shift(columns_in((uint64_t)row % 16, dtype)) {
     slice = {row - shift * bytes_of(dtype), dtype, shift, (int)columns + shift, true};
   }
-  // Calls body(logits, column of the first) for this thread's groups; two loads are under way at a time.
+  // Calls body(logits, column of the first) for this thread's groups. Two loads are in flight at a time.
   template <class Body> __device__ void each_group(bool backwards, Body body) const {
     const Groups groups(slice.end, backwards);
     for (int position = groups.first; groups.has(position); position += 2 * groups.step) {
@@ -126,7 +129,8 @@ struct Count {
   }
 };
 
-// The words that were collected: in shared memory, or, where k are too many for it, in the results of the row.
+// The collected words. They are in shared memory, or in the results of the row if shared memory has no room for k
+// words.
 struct Collection {
   uint64_t* shared;
   int32_t* indices;
@@ -145,8 +149,9 @@ struct Collection {
       store(indices + i, words.column_of(word));
     }
   }
-  // The larger to the front; all of the block, which waits before and after. A bitonic network whose every step
-  // takes the larger to the front: what lies past the last would stay there, and is left out.
+  // Sorts the larger words to the front. All threads of the block call sort(), and the block synchronises before and
+  // after it. The network is bitonic, and each of its steps takes the larger word to the front. Words past the last
+  // would thus stay in place, so the network leaves them out.
   __device__ void sort(int count) const {
     for (int size = 2; size < 2 * count; size *= 2) {
       for (int stride = size / 2; stride; stride /= 2) {
@@ -164,10 +169,10 @@ struct Collection {
   static __device__ int round_up_to(int x, int to) { return (x + to - 1) / to * to; }
 };
 
-// What a row's log-sum-exp is made of.
+// The parts of a row's log-sum-exp.
 struct Shares {
   Mass rest;
-  float chosen;  // sum of exponentials of the k largest, relative to the largest
+  float chosen;  // the sum of exponentials of the k largest, relative to the largest
 
   static __device__ Shares none() { return {Mass::none(), 0}; }
   __device__ void share(Tempering at) {
@@ -178,11 +183,11 @@ struct Shares {
   }
 };
 
-// A word that the k largest reach, and as few others as the maxima of groups tell: those that are k-th or so among the
-// maxima.
+// A word that the k largest classes reach, and few others: a word that is about the k-th among the maxima of the
+// groups.
 inline __device__ uint64_t threshold_of_maxima(const LogitRow& row, int k, const TopkPlan& plan) {
   float largest[kMaximaOfThread];
-  int first[kMaximaOfThread];  // column of the logits among which it was
+  int first[kMaximaOfThread];  // the first column of the group in which the thread found the maximum
   for (int i = 0; i < kMaximaOfThread; ++i) largest[i] = -INFINITY, first[i] = 0;
   row.each_group(false, [&](const float (&x)[kGroup], int column) {
     for (int i = 0; i < kGroup; ++i)
@@ -204,7 +209,7 @@ inline __device__ uint64_t threshold_of_maxima(const LogitRow& row, int k, const
   });
 }
 
-// The same among all columns, exactly but for `most`: a sweep for each bit.
+// The threshold among all columns, with a sweep for each bit. It is exact, unless the search stops early at `most`.
 inline __device__ uint64_t threshold_of_row(const LogitRow& row, int k, int most, const TopkPlan& plan, Team& team) {
   return plan.words.threshold(row.slice.dtype, k, most, [&](uint64_t word) {
     const float floor = floor_of(word);
@@ -217,7 +222,8 @@ inline __device__ uint64_t threshold_of_row(const LogitRow& row, int k, int most
   });
 }
 
-// Collects what reaches the word, as far as there is room, and returns this thread's part of all other classes.
+// Collects the words that reach `word`, up to `room` of them. Returns the mass of the other classes among this thread's
+// columns.
 inline __device__ Mass collect(const LogitRow& row, uint64_t word, const Collection& into, int room, int* count,
                                Tempering at) {
   const float floor = floor_of(word);
@@ -250,7 +256,7 @@ inline __device__ void topk_of_row(const TopkCall& call, const TopkPlan& plan, T
   const LogitRow logits(row_start(call.logits, call, row), call.logits.dtype, call.columns);
   const Tempering at(temperature, false);
 
-  // A row before has its count read before its merge, and its collection before this barrier.
+  // All threads read the count of an earlier row before that row's merge, and the collection before this barrier.
   auto collected = [&](uint64_t word) {
     if (threadIdx.x == 0) *count = 0;
     __syncthreads();
@@ -314,7 +320,8 @@ __global__ void __launch_bounds__(kThreadsOfRow, 2)
 
 namespace {
 
-// Twice as many maxima as words that are sought, so that few more reach what k of them do; room for twice as many.
+// The plan has twice as many maxima as k, so few more than k words reach the threshold. If it can, shared memory has
+// room for 2 k words.
 TopkPlan plan_topk(const TopkCall& call, const Chip& chip) {
   Shape shape = {};
   shape.rows = call.rows, shape.columns = call.columns, shape.sweeps = 2;
@@ -340,7 +347,7 @@ TopkPlan plan_topk(const TopkCall& call, const Chip& chip) {
 
 }  // namespace
 
-// A row that holds a NaN, or whose temperature no row has, is NaN with the classes from 0 on.
+// The results of a row with a NaN or an invalid temperature are NaN, with the classes from 0 on.
 void topk(const TopkCall& original) {
   if (original.rows == 0) return;
   TopkCall call = original;

@@ -1,30 +1,33 @@
 // The loss against a sparse teacher on an NVIDIA GPU: the twin of csrc/cpu/topk_rows.cpp.
 //
-// ---- The loss of a row against K entries and the bucket of all other classes (calls/topk.h). A team works on a row, as
-// in rows.cu, and reads its logits once (staged) or once a sweep (streaming):
+// calls/topk.h has the formulas: K entries, and the bucket of all other classes (the others). A team works on a row, as
+// in rows.cu. The team reads the row's logits once (staged) or once a sweep (streaming):
 //
-//     names       a bit for each class that an entry names, in shared memory
+//     names       a bit in shared memory for each class that an entry names
 //     masses      (max, sum of exponentials) of the others and of the entries, each relative to its own maximum
 //     sums        the divergence's value and slope of each entry and of the bucket         -> sum phi, sum psi
 //     gradient    of each entry, and of the others (psi_R - q_R sum psi) times their softmax among themselves
 //
-// Only masses and gradient are sweeps over all classes, and neither knows the divergence: one kernel serves all of
-// them, and turns to one where it works on entries. The bucket is never 1 - the entries' mass: its sum is its own, and
-// the gradient of the others is relative to it, so that both are exact where a sure student leaves it 1e-60.
+// Only masses and gradient are sweeps over all classes. Neither depends on the divergence, so one kernel serves all
+// divergences, and branches by divergence only where it works on entries. The bucket's mass is never 1 - the entries'
+// mass: the bucket has a sum of its own, and the gradient of the others is relative to that sum. Both are thus exact
+// even if a confident student leaves 1e-60 to the bucket.
 //
-// In place, what is read of an entry's class is read by the one thread that then writes its gradient; the sweep of the
-// others skips what has a name, and whatever lies there already. The label's logit is read before the first merge.
+// The gradient may overwrite the logits. Only one thread reads the logit of an entry's class, and the same thread then
+// writes the entry's gradient. The sweep over the others skips the classes that entries name, whether logits or
+// gradients are in their places. The kernel reads the label's logit before the first merge.
 //
 // A perfect kernel reads each logit once and writes each gradient once: 4 bytes a column in bf16, 2 without a gradient,
-// and 8 bytes an entry. Computed for an H100, and not yet measured: 152k columns in bf16 with their gradients are
-// 608 KB, 0.18 us a row at 3.35 TB/s. The inner loops of the two sweeps take (sm_90a, staged, bf16, no label term)
-// about 18 instructions and 2 special functions a column together, of the 34 and 4.3 that 132 multiprocessors at
-// 1.7 GHz issue in that time.
+// and 8 bytes an entry. The following numbers are computed for an H100, and not yet measured. 152k columns in bf16 with
+// their gradients are 608 KB, which take 0.18 us a row at 3.35 TB/s. In that time 132 multiprocessors at 1.7 GHz issue
+// 34 instructions a column, 4.3 of them of the special-function unit. The inner loops of the two sweeps together take
+// (sm_90a, staged, bf16, no label term) about 18 instructions and 2 special functions a column.
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
 
 #include "device.h"
+#include "entries.h"
 #include "groups.h"
 #include "launch.h"
 #include "mass.h"
@@ -36,11 +39,11 @@
 namespace kdk {
 namespace cuda {
 
-// ---- partial results, and how they merge across a warp: lane 0 has the whole
+// ---- partial results, and their merge across a warp, whose result is in lane 0
 
 struct Masses {
   Mass others, entries;
-  float teacher_max, teacher_sum;  // of the teacher's log-probabilities, for the statistics
+  float teacher_max, teacher_sum;  // of the teacher's log-probabilities; the statistics need them
 
   static __device__ Masses none() { return {Mass::none(), Mass::none(), -INFINITY, 0}; }
   __device__ void rebase_teacher(float larger) {
@@ -74,8 +77,8 @@ struct EntrySums {
 
 struct EntryStatistics {
   float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // first class that has the maximum; INT32_MAX: none does
-  int label_entry;                   // the entry that is the label; INT32_MAX: none is
+  int student_first, teacher_first;  // the first class that has the maximum; INT32_MAX: no class has it
+  int label_entry;                   // the entry that is the label; INT32_MAX: no entry is the label
 
   static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
   __device__ void merge(const EntryStatistics& below) {
@@ -85,66 +88,6 @@ struct EntryStatistics {
     label_entry = min(label_entry, below.label_entry);
   }
 };
-
-// ---- entries and the classes they name
-
-// A class, of what an index says: whatever it is, no memory outside the row is touched for it.
-inline __device__ bool is_class(int index, int64_t columns) { return index >= 0 && index < columns; }
-
-// Calls body(k, column) for this thread's entries of the row, the same ones each time.
-template <class Body>
-inline __device__ void each_entry(const TopkRowsCall& call, const Team& team, int64_t row, Body body) {
-  const int32_t* indices = call.indices + row * call.entries;
-  const int64_t step = (int64_t)team.blocks * blockDim.x;
-  for (int64_t k = (int64_t)team.rank * blockDim.x + threadIdx.x; k < call.entries; k += step) {
-    const int column = load(indices + k);
-    if (is_class(column, call.columns)) body(k, column);
-  }
-}
-
-// The bits of a block's slice, a byte for each group: set where an entry names the class. No two threads write to the
-// same word: indices ascend, and the first entry of each word writes those that follow.
-struct Names {
-  uint32_t* words;
-  int count;
-
-  __device__ Names(char* memory, const Plan& plan)
-      : words((uint32_t*)memory), count((plan.slice + kWarp - 1) / kWarp) {}
-
-  // All of the block, which has to wait before it reads them.
-  __device__ void set(const TopkRowsCall& call, int64_t row, const Cut& cut) {
-    for (int i = threadIdx.x; i < count; i += blockDim.x) words[i] = 0;
-    __syncthreads();
-    const int32_t* indices = call.indices + row * call.entries;
-    auto position_of = [&](int64_t k) {
-      const int column = load(indices + k), position = is_class(column, call.columns) ? column - cut.first_column : -1;
-      return position >= cut.begin && position < cut.end ? position : -1;
-    };
-    for (int64_t k = threadIdx.x; k < call.entries; k += blockDim.x) {
-      int position = position_of(k);
-      if (position < 0) continue;
-      const int word = position / kWarp, before = k > 0 ? position_of(k - 1) : -1;
-      if (before >= 0 && before / kWarp == word) continue;
-      uint32_t bits = 0;
-      for (int64_t next = k; position >= 0 && position / kWarp == word;) {
-        bits |= 1u << position % kWarp;
-        position = ++next < call.entries ? position_of(next) : -1;
-      }
-      words[word] = bits;
-    }
-  }
-  __device__ uint32_t of_group(int position) const { return ((const uint8_t*)words)[position / kGroup]; }
-};
-
-// The group at a position; -inf in place of what has a name. Returns its names.
-template <Way way>
-inline __device__ uint32_t load_others(const Slice& student, const Names& names, int position, float (&s)[kGroup]) {
-  widen<way == Way::halves>(load_group<way != Way::streaming, way == Way::halves>(student, position), student.dtype, s);
-  const uint32_t named = names.of_group(position);
-  if (named)
-    for (int i = 0; i < kGroup; ++i) s[i] = named >> i & 1 ? -INFINITY : s[i];
-  return named;
-}
 
 // ---- the sweeps
 
@@ -176,17 +119,18 @@ inline __device__ void add_statistics_of_others(EntryStatistics& x, const Slice&
   }
 }
 
-// What a thread needs to write gradients: of a class with log-probability slope psi and probability q
+// The numbers that a thread needs to write gradients. The gradient of an entry with slope psi and probability q is
 //     soft * (psi - q * slope_sum) + hard * (softmax(s) - one_hot(label))
-// where the factors hold the row's scale, and of the others soft * (psi_R - q_R * slope_sum) * q / q_R.
+// The gradient of the others has soft * (psi_R - q_R * slope_sum) * q / q_R as its first term. The factors soft and
+// hard include the row's scale.
 struct TopkGradient {
   char* row;  // of the gradient
   Dtype dtype;
   float soft, hard, slope_sum;
-  float of_others, others_base;  // of_others * exp((s - others_base) / temperature) is the others' soft part
+  float of_others, others_base;  // of_others * exp((s - others_base) / temperature) is the first term of the others
   float max, unit_log_sum;
   int label;
-  bool reads_others;  // else the others all have the gradient of_others: 0, or NaN
+  bool reads_others;  // if false, all of the others have the gradient of_others: 0, or NaN
 
   __device__ float softened(float slope, float q) const { return soft == 0 ? 0 : soft * (slope - q * slope_sum); }
   __device__ float hard_of(float logit, int column) const {
@@ -233,7 +177,7 @@ inline __device__ void fill_row(const TopkRowsCall& call, const Team& team, int6
   if (call.statistics) fill_statistics(call, row, value);
 }
 
-// Whether a label's cross-entropy is wanted, and whether the classes that no entry names are.
+// Whether the call needs the label's cross-entropy, and whether the call needs the logits of the others.
 inline __host__ __device__ bool wants_label(const TopkRowsCall& call) {
   return call.options.labels && (call.options.hard_weight.data || call.statistics);
 }
@@ -241,23 +185,25 @@ inline __host__ __device__ bool wants_others(const TopkRowsCall& call) {
   return !call.support_only || call.options.hard_weight.data || call.statistics;
 }
 
-// The loss and the statistics of a row, by one thread.
+// One thread writes the loss and the statistics of a row.
 struct TopkOutcome {
   const TopkRowsCall& call;
   int64_t row;
   const RowTerms& numbers;
   Normalizer student;               // of all classes
-  float unit_log_sum, label_logit;  // label_logit: the student's
+  float unit_log_sum, label_logit;  // label_logit: the student's logit of the label
 
-  // With the label, at temperature 1.
-  __device__ float cross_entropy() const { return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0; }
+  // The cross-entropy with the label, at temperature 1.
+  __device__ float cross_entropy() const {
+    return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0;
+  }
   __device__ void write_loss(float phi) const {
     store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
   }
-  // `found` is of the entries, and of all classes where it is the student's; lp and lq are the bucket's.
+  // `found` is over the entries; the student's members of `found` are over all classes. lp and lq are the bucket's.
   __device__ void write_statistics(float phi, EntryStatistics found, const Masses& masses, float lp, float lq) const {
     const float p = exp_of(lp), q = exp_of(lq);
-    // The teacher's mass and the bucket's: log-probabilities that may all be far below 0.
+    // `teacher` adds the bucket's mass to the entries' mass. All log-probabilities may be far below 0.
     Masses teacher = masses;
     if (!call.support_only) {
       found.tv += 0.5f * fabsf(p - q);
@@ -290,8 +236,8 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   const bool labelled = wants_label(call), unit = call.options.hard_weight.data || labelled;
   const Tempering at(numbers.temperature, unit);
   const float* log_probs = (const float*)call.log_probs + row * call.entries;
-  // The gradient may take the place of the logits: the label's is loaded before the first merge, which no thread leaves
-  // before all have come to it.
+  // The gradient may overwrite the logits. The thread loads the label's logit before the first merge, because no thread
+  // leaves the merge before all threads have come to it.
   if (labelled && team.first_thread()) team.board.label_logit = load_logit(logits, dtype, numbers.label);
   // Whether the factors of the gradient wait for the loss.
   const bool waits = call.options.gradient_needs_loss() && call.gradient;
@@ -306,7 +252,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   });
   const Masses masses = team.merged(mine, at);
 
-  // A row of -inf alone has no distribution: NaN, as log_softmax.
+  // A row of -inf alone has no distribution. Its log sum is NaN, as in log_softmax.
   const float max = fmaxf(masses.others.max, masses.entries.max), base = base_of(max);
   const float others_sum = masses.others.sum_from(base, at), entries_sum = masses.entries.sum_from(base, at);
   const float sum = others_sum + entries_sum;
@@ -315,7 +261,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   if (at.unit)
     unit_log_sum = logf(masses.others.unit_sum * exp_of(masses.others.max - base) +
                         masses.entries.unit_sum * exp_of(masses.entries.max - base));
-  Normalizer norm = all;  // of the log-probabilities that the divergence is given
+  Normalizer norm = all;  // makes the log-probabilities that the divergence takes
   float bucket_lp = -INFINITY, bucket_lq = -INFINITY;
   if (call.support_only) {
     norm.max = masses.entries.max;
@@ -372,12 +318,12 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
                                                   unit_log_sum + (max - label_logit))
                                 : numbers.factors(call.options, at.inverse_temperature);
   gradient.soft = factors.soft, gradient.hard = factors.hard;
-  // An infinite slope leaves the whole row without a gradient.
+  // An infinite slope makes the whole row's gradient NaN.
   gradient.slope_sum = fabsf(sums.psi) < INFINITY ? sums.psi : NAN;
   gradient.max = max, gradient.unit_log_sum = unit_log_sum, gradient.label = (int)numbers.label;
   gradient.others_base = base_of(masses.others.max);
   gradient.of_others = gradient.softened(bucket_psi, call.support_only ? 0 : bucket_q);
-  // Without a mass of their own the others are all -inf, or none.
+  // If the others have no mass, all of their logits are -inf, or there are no others.
   if (!call.support_only) gradient.of_others *= masses.others.sum == 0 ? 0 : 1 / masses.others.sum;
   gradient.reads_others = !call.support_only || gradient.hard != 0;
 
@@ -394,14 +340,15 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   fill_gradient(call, team, row, call.columns, 0);
 }
 
-// ---- the kernels of the loss
+// ---- the kernels
 
-// Without a gradient a row is read once, from memory: two blocks of a multiprocessor wait for it together.
+// Without a gradient a streaming kernel reads a row once, from memory. Two blocks share a multiprocessor, so that they
+// wait for memory together.
 template <Way way>
 __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : blocks_of(way))
     topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  if (way != Way::streaming) return;  // never planned
+  if (way != Way::streaming) return;  // no plan has this way on these chips
 #endif
   Team team(plan.blocks);
   const Dtype dtype = call.student.dtype;
@@ -419,7 +366,7 @@ __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : b
         const Cut cut = cut_of(logits);
         names.set(call, row, cut);
         sweep(row, numbers, logits, cut);
-        __syncthreads();  // all have read the names
+        __syncthreads();  // all threads have read the names
       } else {
         fill_row(call, team, row, numbers.skipped() ? 0 : NAN);
       }
@@ -427,14 +374,14 @@ __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : b
   };
   if constexpr (way == Way::streaming) {
     each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
-      __syncthreads();  // the names are there
+      __syncthreads();  // the names are complete
       sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
     });
   } else {
     Staging staging(dtype, plan, team.board);
     each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
-      staging.stage(cut.slice(logits, dtype));  // the names are there too
-      // The row after comes from memory while this one is worked on.
+      staging.stage(cut.slice(logits, dtype));  // stage() synchronises, so the names are complete too
+      // The next row arrives in the L2 cache while the team works on this row.
       if (threadIdx.x == 0 && RowTerms(call, row + teams).swept(call)) {
         const char* after = row_start(call.student, call, row + teams);
         staging.prefetch(cut_of(after).slice(after, dtype));
