@@ -332,7 +332,7 @@ def test_no_mass_at_all_is_no_cost():
         (14, 13, 6, "small", "nothing", True),
     ],
 )
-def test_what_does_not_fit_is_in_the_workspace(n, m, iterations, chip, shared, workspace):
+def test_arrays_beyond_shared_memory_are_in_the_workspace(n, m, iterations, chip, shared, workspace):
     for epsilon in (EPSILONS[0], EPSILONS[2]):
         recipe = Recipe(n, m, epsilon, 2, iterations)
         recipe.assert_right(chip, n)
@@ -449,7 +449,8 @@ class Clouds:
         assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times what is allowed"
 
     def slack(self, inputs, rounding):
-        """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from signs of p - q that rounding decides.
+        """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from
+        signs of p - q that rounding decides.
         """
         student, teacher, mask = inputs
         kept = torch.ones(self.clouds, self.rows, dtype=torch.float64) if mask is None else mask.double()
@@ -664,7 +665,7 @@ def wrong_results(module) -> int:
     return wrong
 
 
-def test_kernels_with_nothing_wrong_pass():
+def test_kernels_without_a_fault_pass():
     assert wrong_results(emulated.cuda_model()) == 0
 
 

@@ -338,7 +338,7 @@ def test_no_result_depends_on_the_order_of_threads():
     property_holds()
 
 
-def test_what_a_conditional_row_is_not_asked_for_is_not_read():
+def test_a_conditional_row_reads_only_its_entries():
     """A conditional row must read only the logits of its entries: the model allows no other memory
     (emulated.memory_of), the other logits are NaN, and their gradient is 0.
     """
@@ -635,7 +635,7 @@ def test_the_rest_is_exact_even_where_it_is_tiny():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_nan_makes_what_is_taken_of_its_row_nan(dtype):
+def test_a_nan_makes_the_top_k_of_its_row_nan(dtype):
     vocab, k = 500, 20
     logits = torch.randn(1, 7, vocab).to(dtype)
     logits[0, :4, 123] = torch.tensor(NANS[dtype]).to(INTEGERS[dtype.itemsize]).view(dtype)
@@ -650,7 +650,7 @@ def test_a_nan_makes_what_is_taken_of_its_row_nan(dtype):
     assert ((indices[:4] >= 0) & (indices[:4] < vocab)).all()
 
 
-def test_what_is_taken_does_not_depend_on_the_order_of_threads():
+def test_the_top_k_does_not_depend_on_the_order_of_threads():
     for dtype, k in ((torch.bfloat16, 100), (torch.float32, 700), (torch.float32, 1400)):
         logits = torch.stack(list(rows_of_trouble(2600).values()))[None].to(dtype)
         ones = torch.ones(logits.shape[1])
@@ -736,7 +736,7 @@ def wrong_results(module) -> int:
     return wrong
 
 
-def test_kernels_with_nothing_wrong_pass():
+def test_kernels_without_a_fault_pass():
     assert wrong_results(emulated.cuda_model()) == 0
 
 

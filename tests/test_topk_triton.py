@@ -274,7 +274,7 @@ def with_labels(rows=3, vocab=150, **options) -> dict:
 
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d.name in ("kl", "mixed_kl")], ids=repr)
-def test_what_the_others_get_of_an_over_confident_student(divergence, small_tiles):
+def test_gradient_of_other_classes_of_an_over_confident_student(divergence, small_tiles):
     """The other classes' share of the student underflows in fp32; their gradient must keep its precision."""
     call = simple(divergence)
     call.student.scatter_(-1, call.indices[None, :, :1].long(), 250.0)
