@@ -41,12 +41,14 @@ def exponent_rounding(span: float, epsilon: float) -> float:
 def assert_close(got, want, in_fp32, relative, size, what=""):
     """Compares element by element, [problems, ...]. `size` is an absolute error: one number, or one per problem."""
     got, want, in_fp32 = got.double(), want.double(), in_fp32.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in {got} where {want}"
-    assert torch.equal(got.isinf(), want.isinf()), f"{what}: infinite in {got} where {want}"
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places; got {got}, expected {want}"
+    assert torch.equal(got.isinf(), want.isinf()), f"{what}: infinities in other places; got {got}, expected {want}"
     error, eager = ((x - want).nan_to_num(0, 0, 0).abs().view(len(x), -1) for x in (got, in_fp32))
     allowed = 2 * eager.amax(1, keepdim=True) + relative * want.nan_to_num(0, 0, 0).abs().view(len(want), -1)
     allowed = allowed + torch.as_tensor(size, dtype=torch.float64).reshape(-1, 1)
-    assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times what is allowed\n{got}\n{want}"
+    assert (error <= allowed).all(), (
+        f"{what}: error {(error / allowed).max():.2f} times the allowed error\n{got}\n{want}"
+    )
 
 
 # ---- problems
@@ -446,7 +448,7 @@ class Clouds:
         allowed = GRADIENT_TOLERANCE[self.student] * right.abs() + of_row + of_class + subnormal
         allowed = allowed + 2 * (in_fp32 - right).abs().amax((1, 2), keepdim=True)
         error = (got - right).abs().nan_to_num(0)
-        assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times what is allowed"
+        assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times the allowed error"
 
     def slack(self, inputs, rounding):
         """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from

@@ -590,8 +590,8 @@ def rows_of_trouble(vocab: int) -> dict[str, torch.Tensor]:
     return {
         "ascending": column / 100,
         "descending": -column / 100,
-        "of one group": torch.where(column % 4096 == 8, 50 + random, random),
-        "of few threads": torch.where(column // 8 % 512 < 60, 50 + random, random),
+        "in one group": torch.where(column % 4096 == 8, 50 + random, random),
+        "in few threads": torch.where(column // 8 % 512 < 60, 50 + random, random),
         "all equal": torch.full((vocab,), 3.0),
         "two values": (column % 7 == 0).float(),
         "zeros of both signs": torch.where(column % 3 == 0, -0.0, 0.0),

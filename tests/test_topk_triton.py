@@ -353,7 +353,7 @@ def test_nan_stays_in_its_row(divergence, of, conditional, small_tiles):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_bad_value_makes_its_row_nan(conditional, small_tiles):
-    """Such a row must not cause a read out of bounds: its label may be any integer."""
+    """A row with a bad value must not cause a read out of bounds: the label may be any integer."""
     bad = {
         "labels": [-1, 150, -(2**40)],
         "temperature": [0.0, INF, torch.nan, 1e-40],
