@@ -258,7 +258,7 @@ def test_cuda_calls_for_heads_as_the_cpu_does(stand_in):
         kernels.accumulate_(total, gradient.bfloat16())
         found.append(torch.stack([capped, sloped, total]))
     assert torch.equal(*found) and not torch.equal(found[0][0], logits)
-    assert stand_in.placed == [(0, 0)] * 2, "expected two calls: torch, not the module, adds the products"
+    assert stand_in.placed == [(0, 0)] * 2, "expected two calls: torch, not the module, computes the sum"
 
 
 @pytest.mark.parametrize("kernels", [native.cpu, native.cuda], ids=["cpu", "cuda"])

@@ -26,8 +26,8 @@ from kdkernels.families.rows import softmaxes
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 
-# h100: a whole problem in shared memory. wide, a100: the history, or the matrix too, in the workspace; a100 has no
-# clusters.
+# The chips differ in clusters and in shared memory: if a problem does not fit, its history, or the matrix too, is in
+# the workspace.
 CHIPS = ["h100", "wide", "a100"]
 EPSILONS = [float(torch.tensor(x)) for x in (0.005, 0.02, 0.1, 1.0)]  # the fp32 values of these epsilons
 ULP = 2.0**-23
