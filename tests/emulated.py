@@ -44,8 +44,8 @@ def _missing() -> str | None:
     if sys.platform != "linux":
         return "the model is written for Linux"
     if shutil.which(COMPILER) is None:
-        return f"there is no {COMPILER}"
-    return None if importlib.util.find_spec("pybind11") else "there is no pybind11"
+        return f"found no {COMPILER}"
+    return None if importlib.util.find_spec("pybind11") else "pybind11 is not installed"
 
 
 missing_because = _missing()

@@ -1,4 +1,4 @@
-"""The layout's promises: imports go one way, the four tables agree, importing is cheap, commands work."""
+"""The layout's rules: imports go one way, the four tables agree, the import is cheap, and the commands work."""
 
 import ast
 import contextlib
@@ -25,7 +25,7 @@ from kdkernels.families.kernels import Kernels
 PACKAGE = Path(kdkernels.__file__).parent
 ROOT = Path(__file__).parent.parent
 
-# The floors of the house, from the ground up. A module imports from lower floors, and from its own folder.
+# The layers of the package, lowest first. A module imports from lower layers and from its own folder.
 FLOORS = (
     ("_native", "distributions", "divergences"),
     ("families",),
@@ -37,10 +37,10 @@ FLOORS = (
     ("cache",),
     ("info", "selftest"),
 )
-# The package's face imports from every floor but the commands' and the cache's, and nothing imports the face but the
-# commands, for its version.
+# The package itself imports from every layer except the commands and the cache. Only the commands import the package,
+# for its version.
 FACE = "kdkernels"
-# A backend is imported when a call needs it: inside a function.
+# These modules import a backend only when a call needs it, inside a function.
 LAZY = ("backends", "info")
 
 
@@ -50,15 +50,15 @@ def module_name(path: Path) -> str:
 
 
 def floor(name: str) -> int:
-    """The number of a module's floor."""
+    """The index of a module's layer in FLOORS."""
     part = name.split(".")[1]
     found = [number for number, parts in enumerate(FLOORS) if part in parts]
-    assert found, f"{name} stands on no floor"
+    assert found, f"{name} belongs to no layer"
     return found[0]
 
 
 def backend(name: str) -> str | None:
-    """The backend that a module belongs to."""
+    """The backend that a module belongs to, or None."""
     parts = name.split(".")
     return parts[2] if parts[1] == "backends" and len(parts) > 2 else None
 
@@ -88,7 +88,7 @@ MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")} | {"kdkern
 def test_imports_go_down(name):
     for target, lazy in imported(MODULES[name]):
         if target == FACE:
-            assert name.split(".")[1] in FLOORS[-1], f"{name} imports the package's face"
+            assert name.split(".")[1] in FLOORS[-1], f"{name} imports the package itself"
             continue
         same_folder = name.split(".")[1] == target.split(".")[1]
         if not (lazy and name.split(".")[1] in LAZY):
@@ -99,12 +99,12 @@ def test_imports_go_down(name):
 
 def test_the_face_imports_no_command_and_no_cache():
     for target, _ in imported(MODULES[FACE]):
-        assert target.split(".")[1] not in (*FLOORS[-1], *FLOORS[-2]), f"the face imports {target}"
+        assert target.split(".")[1] not in (*FLOORS[-1], *FLOORS[-2]), f"the package itself imports {target}"
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_a_backend_has_the_functions_of_the_interface(backend):
-    """Each with the interface's parameters, in its order."""
+    """Each function must have the interface's parameters, in the same order."""
     kernels = backends.kernels(backend)
     wanted = {name: f for name, f in vars(Kernels).items() if not name.startswith("_") and callable(f)}
     assert wanted

@@ -1,4 +1,4 @@
-"""The benchmark's GPU plan, run on a CPU over tiny shapes: all of it but the calls that need a device."""
+"""The benchmark's GPU plan, run on a CPU over tiny shapes, without the calls that need a GPU."""
 
 import csv
 import dataclasses
@@ -72,15 +72,15 @@ TINY_PLANS = {
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A GPU benchmark over TINY on the CPU, on synthetic logits and with nothing compiled."""
+    """A GPU benchmark over TINY on the CPU, with synthetic logits and without compilation."""
     monkeypatch.setattr(
         gpu, "real_or_synthetic", lambda rows: (*data.synthetic_logits(rows, 300, torch.bfloat16), "drawn")
     )
     monkeypatch.setattr(rows, "compiled_loss", rows.eager_loss)
     monkeypatch.setattr(linear, "liger_loss", partial(linear.liger_loss, compiled=False))
-    monkeypatch.setattr(gpu, "peak_extra_bytes", lambda *_: 1000)  # on a CPU the process is too coarse a measure
+    monkeypatch.setattr(gpu, "peak_extra_bytes", lambda *_: 1000)  # a CPU measures only the whole process's memory
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more would wait for each other over tensors this small
+    torch.set_num_threads(1)  # for such small tensors, more threads would wait for each other
     try:
         yield gpu.GpuBenchmark(True, 2, screen.PlainScreen(), tmp_path, TINY, "cpu", TINY_PLANS)
     finally:
@@ -93,7 +93,7 @@ def rows_of(benchmark):
 
 
 def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
-    tiny.quick = False  # with every contender there is
+    tiny.quick = False  # measure every contender
     tiny.run()
     assert run.conclude(tiny) == 0, tiny.results.failures
     table = rows_of(tiny)
@@ -119,7 +119,7 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
     }
     assert cases <= {row["case"] for row in table}
 
-    # A step at the copy's rate is at 100 %: the columns must agree on that.
+    # A step at the copy's rate is at 100 %, so the columns must be consistent.
     for row in grid:
         over = float(row["GB_per_s"]) / float(row["copy_GB_per_s"])
         moved = gpu.MOVED[row["work"]] * int(row["N"]) * int(row["V"]) * (4 if row["dtype"] == "float32" else 2)
@@ -128,7 +128,7 @@ def test_the_plan_runs_and_leaves_a_table_of_all_cases(tiny, capsys):
 
     shown = capsys.readouterr().out
     assert "kl over V and N, bfloat16:" in shown and "cut-cross-entropy is left out" in shown
-    # Every divergence is judged at its two vocabularies, kl without a gradient too; not a verdict on this card.
+    # Every divergence is judged at two vocabularies, and kl also without a gradient. This device gets no verdict.
     of_copy = [target for target in tiny.results.targets if target.limit and "copy" in target.unit]
     assert len(of_copy) == 2 * (len(rows.CATALOGUE) + 1)
     assert "PASS" not in shown and "MISS" not in shown
@@ -149,11 +149,11 @@ def test_heads_are_measured_beside_their_products(tiny, capsys):
         assert (row["H"], row["V"]) == (32, 600) and row["median_ms"] > 0
     assert timed[linear.PRODUCTS, 48]["over_products"] == 1 and timed[linear.OURS, 48]["ratio_to_kdkernels"] == 1
     errors = {row["contender"]: row for row in table if row["case"] == linear.ERRORS}
-    assert set(errors) == {*losses, "kdkernels, fp32 logits"} - {linear.LIGER}  # which has another loss
+    assert set(errors) == {*losses, "kdkernels, fp32 logits"} - {linear.LIGER}  # Liger computes another loss
     for column in linear.ERROR_COLUMNS[1:]:
         of_ours = errors[linear.OURS][column]
         assert errors["kdkernels, fp32 logits"][column] < of_ours <= 1.02 * errors[linear.EAGER][column] < 0.1
-        assert all(row[column] < 0.1 for row in errors.values())  # all of them have found the gradient of kl
+        assert all(row[column] < 0.1 for row in errors.values())  # all contenders have computed the gradient of kl
     memory = [(row["contender"], row["N"]) for row in table if row["case"] == "heads: memory"]
     assert {(linear.OURS, 96), (linear.EAGER, 24)} <= set(memory) and len(memory) == len(set(memory))
     assert set(timed) - set(memory) == {(linear.PRODUCTS, n) for name, n in timed if name == linear.PRODUCTS}
@@ -165,7 +165,7 @@ def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
     assert run.conclude(tiny) == 0, tiny.results.failures
     errors = {(row["case"], row["contender"]): row for row in tiny.results.rows if "tail_gradient_error" in row}
     assert len(errors) == 4
-    # A clamped 1 - sum leaves an over-confident student's tail without its gradient.
+    # The clamped 1 - sum loses the gradient of an over-confident student's tail.
     assert errors[topk.OVER_CONFIDENT, topk.OURS]["tail_gradient_error"] < 1e-2
     assert errors[topk.OVER_CONFIDENT, topk.EAGER]["tail_gradient_error"] > 0.5
     timed = [row["contender"] for row in tiny.results.rows if row["case"] == topk.CASE]
@@ -178,10 +178,10 @@ def test_sparse_teachers_are_checked_and_timed(tiny, monkeypatch):
 def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
     tiny.measure_family(class_ot)
     assert run.conclude(tiny) == 0, tiny.results.failures
-    assert [target.limit for target in tiny.results.targets] == [None]  # that of a CPU is not a GPU's
+    assert [target.limit for target in tiny.results.targets] == [None]  # the target for a GPU has no limit on a CPU
     errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == class_ot.ERRORS}
     of_ours, of_eager = errors[class_ot.OURS], errors[class_ot.EAGER]
-    # The guard in the denominators takes mass from the plan.
+    # The guard in eager's denominators removes mass from the plan.
     assert of_ours["loss_error"] < 1e-6 and 10 * of_ours["loss_error"] < of_eager["loss_error"] < 0.1
     assert of_ours["gradient_error"] < 2e-5 and of_eager["gradient_error"] < 0.1
     timed = {row["contender"] for row in tiny.results.rows if row["case"] == class_ot.CASE}
@@ -196,7 +196,7 @@ def test_transport_between_classes_is_checked_and_timed(tiny, monkeypatch):
 def test_clouds_are_checked_and_timed(tiny, monkeypatch):
     tiny.measure_family(pairwise)
     assert run.conclude(tiny) == 0, tiny.results.failures
-    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # a CPU's limits do not apply to a GPU
+    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # limits for a GPU do not apply to a CPU
     expected = {
         pairwise.CASE: [(6, 300), (6, 200)],
         pairwise.OVER_V: [(6, 100)],
@@ -214,7 +214,7 @@ def test_clouds_are_checked_and_timed(tiny, monkeypatch):
 def test_batches_of_problems_are_checked_and_timed(tiny, monkeypatch):
     tiny.measure_family(sinkhorn)
     assert run.conclude(tiny) == 0, tiny.results.failures
-    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # a CPU's limits do not apply to a GPU
+    assert [target.limit for target in tiny.results.targets] == 2 * [None]  # limits for a GPU do not apply to a CPU
     errors = {row["contender"]: row for row in tiny.results.rows if row["case"] == sinkhorn.ERRORS}
     assert set(errors) == {sinkhorn.OURS, sinkhorn.FROM_POINTS, *sinkhorn.LIBRARIES}
     assert all(row["loss_error"] < 1e-3 and row["N"] == 3 for row in errors.values())
@@ -226,7 +226,7 @@ def test_batches_of_problems_are_checked_and_timed(tiny, monkeypatch):
 
 
 def visible_class_ot(*values):
-    """The operator of class transport without torch.library, which hides its products from a counter."""
+    """The operator of class transport without torch.library, which hides the matrix products from the counter."""
     *values, wanted, _ = values
     return kdkernels.families.class_ot.class_ot(kdkernels.families.class_ot.ClassOT(*values), wanted)
 
@@ -258,7 +258,7 @@ def test_universal_logit_distillation_is_checked_and_timed(tiny, monkeypatch):
 
 
 def test_the_products_are_those_of_the_loss():
-    """All of the logits of both sides and of the gradients of hidden states, in chunks of which the last is short."""
+    """Products of both sides' logits and of the hidden states' gradients, in chunks; the last chunk is short."""
     problem = family.Problem(*data.synthetic_heads(40, 8, 20, torch.float32))
     counted = FlopCounterMode(display=False)
     with counted:
@@ -275,12 +275,12 @@ def test_the_products_have_the_chunks_of_the_loss(plan):
     assert plan.chunk_rows == chunks._chunk_size(plan.rows, chunking, [buffers])
 
 
-@pytest.mark.parametrize("fault", ["of the loss", "of the weight", "raises"])
+@pytest.mark.parametrize("fault", ["loss", "weight gradient", "raises"])
 def test_a_wrong_answer_of_a_head_stops_the_run(tiny, monkeypatch, capsys, fault):
     def broken(student, teacher, **options):
         if fault == "raises":
             raise RuntimeError("cublas: no\nmore")
-        if fault == "of the loss":
+        if fault == "loss":
             return real(student, teacher, **options) + 0.1
         detached = kdkernels.LinearLogits(student.hidden, student.weight.detach())
         return real(detached, teacher, **options) + 0 * student.weight.sum()
@@ -289,7 +289,7 @@ def test_a_wrong_answer_of_a_head_stops_the_run(tiny, monkeypatch, capsys, fault
     monkeypatch.setattr(linear, "fused_kl", broken)
     tiny.measure_family(linear)
     assert run.conclude(tiny) == 1
-    assert not tiny.results.select("heads")  # no time of what is wrong
+    assert not tiny.results.select("heads")  # wrong results are not timed
     shown = capsys.readouterr().out
     assert "WRONG kdkernels, heads: errors against fp64" in shown
     assert ("(kl bfloat16 [40, 600]): errors " in shown and ", allowed " in shown) == (fault != "raises")
@@ -328,7 +328,7 @@ def test_a_wrong_answer_and_a_kernel_that_raises_fail_the_run(tiny, monkeypatch,
     shown = capsys.readouterr().out
     assert f"WRONG {tiny.baseline}, answers (js(beta=0.5) float32 [5, 257]): RuntimeError: cudaLaunchKernelExC" in shown
     assert f"WRONG {tiny.baseline}, forward, js(beta=0.5) bfloat16 [4, 257]: RuntimeError" in shown
-    # The others were measured all the same.
+    # The other cases were still measured.
     assert any(row["case"] == "divergences" and row["divergence"] == "tv" for row in rows_of(tiny))
 
 
@@ -357,7 +357,7 @@ def test_targets_are_judged_on_the_card_they_are_for(tiny):
 
 
 class Queue:
-    """A device that has a clock, does its work in order, and starts on it when it is waited for."""
+    """A device with a clock that executes its queue in order, and only when the host waits."""
 
     def __init__(self):
         self.work, self.clock = [], 0.0
@@ -396,11 +396,11 @@ def test_events_time_the_step_and_the_copy_apart(monkeypatch):
     waits = queue.busy(4.0)
     steps = {"quick": queue.busy(1.5), "waits": lambda: (waits(), queue.wait())}
     found = timing.queued(steps, queue.busy(1.0), 4, "cuda")
-    # Three tensors moved in one and a half times what a copy, which moves two, takes: the floor.
+    # The step moves three tensors in 1.5 times the time in which the copy moves two: this is the floor.
     assert found["quick"].seconds == [1.5] * 4 and found["quick"].copy_seconds == [1.0] * 4
     assert found["quick"].over_copy(3 * 2**20, 2**20) == pytest.approx(1)
     assert found["waits"].median == 4 and found["waits"].spread == 0
-    # What synchronises finds that the copy has ended.
+    # A step that synchronises finds the copy complete.
     assert (found["quick"].host_bound, found["waits"].host_bound) == (0, 1)
 
 
@@ -411,7 +411,7 @@ def test_memory_of_a_step_on_a_device(monkeypatch):
 
 
 def test_torch_alone_is_enough(tmp_path):
-    """Tables in plain text, the CSV, and a sentence for the figure."""
+    """Without optional packages: tables in plain text, the CSV, and a message in place of the figure."""
     code = f"""
 import sys
 for missing in (

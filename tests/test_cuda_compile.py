@@ -1,11 +1,13 @@
-"""Compiles the CUDA kernels for every architecture of the default build, without a GPU, and checks what ptxas says: no
-spilled register, no stack, no shared memory but the dynamic, a kernel for every divergence, and those of each family.
+"""Compiles the CUDA kernels for every architecture of the default build, without a GPU, and checks ptxas's output.
 
-`python tests/test_cuda_compile.py` prints the table of registers, and exits with 1 where a kernel is wrong, or where
-there is an nvcc and the installed module has no CUDA kernels.
+No kernel may spill a register, use stack, or use shared memory that is not dynamic. Every divergence and every family
+must have its kernels.
 
-The flags are those of setup.py, and so is the compilation: ninja, which does nothing where the build's object is newer
-than what it was made of, and leaves ptxas's words beside it.
+`python tests/test_cuda_compile.py` prints the table of registers. It exits with 1 if a kernel is wrong, or if an nvcc
+exists and the installed module has no CUDA kernels.
+
+The flags and the compilation are those of setup.py: ninja, which skips objects that are up to date and keeps ptxas's
+output beside each object.
 """
 
 import importlib.util
@@ -25,7 +27,7 @@ build = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(build)
 
 
-# Those that are not made for a divergence each.
+# Kernels that are not instantiated per divergence.
 OTHERS = (
     "scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel", "topk_kernel", "pair_costs_kernel",
     "finish_pairs_kernel", "pair_gradient_kernel", "sinkhorn_kernel", "uld_kernel",
@@ -36,7 +38,7 @@ class Kernel(NamedTuple):
     arch: str  # sm_90a
     name: str  # mangled
     registers: int
-    shared: int  # bytes, of a size known to the compiler
+    shared: int  # bytes of static shared memory
 
 
 ENTRY = re.compile(
@@ -44,14 +46,14 @@ ENTRY = re.compile(
     r"(?:(?!.*Compiling entry function).*\n)*?"
     r"ptxas info +: Used (\d+) registers(.*)\n"
 )
-# Of an entry, or of a function that was not inlined.
+# The lines of an entry, or of a function that was not inlined.
 STACK = re.compile(
     r"Function properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
 )
 
 
 def compiled() -> str:
-    """What ptxas said. Raises build.Unavailable where there is no nvcc, RuntimeError where it fails."""
+    """ptxas's output. Raises build.Unavailable if no nvcc exists, RuntimeError if the compilation fails."""
     cuda = build.find_cuda("")
     objects = build.cuda_objects(cuda)
     reason = build.run_ninja(build.cuda_lines(cuda), *objects)
@@ -65,14 +67,14 @@ def kernels_of(log: str) -> list[Kernel]:
     for name, arch, registers, rest in ENTRY.findall(log):
         shared = re.search(r"(\d+) bytes smem", rest)
         found.append(Kernel(arch, name, int(registers), int(shared[1]) if shared else 0))
-    assert len(found) == log.count("Compiling entry function"), f"ptxas said what this test cannot read:\n{log}"
+    assert len(found) == log.count("Compiling entry function"), f"this test cannot read the output of ptxas:\n{log}"
     return found
 
 
 def on_stack(log: str) -> list[tuple[str, ...]]:
-    """(function, bytes of stack, of spill stores, of spill loads) where one of them is not 0."""
+    """(function, bytes of stack, of spill stores, of spill loads) for each function with a nonzero number."""
     found = STACK.findall(log)
-    assert len(found) >= log.count("Compiling entry function"), f"ptxas said what this test cannot read:\n{log}"
+    assert len(found) >= log.count("Compiling entry function"), f"this test cannot read the output of ptxas:\n{log}"
     return [use for use in found if any(int(n) for n in use[1:])]
 
 
@@ -81,7 +83,7 @@ def demangled(names: list[str]) -> dict[str, str]:
     if tool is None:
         return dict(zip(names, names, strict=True))
     lines = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    # rows_kernel<Js<float>, 1>, of "void kdk::cuda::rows_kernel<kdk::cuda::Js<float>, (kdk::cuda::Way)1>(...)".
+    # "void kdk::cuda::rows_kernel<kdk::cuda::Js<float>, (kdk::cuda::Way)1>(...)" becomes rows_kernel<Js<float>, 1>.
     short = [
         re.sub(r"^void |\([\w:]*(Way|PairCost|InShared)\)|kdk::(cuda::)?|\(.*", "", line) for line in lines.splitlines()
     ]
@@ -125,7 +127,7 @@ def print_table(kernels: list[Kernel]):
 
 
 def check() -> list[str]:
-    """Prints the table and returns what is wrong."""
+    """Prints the table and returns the list of faults."""
     log = compiled()
     kernels = kernels_of(log)
     print_table(kernels)
@@ -153,8 +155,9 @@ def disassembler() -> str | None:
 
 
 def test_no_load_takes_memory_for_constant():
-    """Gradients may take the place of logits: a load that the compiler takes for one of constant memory, as it would
-    through const __restrict__ or __ldg, may be moved to where the gradient is there."""
+    """Gradients may overwrite logits, so no load may use the constant path, as const __restrict__ or __ldg would: the
+    compiler could move such a load after the gradient's store.
+    """
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -190,7 +193,7 @@ def test_the_words_of_ptxas_are_understood():
     assert "8 bytes of stack" in wrong and "not dynamic" in wrong
     assert "no kernel of js for sm_90a" in wrong and "no kernel of kl" not in wrong
     assert "no softcap_kernel for sm_80" in wrong and "no topk_rows_kernel for sm_90a" in wrong
-    with pytest.raises(AssertionError, match="cannot read"):  # two runs of ptxas that write at once
+    with pytest.raises(AssertionError, match="cannot read"):  # the output of two ptxas processes that write at once
         kernels_of(log.replace("ptxas info    : Used 80 registers", ""))
 
 
@@ -198,7 +201,7 @@ def test_the_words_of_ptxas_are_understood():
 
 
 def module_without() -> str | None:
-    """Why the module of this installation has no CUDA kernels, or None."""
+    """The reason why the installed module has no CUDA kernels, or None."""
     from kdkernels.backends import native
 
     return native.missing_because or native.cuda_missing_because
@@ -214,10 +217,11 @@ def module() -> str:
     return _native.__file__
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what ldd says")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs ldd")
 def test_module_needs_no_cuda_library(module):
-    """It loads where there is no driver; and another CUDA runtime, such as torch's, can neither take the place of the
-    one inside nor be served by it."""
+    """The module must load without a driver. Its CUDA runtime is private: another runtime, such as torch's, can neither
+    replace it nor use it.
+    """
     needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
     assert "libc.so" in needed
     assert not re.search("cuda|cudart|nvidia", needed), needed
@@ -254,11 +258,11 @@ def test_cpu_tensors_are_refused(module):
         kdkernels.fused_kl(x, x, backend="cuda")
 
 
-# ---- setup.py: which nvcc, which architectures
+# ---- setup.py: the choice of nvcc and of architectures
 
 
 def fake_nvcc(path: Path, knows: str) -> str:
-    """A program that answers as an nvcc does that knows so much, and fails to compile."""
+    """A program that answers like an nvcc that knows the architectures `knows`, and fails to compile."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "#!/bin/sh\n"

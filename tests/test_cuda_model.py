@@ -1,5 +1,8 @@
-"""The CUDA model finds what it is there to find: kernels that are right pass under every seed, and lose their case when
-one barrier, bound or wait is taken out. Without that, kernels that pass under it would prove nothing."""
+"""The CUDA model finds the faults that it is meant to find.
+
+Correct kernels pass under every seed. A kernel without one of its barriers, bounds or waits fails. Without these tests,
+a kernel that passes under the model would prove nothing.
+"""
 
 import math
 import re
@@ -15,7 +18,7 @@ pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str
 SEEDS = 20
 WARP, BLOCK, CLUSTER = 32, 128, 512  # threads; see faults.cu
 
-# fault -> (what rotates by one, what the model says, or None where the result is wrong, under how many seeds at least)
+# fault -> (group whose values rotate by one, the model's error or None for a wrong result, the least number of seeds)
 FAULTS = {
     "block_barrier": (BLOCK, None, 18),
     "warp_barrier": (WARP, None, 18),
@@ -80,7 +83,7 @@ def test_fault_is_found(faults, fault):
 def test_a_seed_is_a_schedule(faults):
     def outcome(seed):
         faults.set_seed(seed)
-        return str(faults.run("block_barrier", True))  # of numbers and NaN
+        return str(faults.run("block_barrier", True))  # a text of numbers and NaN, so that NaN equals NaN
 
     assert [outcome(seed) for seed in range(5)] == [outcome(seed) for seed in range(5)]
     assert len({outcome(seed) for seed in range(5)}) == 5
@@ -100,11 +103,11 @@ def test_votes_and_widths(faults):
 
 
 def test_switches_are_cheap(faults):
-    """Clusters of 16 blocks of 512 threads, as the largest rows have; a row takes some hundred switches a thread."""
+    """Clusters of 16 blocks of 512 threads, as for the largest rows. A row takes some hundred switches per thread."""
     before, start = faults.switches(), time.process_time()
     faults.many_switches(16, 512, 10)
     nanoseconds = (time.process_time() - start) / (faults.switches() - before) * 1e9
-    print(f"{nanoseconds:.0f} ns a switch")
+    print(f"{nanoseconds:.0f} ns per switch")
     assert nanoseconds < 2000
 
 
@@ -157,7 +160,7 @@ def test_16_bit_floats(faults, dtype, name):
     torch.testing.assert_close(got[:, 0], floats, rtol=0, atol=0, equal_nan=True)
     assert (got[:, 1] == widen(0x3C00)[0]).all()
 
-    # Every number, halfway to the next, and a hair to each side of that; beyond the largest; subnormals.
+    # Every number, the midpoint to the next number and its two neighbours; numbers beyond the largest; subnormals.
     bits = floats.view(torch.int32)
     half_ulp = 1 << (15 if dtype == torch.bfloat16 else 12)
     x = torch.cat([(bits + shift).view(torch.float32) for shift in (0, half_ulp - 1, half_ulp, half_ulp + 1)])

@@ -1,5 +1,6 @@
-"""What heads ask of a backend: row sweeps whose gradient takes the place of the logits, the soft cap and its gradient,
-sums in fp32, memory."""
+"""The kernels that heads use: row sweeps whose gradient overwrites the logits, the soft cap and its gradient, sums in
+fp32, and memory.
+"""
 
 import ctypes
 import mmap
@@ -24,7 +25,7 @@ from kdkernels.families.rows import ROW_STATISTICS, Rows, softmaxes
 COMPILED = [backend for backend in BACKENDS if backend != "reference"]
 if native.missing_because is not None:
     COMPILED.remove("cpu")
-# The interpreter takes a hundred times as long.
+# The interpreter is a hundred times slower, so it runs fewer examples.
 EXAMPLES = {"cpu": 25, "cuda": 12, "triton": 4}
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 each_backend = pytest.mark.parametrize("backend", COMPILED)
@@ -46,7 +47,7 @@ def with_divergence(problem: Rows, divergence: Divergence, statistics: bool) -> 
 
 
 def problem_of(recipe: Logits, recipe_of_options: RowOptions, hard: bool, backend: str, dtype=torch.float32) -> Rows:
-    """Of a divergence that `with_divergence` replaces."""
+    """The problem without its divergence, which `with_divergence` sets."""
     device = device_of(backend)
     student, teacher = (x.reshape(1, -1, x.shape[-1]).contiguous() for x in recipe.make(device))
     rows = student.shape[1]
@@ -82,10 +83,10 @@ def assert_in_place_is_fresh(problem: Rows, backend, divergence, statistics, see
     before = problem.student.clone()
     with order(seed):
         fresh = kernels.rows(problem, True)
-    assert torch.equal(bits(problem.student), bits(before)), "the logits are read, and no more"
+    assert torch.equal(bits(problem.student), bits(before)), "the kernel must not write the logits"
     apart, in_place = torch.full_like(before, torch.nan), before.clone()
     for student, into in ((before, apart), (in_place, in_place)):
-        with order(seed + len(chips.CHIPS)):  # the same chip
+        with order(seed + len(chips.CHIPS)):  # the seeds select the same chip
             got = kernels.rows(problem._replace(student=student), True, into)
         assert got[1] is into
         names = ("loss", "gradient", "floats", "sums", "statistics", "top1")
@@ -96,7 +97,7 @@ def assert_in_place_is_fresh(problem: Rows, backend, divergence, statistics, see
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 @each_backend
 def test_gradient_in_place_is_the_fresh_one(divergence, backend):
-    """Bit for bit, and so is everything else: what is read of the logits is read before it is written."""
+    """In place, the gradient and all other results are bitwise the same: logits are read before being overwritten."""
     vocabularies = {"cuda": st.integers(1, 2500), "triton": st.integers(1, 700)}.get(backend)
 
     @settings(max_examples=EXAMPLES[backend])
@@ -141,8 +142,9 @@ def test_gradient_in_place_by_threads_that_share_a_row(dtype):
 @each_dtype
 @each_backend
 def test_the_logit_of_a_label_is_read_before_its_gradient_is_there(backend, dtype, hard):
-    """Of divergences whose gradient is written in the sweep that finds the loss: in place, what a label's logit gives
-    (cross-entropy, log-probabilities, the loss) is what fp64 gives."""
+    """For divergences whose gradient is written in the same sweep as the loss: in place, the results that use the
+    label's logit (cross-entropy, log-probabilities, the loss) must match fp64.
+    """
     device, vocab = device_of(backend), 611
     student, teacher = (3 * torch.randn(1, 6, 616, device=device).to(dtype) for _ in range(2))
     student[0, 2], teacher[0, 2] = torch.nan, torch.nan
@@ -174,7 +176,7 @@ def test_the_logit_of_a_label_is_read_before_its_gradient_is_there(backend, dtyp
 # ---- the soft cap
 
 CAPS = [1e-3, 0.5, 1.0, 30.0, 50.0, 1e4, 1e30]
-# As integers of the dtype: quiet and signalling, all ones, negative.
+# Bit patterns as integers of the dtype: quiet NaN, signalling NaN, all ones, and negative ones.
 NANS = {
     torch.float32: [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001],
     torch.bfloat16: [0x7FC0, 0x7FFF, 0xFFFF, 0x7F81],
@@ -196,25 +198,25 @@ def nans(dtype: torch.dtype, backend: str) -> torch.Tensor:
 
 
 def units(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The unit in the last place that numbers of this size have in the dtype."""
+    """The unit in the last place of x in the dtype."""
     tiny = torch.finfo(dtype).smallest_normal
     return torch.exp2(x.abs().clamp(min=tiny).log2().floor()) * torch.finfo(dtype).eps
 
 
 def assert_within_ulps(got: torch.Tensor, want: torch.Tensor, ulps: float):
-    """Units of the arithmetic, fp32, and the rounding to the dtype of `got`."""
+    """The error is within `ulps` units of fp32, the arithmetic's dtype, plus half a unit of `got`'s dtype."""
     allowed = ulps * units(want, torch.float32)
     if got.dtype != torch.float32:
         allowed += units(want, got.dtype) / 2
     error = (got.double() - want).abs() / allowed
-    assert error.max() <= 1, f"{ulps * error.max():.2f} of {ulps} ulp, where {want[error.argmax()]} is right"
+    assert error.max() <= 1, f"{ulps * error.max():.2f} of {ulps} ulp; expected {want[error.argmax()]}"
 
 
 @pytest.mark.parametrize("cap", CAPS)
 @each_dtype
 @each_backend
 def test_softcap(backend, dtype, cap):
-    """tanh within 1.4 ulp (2 on a GPU), and the rounding of x / cap and of the product, which caps of 2^n have not."""
+    """tanh is within 1.4 ulp (2 on a GPU). x / cap and the product are rounded too, unless cap is a power of two."""
     x = values_around(cap, dtype, backend)
     got = x.clone()
     backends.kernels(backend).softcap_(got, cap)
@@ -222,7 +224,7 @@ def test_softcap(backend, dtype, cap):
     assert_within_ulps(got, exact_cap * torch.tanh(x.double() / exact_cap), 2.2 if cap in (0.5, 1.0) else 5)
     assert torch.equal(torch.signbit(got), torch.signbit(x))
     small = x.double().abs() < cap * 2.0**-13
-    assert small.any() and torch.equal(bits(got[small]), bits(x[small])), "a small logit is what it was"
+    assert small.any() and torch.equal(bits(got[small]), bits(x[small])), "a small logit must not change"
 
 
 @pytest.mark.parametrize("cap", [0.5, 30.0])
@@ -232,7 +234,7 @@ def test_softcap_of_infinity_and_nan(backend, dtype, cap):
     special = torch.cat(
         [torch.tensor([torch.inf, -torch.inf], device=device_of(backend)).to(dtype), nans(dtype, backend)]
     )
-    for shift in range(17):  # in every lane
+    for shift in range(17):  # moves the values through every lane
         x = torch.cat([torch.ones(shift, device=special.device).to(dtype), special, torch.ones(33).to(special)])
         backends.kernels(backend).softcap_(x, cap)
         got = x[shift : shift + len(special)]
@@ -257,7 +259,7 @@ def test_softcap_gradient(backend, dtype, cap):
 @each_dtype
 @each_backend
 def test_softcap_gradient_of_zero_stays_zero(backend, dtype):
-    """Skipped rows and padding columns have no gradient, whatever their logits are."""
+    """Skipped rows and padding columns have gradient 0, and any logits, even NaN, must leave it 0."""
     infinite = torch.tensor([torch.inf, -torch.inf, 1e4, -1e4, 0.0], device=device_of(backend)).to(dtype)
     anything = torch.cat([infinite, nans(dtype, backend)]).repeat(13)
     for zero in (0.0, -0.0):
@@ -266,7 +268,7 @@ def test_softcap_gradient_of_zero_stays_zero(backend, dtype):
         assert (gradient == 0).all()
     gradient, finite = torch.full_like(anything, torch.nan), torch.ones_like(anything)
     backends.kernels(backend).softcap_gradient_(gradient, finite, 30.0)
-    assert gradient.isnan().all(), "and NaN stays NaN"
+    assert gradient.isnan().all(), "a NaN gradient stays NaN"
     backends.kernels(backend).softcap_gradient_(finite, anything, 30.0)
     assert torch.equal(finite.isnan(), anything.isnan())
 
@@ -285,7 +287,7 @@ def test_a_capped_logit_that_was_rounded_past_the_cap_has_no_slope(backend):
 @each_dtype
 @each_backend
 def test_softcap_of_any_part_of_a_tensor(backend, dtype):
-    """Each element is what it is in a tensor of any length, at any address; what lies around it stays."""
+    """A result must not depend on the tensor's length or address; elements outside the part must stay unchanged."""
     kernels, length = backends.kernels(backend), 2053
     logits = 40 * torch.randn(length, device=device_of(backend)).to(dtype)
     gradient = torch.randn(length, device=device_of(backend)).to(dtype)
@@ -302,7 +304,7 @@ def test_softcap_of_any_part_of_a_tensor(backend, dtype):
             want = before.clone()
             want[part] = after[part]
             assert torch.equal(bits(found), bits(want)), (offset, count)
-        if offset:  # the two begin at different places between lines of 16 bytes
+        if offset:  # the two tensors have different offsets from a 16-byte boundary
             of_gradient, moved = gradient.clone(), torch.zeros(count + 1, device=logits.device).to(dtype)
             moved[1:] = capped[part]
             kernels.softcap_gradient_(of_gradient[part], moved[1:], 30.0)
@@ -340,7 +342,7 @@ def test_accumulate(backend, dtype):
         want = total + part.float()
         kernels.accumulate_(total, part)
         assert torch.equal(bits(total), bits(want)), shape
-    for offset in (1, 3):  # views between lines of memory
+    for offset in (1, 3):  # views that are not aligned
         total, part = torch.randn(5000, device=device), torch.randn(5000, device=device).to(dtype)
         want = total.clone()
         want[offset:-1] += part[: -1 - offset].float()
@@ -385,7 +387,7 @@ def test_empty(backend):
 
 
 def advised(x: torch.Tensor) -> bool:
-    """Whether the memory that holds the middle of x is to be huge pages."""
+    """Whether the kernel was advised to use huge pages for the middle of x."""
     middle, inside = x.data_ptr() + x.nbytes // 2, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first = line.split()[0]
@@ -398,9 +400,9 @@ def advised(x: torch.Tensor) -> bool:
 
 
 @only_cpu
-@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages here")
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 def test_large_tensors_are_advised_to_be_huge_pages():
-    torch.use_deterministic_algorithms(False)  # do not fill
+    torch.use_deterministic_algorithms(False)  # a fill would touch the memory
     kernels = backends.kernels("cpu")
     assert not advised(torch.empty(16 << 20, dtype=torch.uint8))
     assert advised(kernels.empty(2, 8 << 20, dtype=torch.uint8, device="cpu"))
@@ -412,9 +414,9 @@ def test_large_tensors_are_advised_to_be_huge_pages():
 
 
 @only_cpu
-@pytest.mark.skipif(sys.platform != "linux", reason="maps a memory file as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memfd_create and mmap as on Linux")
 def test_counts_past_two_to_the_31():
-    """2^31 and some elements, which are 2^24 that are mapped again and again: one thread caps each so often."""
+    """A tensor of more than 2^31 elements: 2^24 elements mapped 129 times, so that one thread caps each 129 times."""
     elements, times = 1 << 24, 129
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p

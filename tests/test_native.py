@@ -1,4 +1,4 @@
-"""The compiled module: every instruction set is right, and is made of packed instructions; how it is called."""
+"""The compiled module: correctness and packed instructions on every instruction set, and the calling convention."""
 
 import os
 import re
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(native._native is None, reason=f"no native modul
 
 
 def isas() -> list[str]:
-    """The instruction sets that this processor runs, the best first."""
+    """The instruction sets that this processor supports, best first."""
     found = []
     for isa in ("avx512", "avx2", "baseline"):
         code = "from kdkernels import _native; print(_native.cpu_isa)"
@@ -38,12 +38,14 @@ def isas() -> list[str]:
 
 
 ISAS = isas()
-assert "baseline" in ISAS, "the module runs on no instruction set"
+assert "baseline" in ISAS, "the module supports no instruction set of this processor"
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
 def test_suite_passes_on_every_instruction_set(isa):
-    """The best one runs in this process; the others run the CPU's property and edge tests in one of their own."""
+    """The current process tests the best instruction set. For each other set, a subprocess runs the CPU's property and
+    edge tests.
+    """
     files = (
         "test_rows.py",
         "test_edges.py",
@@ -71,7 +73,7 @@ def test_unknown_instruction_set_is_named(isa):
     assert isa in out.stdout and "expected" in out.stdout
 
 
-# Of each kernel's inner loops: an instruction that only packed code has.
+# Instructions of each kernel's inner loops that only packed code contains.
 PACKED = {
     "avx512": ["vfmadd[0-9]*ps.*zmm", "vmaxps.*zmm", "vsqrtps.*zmm", "vdivps.*zmm", "vcvtph2ps", "vcvtps2ph"],
     "avx2": ["vfmadd[0-9]*ps.*ymm", "vmaxps.*ymm", "vsqrtps.*ymm", "vdivps.*ymm", "vcvtph2ps", "vcvtps2ph"],
@@ -82,7 +84,7 @@ PACKED = {
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 @pytest.mark.parametrize("isa", [isa for isa in PACKED if isa in ISAS])
 def test_inner_loops_are_packed(isa):
-    """Without -fno-trapping-math a compiler leaves every select, and with it every loop, scalar."""
+    """The compiler must vectorise every loop. Without -fno-trapping-math it leaves selects scalar, and so the loops."""
     module = native._native.__file__
     dump = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", module], capture_output=True, text=True).stdout
     functions = {}
@@ -94,27 +96,27 @@ def test_inner_loops_are_packed(isa):
     everything = "\n".join(functions.values())
     for pattern in PACKED[isa]:
         assert re.search(pattern, everything), f"{isa} has no {pattern}"
-    # Every divergence's fp32 loop, one by one.
+    # The fp32 loop of every divergence.
     packed = {"avx512": "ps.*zmm", "avx2": "ps.*ymm", "baseline": "ps .*xmm"}[isa]
     for name in native._native.divergences:
         struct = "".join(part.capitalize() for part in name.split("_"))
         mine = [
             body for head, body in functions.items() if f"divergence_sums<float, kdk::{isa}::{struct}<float>" in head
         ]
-        assert mine, f"{name}: no loop of its own found in {isa}"
+        assert mine, f"{name}: found no loop in {isa}"
         assert all(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
-    # Of a sparse teacher's entries, and the sweep and the search for the k-th largest of an extraction.
+    # Sparse teachers' entries; the sweep of the top-k extraction and its search for the k-th largest logit.
     register = {"avx512": "zmm", "avx2": "ymm", "baseline": "xmm"}[isa]
     integers = rf"p(cmp|max|min|add|sub)[a-z]+ .*{register}"
     extraction = (("Extraction<float>::sweep(", packed), ("Extraction<float>::extract(", integers))
     for name, loop in (("entry_sums<float", packed), *extraction):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(loop, body)) >= 2 for body in mine), f"{name} is not packed in {isa}"
-    # Of optimal transport: a tile of the gradient, the reverse of a round.
+    # Optimal transport: a tile of the gradient, and the reverse of a round.
     for name in ("Gradient<float>::write(", "Problem<float>::unroll"):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
-    # Those of heads, and the sums in fp32 of 16-bit products, which are part of what each thread runs.
+    # Heads: the soft cap, its gradient, and the fp32 sums of 16-bit products.
     for name in ("cap_block<float>", "cap_gradient_block<float>", "accumulate"):
         mine = [body for head, body in functions.items() if re.search(rf"kdk::{isa}::{re.escape(name)}\(", head)]
         assert any(len(re.findall(packed, body)) >= 3 for body in mine), f"{name} is not packed in {isa}"
@@ -122,7 +124,7 @@ def test_inner_loops_are_packed(isa):
 
 @pytest.mark.parametrize("scale", [1.0, 20.0])
 def test_exp_and_log_are_near_the_last_digit(scale):
-    """Through statistics: lse, entropy and cross-entropy of fp32 logits against fp64."""
+    """Through statistics: lse, entropy and cross-entropy of fp32 logits must match fp64."""
     from kdkernels import fused_kl
 
     student, teacher = scale * torch.randn(8, 5000), scale * torch.randn(8, 5000)
@@ -192,11 +194,11 @@ def test_a_field_of_rows_that_is_of_another_kind_is_named(changed, message):
         native._native.cpu_rows(seen | changed, None, 1)
 
 
-# ---- the CUDA side of backends/native, without CUDA: how it calls, and when it does not
+# ---- the CUDA side of backends/native, without CUDA: calls and refusals
 
 
 class StandIn:
-    """Takes the calls of the CUDA functions and has the CPU kernels do the work."""
+    """Replaces the CUDA functions: records each call and runs the CPU kernel instead."""
 
     divergences = native._native and native._native.divergences
 
@@ -214,7 +216,7 @@ class StandIn:
         return run
 
     def cuda_refusal(self, device):
-        native._native.advise_huge_pages(0, 0)  # compiled code, as the real one is: no compiler can trace it
+        native._native.advise_huge_pages(0, 0)  # compiled code: torch.compile cannot trace it, like the real function
         self.asked.append(device)
         return self.answer
 
@@ -237,7 +239,7 @@ def test_cuda_calls_as_the_cpu_does(stand_in, gradient):
     got = run(student, teacher, "js", backend="cuda", **options)
     assert torch.equal(got.loss, want.loss) and torch.equal(got.gradient, want.gradient)
     assert torch.equal(got.statistics["tv"], want.statistics["tv"])
-    assert stand_in.placed == [(0, 0)] * 2, "rows, and then scale or row_gradient"
+    assert stand_in.placed == [(0, 0)] * 2, "expected two calls: rows, then scale or row_gradient"
     one = torch.ones(1)
     problem = Rows(student, teacher, RowOptions(torch.ones(12), one), "js", 0.5 * one, 700, True)
     floats = [k.row_floats(problem) for k in (native.cpu, native.cuda)]
@@ -256,7 +258,7 @@ def test_cuda_calls_for_heads_as_the_cpu_does(stand_in):
         kernels.accumulate_(total, gradient.bfloat16())
         found.append(torch.stack([capped, sloped, total]))
     assert torch.equal(*found) and not torch.equal(found[0][0], logits)
-    assert stand_in.placed == [(0, 0)] * 2, "the sum is torch's"
+    assert stand_in.placed == [(0, 0)] * 2, "expected two calls: torch, not the module, computes the sum"
 
 
 @pytest.mark.parametrize("kernels", [native.cpu, native.cuda], ids=["cpu", "cuda"])
@@ -323,7 +325,9 @@ def test_cuda_launches_on_the_current_stream_of_the_device(monkeypatch):
 
 
 def test_cuda_is_asked_once_a_device_and_while_compiling(stand_in):
-    """torch.compile(fullgraph=True) goes through the choice of a backend, and cannot trace compiled code."""
+    """A device is asked once, outside the graph: torch.compile(fullgraph=True) traces the backend's choice, but cannot
+    trace compiled code.
+    """
 
     def loss(student, teacher):
         return kdkernels.fused_js(student, teacher, backend="cuda")
@@ -342,14 +346,14 @@ def test_cuda_refuses_in_words(stand_in, monkeypatch):
 
     assert refusal() is None
     stand_in.answer = "no such device"
-    assert refusal() is None, "the answer is kept"
+    assert refusal() is None, "the answer must be cached"
     other = StandIn()
     other.answer = "no image for this chip"
     monkeypatch.setattr(native.cuda, "module", other)
     assert refusal() == "no image for this chip"
     assert refusal(x.double()).startswith("its arithmetic is fp32")
     assert "one cpu device" in refusal(x, x.to("meta")) and "teacher on meta" in refusal(x, x.to("meta"))
-    assert "one cpu device" in refusal(x.to("meta").double(), x), "the device before the dtype"
+    assert "one cpu device" in refusal(x.to("meta").double(), x), "the device must be checked before the dtype"
 
     monkeypatch.setattr(native.cuda, "module", None)
     monkeypatch.setattr(native.cuda, "device_type", "cuda")

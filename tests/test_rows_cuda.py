@@ -1,6 +1,6 @@
-"""The CUDA kernels beyond what every backend is tested on: how calls are launched, races, wide rows, errors.
+"""The CUDA kernels beyond the tests of every backend: launch configurations, races, wide rows, errors.
 
-Without a GPU all of it runs in the execution model of CUDA (cuda_model/), on chips of chips.py.
+Without a GPU every test runs in the execution model of CUDA (cuda_model/), on chips of chips.py.
 """
 
 import chips
@@ -54,7 +54,7 @@ def test_wide_rows_on_an_h100(divergence, vocab, dtypes):
         assert_loss_close(got.statistics[name], value, 1e-6 * value.abs() + ulps * (1 + value.abs()), name)
 
 
-# ---- how a call is launched: what the design says of an H100 with 227 KiB a block
+# ---- launch configurations: the design's values for an H100 with 227 KiB per block
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_a_row_is_held_by_the_smallest_cluster_that_leaves_room_for_another(voca
 
 
 def test_without_clusters_rows_are_streamed():
-    """Before sm_90, where a row is too long for any cluster, and where there is one sweep only."""
+    """Rows are streamed before sm_90, if no cluster holds a row, and if the call has only one sweep."""
     student, teacher = torch.randn(4, 3000, requires_grad=True), torch.randn(4, 3000)
     for chip in ("a100", "streaming"):
         (launch,) = launches_of(lambda: fused_js(student, teacher.detach(), backend="cuda").detach(), chip)
@@ -94,7 +94,7 @@ def test_without_clusters_rows_are_streamed():
 
 
 def test_kernels_that_a_driver_made_of_older_ptx_use_no_clusters():
-    """KDKERNELS_CUDA_ARCHS="80+PTX" on a Hopper: what was compiled knows nothing of its clusters."""
+    """With KDKERNELS_CUDA_ARCHS="80+PTX", code compiled for sm_80 runs on a Hopper; it must launch without clusters."""
     device = emulated.cuda_model().configure_device(ptx_version=80)
     student, teacher = torch.randn(4, 3000), torch.randn(4, 3000)
     with emulated.serving(device=device) as serving:
@@ -105,7 +105,7 @@ def test_kernels_that_a_driver_made_of_older_ptx_use_no_clusters():
 
 
 def test_rows_in_flight_fit_the_cache_that_is_swept_again():
-    """A chip with room for many rows takes few at a time, where they are to be read again."""
+    """If rows are swept twice, a chip must process only as many rows at a time as the L2 cache holds."""
     student, teacher = torch.randn(64, 400), torch.randn(64, 400)
     model = emulated.cuda_model()
     rows = {}
@@ -118,7 +118,7 @@ def test_rows_in_flight_fit_the_cache_that_is_swept_again():
     assert rows == {40_000: 20, 10_000_000: 64}
 
 
-# ---- races: whatever order the threads run in, the result is the same to the last bit
+# ---- races: the result must be bitwise the same for every order of the threads
 
 
 @pytest.mark.parametrize("chip", [name for name in chips.CHIPS if name != "h100"])
@@ -146,9 +146,9 @@ def test_no_result_depends_on_the_order_of_threads(chip):
     property_holds()
 
 
-# ---- the tests of these tests: kernels with one thing wrong are caught
+# ---- the tests of the tests: a kernel with one fault must fail
 
-# (what is wrong, text in csrc/cuda, what stands there instead)
+# (the fault, its text in csrc/cuda, the replacement)
 FAULTS = [
     ("partial results are read before the warps have written them",
      "if (lane == 0) board.of_warp[warp].put(x);\n    __syncthreads();", "if (lane == 0) board.of_warp[warp].put(x);"),
@@ -156,17 +156,18 @@ FAULTS = [
      "    __syncthreads();\n    return board.of_team", "    return board.of_team"),
     ("blocks read each other's partial results without a cluster barrier",
      "      cluster_sync(blocks);\n      if (warp == 0) {", "      __syncthreads();\n      if (warp == 0) {"),
-    ("a fast block overwrites what a slow one still reads", "      turn ^= 1;\n", ""),
+    ("a fast block overwrites values that a slow block still reads", "      turn ^= 1;\n", ""),
     ("a block leaves while another reads its shared memory",
      "if (team.blocks > 1) cluster_sync(team.blocks);", ""),
-    ("a row is staged over one that is read", "      __syncthreads();  // all threads have read the staged row\n", ""),
-    ("a row is read before it is all staged",
+    ("a row is staged over a row that is still read", "      __syncthreads();  // all threads have read the staged row\n",
+     ""),
+    ("a row is read before all of it is staged",
      "    }\n    __syncthreads();\n  }\n\n  // One thread calls this.", "    }\n  }\n\n  // One thread calls this."),
     ("a bulk copy is not waited for", "      bulk_barrier_wait(&board.arrived, parity);\n", ""),
-    ("a bulk copy is waited for in the phase before",
+    ("a bulk copy is waited for in the previous phase",
      "bulk_barrier_wait(&board.arrived, parity);", "bulk_barrier_wait(&board.arrived, parity ^ 1);"),
     ("the phase of a bulk copy is not counted", "      parity ^= 1;\n", ""),
-    ("a barrier for bulk copies is used before it is there",
+    ("a barrier for bulk copies is used before it is initialised",
      "bulk_barrier_init(&board.arrived);\n    __syncthreads();", "bulk_barrier_init(&board.arrived);"),
     ("fewer bytes are copied than expected",
      "in_bulk, &board.arrived);", "in_bulk - 16, &board.arrived);"),
@@ -180,21 +181,21 @@ FAULTS = [
     ("a group before the first column is stored whole",
      "whole = aligned && position >= begin && position + kGroup <= end;",
      "whole = aligned && position + kGroup <= end;"),
-    ("a row's shift is forgotten", "first_column = team.rank * plan.slice - shift;",
+    ("a row's shift is ignored", "first_column = team.rank * plan.slice - shift;",
      "first_column = team.rank * plan.slice;"),
     ("rows that are shifted differently are taken for aligned",
      "return a_shift == b_shift ? a_shift : -1;", "return a_shift;"),
-    ("the row after the last is worked on",
+    ("the row after the last is processed",
      "row = blockIdx.x / plan.blocks; row < call.rows;", "row = blockIdx.x / plan.blocks; row <= call.rows;"),
     ("a row that is dropped is read", "return !skipped() && !bad(", "return !bad("),
-    ("a block begins where another does",
+    ("two blocks begin at the same column",
      "first_column = team.rank * plan.slice - shift;", "first_column = team.rank / 2 * plan.slice - shift;"),
     ("the label is looked for in the wrong block", "(int)numbers.label - first_column", "(int)numbers.label"),
 ]  # fmt: skip
 
 
 def wrong_results(module, seeds: int) -> int:
-    """Of so many orders of threads, how many end in an error of the model or in a wrong loss or gradient."""
+    """The number of orders of threads that end in an error of the model or in a wrong loss or gradient."""
     wrong = 0
     torch.manual_seed(0)
     for seed in range(seeds):
@@ -202,7 +203,7 @@ def wrong_results(module, seeds: int) -> int:
         student, teacher = torch.randn(9, vocab), torch.randn(9, vocab)
         if seed % 2:
             student, teacher = student.half(), teacher.half()
-        if seed % 8 == 5:  # the teacher's rows lie elsewhere between the lines of 16 bytes than the student's
+        if seed % 8 == 5:  # the teacher's rows have another offset from a 16-byte boundary than the student's
             teacher = torch.nn.functional.pad(teacher, (1, 1))[:, 1:-1]
         mask = torch.rand(9) < 0.8
         options = {"mask": mask, "labels": torch.randint(0, vocab, (9,)), "hard_weight": 0.5}
@@ -223,7 +224,7 @@ def wrong_results(module, seeds: int) -> int:
     return wrong
 
 
-def test_kernels_with_nothing_wrong_pass():
+def test_kernels_without_a_fault_pass():
     assert wrong_results(emulated.cuda_model(), seeds=16) == 0
 
 
@@ -235,12 +236,12 @@ def test_a_fault_is_caught(what, text, instead):
     assert caught, what
 
 
-# ---- the same of the gradient in the place of the logits, and of the soft cap
+# ---- the same tests for the in-place gradient and the soft cap
 
 IN_PLACE_FAULTS = [
-    ("the label's logit is read when its gradient may be there", "floats[4], team.board.label_logit};",
+    ("the label's logit is read after its gradient may have replaced it", "floats[4], team.board.label_logit};",
      "floats[4], load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label)};"),
-    ("the label's logit is read after the merge that other blocks leave first",
+    ("the label's logit is read after the merge, which other blocks may leave earlier",
      "    if (labelled) team.board.label_logit = label_logit;\n    Floats x = team.merged(mine, at);",
      "    Floats x = team.merged(mine, at);\n    if (labelled) team.board.label_logit = "
      "load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);"),
@@ -248,7 +249,7 @@ IN_PLACE_FAULTS = [
 
 
 def wrong_in_place(module, seeds: int) -> int:
-    """Of so many orders of threads, how many give something else than with a gradient of its own."""
+    """The number of orders of threads in which the in-place results differ from those with a separate gradient."""
     wrong = 0
     torch.manual_seed(0)
     for seed in range(seeds):
@@ -269,22 +270,22 @@ def wrong_in_place(module, seeds: int) -> int:
 
 
 SOFTCAP_FAULTS = [
-    ("what lies before the tensor is capped", "first < 0 ? shift : 0,", "0,"),
-    ("what lies after the tensor is capped",
+    ("memory before the tensor is capped", "first < 0 ? shift : 0,", "0,"),
+    ("memory after the tensor is capped",
      "count - first < kGroup ? (int)(count - first) : kGroup);", "kGroup);"),
-    ("groups are where they are in a tensor that begins with one",
+    ("groups ignore the tensor's offset",
      "threadIdx.x) * kGroup - shift;", "threadIdx.x) * kGroup;"),
-    ("blocks work on each other's groups",
+    ("blocks process each other's groups",
      "(int64_t)gridDim.x * kThreads * kGroup;", "(int64_t)kThreads * kGroup;"),
     ("a block takes no second turn", "for (; first < count; first += step)", "if (first < count)"),
-    ("two tensors are taken for aligned", "const bool aligned = shift >= 0;", "const bool aligned = true;"),
+    ("two tensors are wrongly assumed to be aligned", "const bool aligned = shift >= 0;", "const bool aligned = true;"),
     ("a gradient of 0 meets a logit that is NaN", "return gradient == 0 ? gradient : gradient *", "return gradient *"),
     ("a small logit loses digits", "fabsf(ratio) >= 0x1p-12f ?", "fabsf(ratio) >= 0x1p-2f ?"),
 ]  # fmt: skip
 
 
 def wrong_softcaps(module) -> int:
-    """How many of some tensors come out wrong, or end in an error of the model."""
+    """The number of tensors with a wrong result or an error of the model."""
     wrong = 0
     torch.manual_seed(0)
     for chip, dtype, count, begin, begin_of_logits in [
@@ -316,7 +317,7 @@ def wrong_softcaps(module) -> int:
     return wrong
 
 
-def test_nothing_wrong_passes_in_place_and_capped():
+def test_kernels_without_a_fault_pass_in_place_and_capped():
     assert wrong_in_place(emulated.cuda_model(), seeds=16) == 0
     assert wrong_softcaps(emulated.cuda_model()) == 0
 
@@ -341,7 +342,7 @@ def test_a_fault_of_the_soft_cap_is_caught(what, text, instead):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 3])
 def test_rows_that_are_not_aligned(dtype, offset):
-    """Views that begin between the 16-byte lines, and rows of odd width, give what their aligned copies give."""
+    """Views that are not 16-byte aligned, and rows of odd width, must give the results of their aligned copies."""
     student, teacher = torch.randn(5, 331).to(dtype), torch.randn(5, 340).to(dtype)
     for chip in ("small", "streaming", "a100"):
         with chips.on(chip):
@@ -350,7 +351,7 @@ def test_rows_that_are_not_aligned(dtype, offset):
             for whole, x in zip(aligned, (student, teacher), strict=True):
                 whole[:, : 325 - offset] = x[:, offset:325]
             want = run(*aligned, "js", vocab_size=325 - offset, backend="cuda")
-        # Where a row begins decides which columns a thread sums.
+        # The columns that a thread sums depend on the row's alignment.
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-6, atol=2e-6)
         scale = want.gradient.float().abs().max().item()
         ulp = torch.finfo(dtype).eps
@@ -360,7 +361,7 @@ def test_rows_that_are_not_aligned(dtype, offset):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_an_infinite_scale_without_a_label_term_is_as_on_the_cpu(labelled, sparse):
-    """inf * 0 is NaN: a hard weight of 0 must leave the label term out."""
+    """inf * 0 is NaN, so a hard weight of 0 must leave the label term out."""
     student, teacher = torch.randn(1, 3, 60), torch.randn(1, 3, 60)
     row_scale, ones = torch.tensor([torch.inf, 1.0, -torch.inf]), torch.ones(1)
     labels, hard_weight = (torch.tensor([4, 5, 6]), torch.zeros(1)) if labelled else (None, None)
@@ -377,7 +378,7 @@ def test_an_infinite_scale_without_a_label_term_is_as_on_the_cpu(labelled, spars
     want = results(native.cpu)
     with chips.on("small"):
         got = results(native.cuda)
-    assert want[1][0, [0, 2]].isinf().all(), "no class of these rows has a gradient that is a number"
+    assert want[1][0, [0, 2]].isinf().all(), "every class of these rows must have an infinite gradient"
     for a, b in zip(want, got, strict=True):
         torch.testing.assert_close(b, a)
 
@@ -405,7 +406,7 @@ def test_an_error_of_cuda_names_the_call_and_what_to_do(call, error, advice):
                 fused_kl(student, teacher, backend="cuda")
         finally:
             model.fail_call(call, "cudaSuccess")
-        assert torch.equal(fused_kl(student, teacher, backend="cuda"), want), "the process goes on"
+        assert torch.equal(fused_kl(student, teacher, backend="cuda"), want), "a later call must succeed"
         assert model.current_device() == 0
 
 
@@ -423,10 +424,10 @@ def test_a_launch_of_the_soft_cap_that_fails_is_an_error():
         model.clear_launches()
         native.cuda.softcap_(torch.randn(0, 7), 30.0)
         native.cuda.softcap_gradient_(torch.randn(3, 0), torch.randn(3, 0), 30.0)
-        assert not model.launches(), "there is nothing to launch for"
+        assert not model.launches(), "an empty tensor must launch nothing"
         native.cuda.softcap_(torch.randn(100_000), 30.0)
         (launch,) = model.launches()
-        assert launch["block"][0] * 8 * (launch["grid"][0] - 1) <= 100_000, "no more threads than groups"
+        assert launch["block"][0] * 8 * (launch["grid"][0] - 1) <= 100_000, "every block must have a group"
 
 
 @pytest.mark.parametrize(

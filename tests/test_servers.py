@@ -1,4 +1,4 @@
-"""What inference servers return becomes a teacher whose rows are those of the logits that predict."""
+"""The responses of inference servers become teachers. Row t must hold the distribution that the logits at t predict."""
 
 import json
 import math
@@ -41,14 +41,14 @@ class LogprobsTensors(NamedTuple):
     cu_num_generated_tokens: list[int] | None = None
 
 
-# ---- one sequence, "The capital of France is Paris", scored with K = 3, as each form has it
+# ---- one sequence, "The capital of France is Paris", scored with K = 3, in every form
 
 TOKENS = [785, 6722, 315, 9625, 374, 12095]
 
 DICTS = [
     None,
     {
-        6722: Logprob(-6.28125, 53, " capital"),  # not among the three
+        6722: Logprob(-6.28125, 53, " capital"),  # the prompt's token is not in the top three
         1124: Logprob(-2.875, 1, " following"),
         220: Logprob(-3.0625, 2, " "),
         2701: Logprob(-3.28125, 3, " given"),
@@ -59,7 +59,7 @@ DICTS = [
         374: Logprob(-3.765625, 3, " is"),
     },
     {
-        9625: Logprob(-3.53125, 2, " France"),  # the second: the own token stands first in any case
+        9625: Logprob(-3.53125, 2, " France"),  # rank 2: the prompt's token comes first, whatever its rank
         279: Logprob(-1.0390625, 1, " the"),
         5616: Logprob(-3.96875, 3, " China"),
     },
@@ -106,7 +106,7 @@ NUMBERS = [
     {12095: -0.73046875, 2130: -2.734375, 32671: -3.046875},
 ]
 
-# K + 1 columns a row: the own token, then the three, among which it is once more.
+# K + 1 columns per row: the prompt's token, then the top three, which may repeat it.
 IDS = [
     [6722, 1124, 220, 2701],
     [315, 315, 3283, 374],
@@ -209,7 +209,7 @@ def test_k_keeps_the_largest_and_fixes_the_width(form):
         [12095, 2130, 32671],
         [-1, -1, -1],
     ]
-    assert served.token_log_prob[0] == -6.28125, "the token is known where it is no entry"
+    assert served.token_log_prob[0] == -6.28125, "token_log_prob must be known although the token is no entry"
     assert (served.teacher.tail, served.teacher.source_temperature) == ("renormalize", 0.5)
     wide = form(k=6)
     assert wide.teacher.indices.shape == wide.teacher.log_probs.shape == (6, 6)
@@ -221,7 +221,7 @@ def test_k_keeps_the_largest_and_fixes_the_width(form):
 
 
 class Scored(NamedTuple):
-    """What a server does with the logits of a sequence."""
+    """A sequence's logits as a server scores them."""
 
     tokens: torch.Tensor
     log_probs: torch.Tensor  # [T, V]
@@ -236,12 +236,12 @@ class Scored(NamedTuple):
         return cls(tokens, log_probs, log_probs.topk(min(k, vocab), -1))
 
     def own(self, t: int) -> tuple[int, float]:
-        """The token after position t."""
+        """The token after position t, and its log-probability."""
         token = int(self.tokens[t + 1])
         return token, float(self.log_probs[t, token])
 
     def rows(self):
-        """Of each token after the first: the own token, then the top k."""
+        """For each token after the first, yields the token itself and then the top k."""
         for t in range(len(self.tokens) - 1):
             top = zip(self.top.indices[t].tolist(), self.top.values[t].tolist(), strict=True)
             yield [self.own(t), *top]
@@ -279,7 +279,7 @@ scored = st.builds(
     length=st.integers(1, 7),
     vocab=st.integers(1, 40),
     k=st.integers(1, 12),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),  # bf16 has equal ones
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),  # bf16 has ties
     seed=st.integers(0, 2**31),
 )
 
@@ -295,7 +295,7 @@ def test_row_t_is_of_the_logits_at_t(scored):
         entries = served.teacher.indices[t] >= 0
         indices, log_probs = served.teacher.indices[t][entries].tolist(), served.teacher.log_probs[t][entries].tolist()
         assert dict(zip(indices, log_probs, strict=True)) == want
-        assert len(indices) == len(want), "a token is there twice"
+        assert len(indices) == len(want), "a token appears twice"
         assert log_probs == sorted(log_probs, reverse=True) and not entries[len(want) :].any()
         assert (served.teacher.log_probs[t][~entries] == -INF).all()
         assert served.token_log_prob[t] == scored.log_probs[t, scored.tokens[t + 1]]
@@ -311,7 +311,7 @@ def test_all_forms_agree(scored, k, with_tokens):
 
 
 def test_the_servers_are_aligned_alike():
-    """One collator shifted the teacher by a token, its twin for the other server did not, and the loss shifted too."""
+    """Both servers' rows must align with the same logits: a shift by one token would shift the loss."""
     logits, tokens = torch.randn(6, 20), torch.randint(20, (6,))
     log_probs = logits.log_softmax(-1)
     scored = Scored(tokens, log_probs, log_probs.topk(4, -1))
@@ -326,7 +326,7 @@ def test_the_servers_are_aligned_alike():
 
 
 def bucket_kl(student_logits, teacher):
-    """KL of the entries and one class for all others, row by row, in plain PyTorch."""
+    """KL over the entries plus one class for all other classes, row by row, in plain PyTorch."""
     losses = []
     for logits, indices, log_probs in zip(student_logits, teacher.indices, teacher.log_probs, strict=True):
         p, lq = log_probs.exp(), logits.log_softmax(-1)[indices.clamp(min=0).long()]
@@ -338,7 +338,7 @@ def bucket_kl(student_logits, teacher):
 
 
 def test_short_rows_do_not_reach_the_loss_as_nan():
-    """Rows shorter than K were filled with -inf and id 0 and kept by the mask: 0 · inf made the loss NaN."""
+    """Rows with fewer than K entries must give a finite loss: padding with -inf and id 0 would give 0 · inf = NaN."""
     rows = [None, {3: -0.5, 5: -1.5, 2: -2.5}, {4: -0.25}, {}, None, {7: -1.0, 1: -1.25}, {6: -0.125}]
     served = topk_from_vllm(rows)
     assert served.teacher.indices.tolist() == [
@@ -379,7 +379,7 @@ def test_entries_of_probability_zero_are_padding():
     assert served.teacher.indices.tolist() == [[4, 2], [3, -1], [-1, -1], [-1, -1]]
     assert served.valid.tolist() == [True, True, False, False]
     assert served.token_log_prob.nan_to_num(9.0, neginf=-9.0).tolist() == [-0.5, -9.0, -9.0, 9.0]
-    # JSON has no -inf: vLLM's server writes -9999.
+    # JSON has no -inf; vLLM's server writes -9999.
     as_json = [None, *({str(i): {"logprob": max(x, -9999.0)} for i, x in row.items()} for row in rows[1:])]
     assert same(topk_from_vllm(as_json), served)
 
@@ -389,7 +389,7 @@ def test_a_repeated_token_is_kept_once_wherever_it_stands():
     log_probs = torch.tensor([[-0.5, -0.5, -1.5, -0.5, -1.5], [-3.0, -0.5, -2.0, -2.5, -3.5]])
     served = topk_from_vllm(LogprobsTensors(ids, log_probs, torch.ones(2)))
     assert served.teacher.indices.tolist() == [[7, 2, -1, -1, -1], [2, 3, 4, 1, 5], [-1] * 5]
-    assert served.teacher.log_probs[0].exp().sum() < 1, "mass counted twice"
+    assert served.teacher.log_probs[0].exp().sum() < 1, "the repeated token's mass is counted twice"
     assert topk_from_sglang([None, [[-0.5, 7], [-1.5, 2]]], [[None, 1], [-0.5, 7]]).teacher.indices.tolist() == [
         [7, 2],
         [-1, -1],
@@ -397,7 +397,7 @@ def test_a_repeated_token_is_kept_once_wherever_it_stands():
 
 
 def test_equal_log_probabilities_stand_in_the_order_of_their_ids():
-    """So that k cuts alike whichever form the rows came in."""
+    """Ties are sorted by token id, so that k keeps the same entries in every form."""
     served = topk_from_vllm([None, {8: -1.5, 5: -1.5, 9: -0.5, 2: -1.5}], k=3)
     assert served.teacher.indices[0].tolist() == [9, 2, 5]
     served = topk_from_sglang([None, [[-0.5, 9], [-1.5, 5], [-1.5, 2]]], [[None, 1], [-1.5, 8]], k=3)
@@ -419,7 +419,7 @@ def test_a_prompt_of_one_token_has_no_valid_row():
 
 
 def test_only_the_own_token():
-    """prompt_logprobs=0."""
+    """A request with prompt_logprobs=0 returns only the prompt's tokens."""
     served = topk_from_vllm([None, {5: -0.5}, {6: -2.0}])
     assert served.teacher.indices.tolist() == [[5], [6], [-1]]
     assert served.token_log_prob[:2].tolist() == [-0.5, -2.0]
@@ -446,7 +446,7 @@ def test_sglang_without_the_tokens_own_log_probabilities():
 
 
 def test_sglang_rows_from_a_later_token():
-    """logprob_start_len = 2: the rows are of tokens 2 to 5, and the first of them is None as ever."""
+    """With logprob_start_len = 2 the rows belong to tokens 2 to 5, and the first row is None, as always."""
     top = [None, *INPUT_TOP_LOGPROBS[3:]]
     own = [[None, 315, None], *INPUT_TOKEN_LOGPROBS[3:]]
     served = topk_from_sglang(top, own, start=2)
@@ -457,14 +457,14 @@ def test_sglang_rows_from_a_later_token():
     assert torch.equal(served.teacher.log_probs[2:], whole.teacher.log_probs[2:])
     assert (served.teacher.indices[:2] == -1).all() and (served.teacher.log_probs[:2] == -INF).all()
     assert same(topk_from_sglang(top, own, start=2, prompt_token_ids=TOKENS), served)
-    # A row of token 2 that is there is predicted by position 1.
+    # If the row of token 2 exists, position 1 predicts it.
     first = topk_from_sglang(INPUT_TOP_LOGPROBS[2:], INPUT_TOKEN_LOGPROBS[2:], start=2)
     assert first.valid.tolist() == [False, True, True, True, True, False]
     assert same(topk_from_sglang(INPUT_TOP_LOGPROBS, INPUT_TOKEN_LOGPROBS, start=0), whole)
 
 
 def test_sglang_rows_without_entries_stay_invalid():
-    """A token's own log-probability is no top-k row."""
+    """A token's own log-probability alone does not make a top-k row."""
     served = topk_from_sglang([None, None, [[-0.5, 3]]], [[None, 9], [-4.0, 8], [None, 3]])
     assert served.valid.tolist() == [False, True, False]
     assert served.teacher.indices.tolist() == [[-1], [3], [-1]]
@@ -472,12 +472,12 @@ def test_sglang_rows_without_entries_stay_invalid():
 
 
 def test_sglang_takes_the_entry_of_the_top_k_where_the_token_was_renamed():
-    """It writes id 0 for a token past the vocabulary; what the top k says of 0 holds."""
+    """SGLang writes id 0 for a token beyond the vocabulary; the top k's entry for id 0 takes precedence."""
     served = topk_from_sglang([None, [[-0.5, 0], [-1.5, 4]]], [[None, 9], [-7.0, 0]])
     assert served.teacher.log_probs[0].tolist() == [-0.5, -1.5]
 
 
-# ---- the tokens that were scored
+# ---- checks against the prompt's tokens
 
 
 @each_form
@@ -493,7 +493,7 @@ def test_tokens_that_were_scored_are_in_their_rows(form):
 def test_tokens_are_found_where_the_order_was_lost():
     by_id = json.loads(json.dumps(JSON, sort_keys=True))
     assert same(topk_from_vllm(by_id, prompt_token_ids=TOKENS), topk_from_vllm(JSON))
-    assert not same(topk_from_vllm(by_id), topk_from_vllm(JSON)), "the first key was the own token by chance"
+    assert not same(topk_from_vllm(by_id), topk_from_vllm(JSON)), "the sort must move the prompt's token"
 
 
 def test_rows_of_another_start_are_found_out():
@@ -549,7 +549,7 @@ def test_to_moves_all_of_it():
     assert (moved.teacher.tail, moved.teacher.source_temperature) == ("support", 2.0)
 
 
-# ---- tensors as engines have them
+# ---- tensors and arrays from engines
 
 
 def test_tensors_of_inference_mode_do_not_get_into_the_graph():
@@ -576,7 +576,7 @@ def test_what_was_passed_is_not_changed():
     assert all(torch.equal(x, y) for x, y in zip(tensors[:3], TENSORS[:3], strict=True))
 
 
-# ---- what is refused
+# ---- invalid input
 
 
 def flat_with(**columns):

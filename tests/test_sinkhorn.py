@@ -375,8 +375,8 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
             *leaves, epsilon=epsilon, iterations=rounds, value=value, gradient=gradient, plan=True, backend=backend
         )
         derivatives = torch.autograd.grad(out.value.sum(), leaves) if gradient != "implicit" else ()
-        # An implicit derivative is ill-conditioned if the rounds converge slowly
-        # (test_many_rounds_unrolled_are_implicit).
+        # An implicit derivative is ill-conditioned if the rounds converge slowly; see
+        # test_many_rounds_unrolled_are_implicit.
         potentials = out.f[:, :, None] + out.g[:, None]
         found[name] = [x.double() for x in (out.value, potentials, out.error, out.plan, *derivatives)]
     unit = torch.finfo(dtype).eps
@@ -392,7 +392,7 @@ def test_cpu_matches_fp64(shape, epsilon, spread, gradient, value, rounds, dtype
 @both_backends
 @pytest.mark.parametrize("gradient", GRADIENTS)
 @pytest.mark.parametrize("value", ["transport", "entropic"])
-def test_what_costs_have_in_common_does_not_cancel(backend, gradient, value):
+def test_a_common_offset_of_costs_loses_no_precision(backend, gradient, value):
     cost, a, b = problems(2, 6, 7)
     cost = (64 * cost).round() / 64  # multiples of 1/64 stay exact after the offset is added
     found = []
@@ -655,7 +655,7 @@ def test_nan_stays_in_its_cloud(backend, cost):
     assert torch.isnan(gradient[1]).all() and torch.isfinite(gradient[[0, 2]]).all()
 
 
-def test_temperature_is_what_was_passed():
+def test_temperature_is_used_unchanged():
     """The temperature applies unchanged. The class in the paper's code ignores its argument and divides by 2."""
     student, teacher = clouds()
     torch.testing.assert_close(

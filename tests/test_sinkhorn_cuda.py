@@ -26,8 +26,8 @@ from kdkernels.families.rows import softmaxes
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
 
-# h100: a whole problem in shared memory. wide, a100: the history, or the matrix too, in the workspace; a100 has no
-# clusters.
+# The chips differ in clusters and in shared memory: if a problem does not fit, its history, or the matrix too, is in
+# the workspace.
 CHIPS = ["h100", "wide", "a100"]
 EPSILONS = [float(torch.tensor(x)) for x in (0.005, 0.02, 0.1, 1.0)]  # the fp32 values of these epsilons
 ULP = 2.0**-23
@@ -41,12 +41,14 @@ def exponent_rounding(span: float, epsilon: float) -> float:
 def assert_close(got, want, in_fp32, relative, size, what=""):
     """Compares element by element, [problems, ...]. `size` is an absolute error: one number, or one per problem."""
     got, want, in_fp32 = got.double(), want.double(), in_fp32.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in {got} where {want}"
-    assert torch.equal(got.isinf(), want.isinf()), f"{what}: infinite in {got} where {want}"
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places; got {got}, expected {want}"
+    assert torch.equal(got.isinf(), want.isinf()), f"{what}: infinities in other places; got {got}, expected {want}"
     error, eager = ((x - want).nan_to_num(0, 0, 0).abs().view(len(x), -1) for x in (got, in_fp32))
     allowed = 2 * eager.amax(1, keepdim=True) + relative * want.nan_to_num(0, 0, 0).abs().view(len(want), -1)
     allowed = allowed + torch.as_tensor(size, dtype=torch.float64).reshape(-1, 1)
-    assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times what is allowed\n{got}\n{want}"
+    assert (error <= allowed).all(), (
+        f"{what}: error {(error / allowed).max():.2f} times the allowed error\n{got}\n{want}"
+    )
 
 
 # ---- problems
@@ -332,7 +334,7 @@ def test_no_mass_at_all_is_no_cost():
         (14, 13, 6, "small", "nothing", True),
     ],
 )
-def test_what_does_not_fit_is_in_the_workspace(n, m, iterations, chip, shared, workspace):
+def test_arrays_beyond_shared_memory_are_in_the_workspace(n, m, iterations, chip, shared, workspace):
     for epsilon in (EPSILONS[0], EPSILONS[2]):
         recipe = Recipe(n, m, epsilon, 2, iterations)
         recipe.assert_right(chip, n)
@@ -446,11 +448,12 @@ class Clouds:
         allowed = GRADIENT_TOLERANCE[self.student] * right.abs() + of_row + of_class + subnormal
         allowed = allowed + 2 * (in_fp32 - right).abs().amax((1, 2), keepdim=True)
         error = (got - right).abs().nan_to_num(0)
-        assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times what is allowed"
+        assert (error <= allowed).all(), f"gradient: error {(error / allowed).max():.2f} times the allowed error"
 
     def slack(self, inputs, rounding):
         """The error allowed in the gradient: per row, from the rounding of costs and probabilities; per class, from
-        signs of p - q that rounding decides."""
+        signs of p - q that rounding decides.
+        """
         student, teacher, mask = inputs
         kept = torch.ones(self.clouds, self.rows, dtype=torch.float64) if mask is None else mask.double()
         there = (kept != 0)[..., None]
@@ -664,7 +667,7 @@ def wrong_results(module) -> int:
     return wrong
 
 
-def test_kernels_with_nothing_wrong_pass():
+def test_kernels_without_a_fault_pass():
     assert wrong_results(emulated.cuda_model()) == 0
 
 

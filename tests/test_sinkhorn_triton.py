@@ -48,9 +48,9 @@ def each_path(request, monkeypatch):
 def assert_close(got, want, of_fp32, allowed, what):
     """NaN and infinities must match; the error is at most 4 times the reference's error in fp32, plus `allowed`."""
     got, want, of_fp32 = got.double(), want.double(), of_fp32.double()
-    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in {got} where {want}"
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in other places; got {got}, expected {want}"
     infinite = want.isinf()
-    assert torch.equal(got[infinite], want[infinite]), f"{what}: {got} where {want}"
+    assert torch.equal(got[infinite], want[infinite]), f"{what}: got {got}, expected {want}"
     error, usual = ((x - want)[want.isfinite()].abs() for x in (got, of_fp32))
     if error.numel():
         bound = 4 * usual.max() + allowed
@@ -258,7 +258,7 @@ def test_points_without_mass(value, gradient, each_path):
 
 @each_gradient
 def test_far_points_without_mass_have_finite_gradients(gradient, each_path):
-    """The exact gradient of the mass of such a point overflows fp32; the kernel's gradients must be finite."""
+    """The exact gradient of a far point's mass overflows fp32; the kernel's gradients must be finite."""
     problems = simple(n=3, m=3, epsilon=0.005, gradient=gradient)
     problems.cost[1:, 0] += 5  # b_0 exchanges mass only with a_0, which has no mass
     problems.a[0], problems.b[2] = 0, 0
@@ -269,7 +269,7 @@ def test_far_points_without_mass_have_finite_gradients(gradient, each_path):
 
 
 def test_the_error_of_far_points_without_mass(each_path):
-    """The potentials of such points may change without bound between rounds; the reported error must be right."""
+    """A far point's potential may change without bound between rounds; the reported error must be right."""
     problems = simple(n=3, m=2, epsilon=0.005, iterations=1)
     problems.cost = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.1, 3.1]], device=DEVICE)
     problems.a = torch.tensor([0.0, 0.5, 0.5], device=DEVICE)

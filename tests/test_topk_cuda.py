@@ -338,7 +338,7 @@ def test_no_result_depends_on_the_order_of_threads():
     property_holds()
 
 
-def test_what_a_conditional_row_is_not_asked_for_is_not_read():
+def test_a_conditional_row_reads_only_its_entries():
     """A conditional row must read only the logits of its entries: the model allows no other memory
     (emulated.memory_of), the other logits are NaN, and their gradient is 0.
     """
@@ -593,8 +593,8 @@ def rows_of_trouble(vocab: int) -> dict[str, torch.Tensor]:
     return {
         "ascending": column / 100,
         "descending": -column / 100,
-        "of one group": torch.where(column % 4096 == 8, 50 + random, random),
-        "of few threads": torch.where(column // 8 % 512 < 60, 50 + random, random),
+        "in one group": torch.where(column % 4096 == 8, 50 + random, random),
+        "in few threads": torch.where(column // 8 % 512 < 60, 50 + random, random),
         "all equal": torch.full((vocab,), 3.0),
         "two values": (column % 7 == 0).float(),
         "zeros of both signs": torch.where(column % 3 == 0, -0.0, 0.0),
@@ -638,7 +638,7 @@ def test_the_rest_is_exact_even_where_it_is_tiny():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_nan_makes_what_is_taken_of_its_row_nan(dtype):
+def test_a_nan_makes_the_top_k_of_its_row_nan(dtype):
     vocab, k = 500, 20
     logits = torch.randn(1, 7, vocab).to(dtype)
     logits[0, :4, 123] = torch.tensor(NANS[dtype]).to(INTEGERS[dtype.itemsize]).view(dtype)
@@ -653,7 +653,7 @@ def test_a_nan_makes_what_is_taken_of_its_row_nan(dtype):
     assert ((indices[:4] >= 0) & (indices[:4] < vocab)).all()
 
 
-def test_what_is_taken_does_not_depend_on_the_order_of_threads():
+def test_the_top_k_does_not_depend_on_the_order_of_threads():
     for dtype, k in ((torch.bfloat16, 100), (torch.float32, 700), (torch.float32, 1400)):
         logits = torch.stack(list(rows_of_trouble(2600).values()))[None].to(dtype)
         ones = torch.ones(logits.shape[1])
@@ -740,7 +740,7 @@ def wrong_results(module) -> int:
     return wrong
 
 
-def test_kernels_with_nothing_wrong_pass():
+def test_kernels_without_a_fault_pass():
     assert wrong_results(emulated.cuda_model()) == 0
 
 

@@ -274,7 +274,7 @@ def with_labels(rows=3, vocab=150, **options) -> dict:
 @pytest.mark.parametrize(
     "divergence", [d for d in DIVERGENCES if d.is_infinite_without_student and not d.is_steep], ids=repr
 )
-def test_what_the_others_get_of_an_over_confident_student(divergence, small_tiles):
+def test_gradient_of_other_classes_of_an_over_confident_student(divergence, small_tiles):
     """The other classes' share of the student underflows in fp32; their gradient must keep its precision."""
     call = simple(divergence)
     call.student.scatter_(-1, call.indices[None, :, :1].long(), 250.0)
@@ -352,7 +352,7 @@ def test_nan_stays_in_its_row(divergence, of, conditional, small_tiles):
 
 @pytest.mark.parametrize("conditional", [False, True])
 def test_a_bad_value_makes_its_row_nan(conditional, small_tiles):
-    """Such a row must not cause a read out of bounds: its label may be any integer."""
+    """A row with a bad value must not cause a read out of bounds: the label may be any integer."""
     bad = {
         "labels": [-1, 150, -(2**40)],
         "temperature": [0.0, INF, torch.nan, 1e-40],

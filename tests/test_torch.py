@@ -1,4 +1,4 @@
-"""What torch expects of an operator: compile, opcheck, autocast, checkpointing, saved tensors, hooks, FakeTensors."""
+"""torch's demands on an operator: compile, opcheck, autocast, checkpointing, saved tensors, hooks, FakeTensors."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def annealed_step(student, teacher, temperature, beta, mask, labels, hard_weight
 
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_compiles_whole_and_twice_at_most(gradient):
-    """Ten annealed temperatures, betas, hard weights, normalizers and token counts: at most two compilations."""
+    """Ten annealed temperatures, betas, hard weights, normalizers and token counts must compile at most twice."""
     counter = CompileCounter()
     compiled = torch.compile(annealed_step, fullgraph=True, backend=counter)
     for i in range(10):
@@ -47,7 +47,7 @@ def test_compiles_whole_and_twice_at_most(gradient):
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
-    """Also where the graph goes on on both sides, and where the loss has a factor."""
+    """The graph continues on both sides of the loss, and the loss is multiplied by a factor."""
     head = torch.randn(16, 60)
 
     def step(hidden, teacher, scale):
@@ -100,14 +100,14 @@ def operator_arguments(backend):
 @pytest.mark.parametrize("name", ["rows", "rows without", "row_floats", "row_sums", "row_gradient", "scale", "scale_"])
 def test_opcheck(backend, name):
     operator, arguments = operator_arguments(backend)[name]
-    torch.use_deterministic_algorithms(False)  # opcheck compares two runs
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs, and NaN fills would differ
     opcheck(operator, *arguments)
 
 
 @kernel_backends
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
 def test_the_three_sweeps_make_the_fused_one(backend, divergence):
-    """row_floats, row_sums and row_gradient, one after the other, are `rows`."""
+    """The sequence row_floats, row_sums, row_gradient must give the results of `rows`."""
     device = device_of(backend)
     student, teacher = torch.randn(2, 3, 300, device=device), torch.randn(2, 3, 300, device=device)
     row_scale = torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0, 0.5], device=device)
@@ -179,7 +179,7 @@ def test_activation_checkpointing(backend, reentrant):
 
 @kernel_backends
 def test_saved_tensors_pass_through_hooks(backend):
-    """Everything kept for backward goes through save_for_backward: one gradient, or the inputs and row numbers."""
+    """save_for_backward must hold everything kept for backward: one gradient, or the inputs and numbers per row."""
     device = device_of(backend)
     student, teacher = torch.randn(5, 64, device=device, requires_grad=True), torch.randn(5, 64, device=device)
     for gradient, large in (("forward", 1), ("backward", 2)):
@@ -204,8 +204,8 @@ def test_batched_gradients(backend, gradient):
 
 
 @kernel_backends
-def test_derivatives_that_are_not_there_raise(backend):
-    """Forward-mode AD and torch.func found no derivative in an operator: a tangent of 0, or None, and no error."""
+def test_missing_derivatives_raise(backend):
+    """Forward-mode AD and torch.func must raise: an operator without a derivative silently gives a tangent of 0."""
     device = device_of(backend)
     student, teacher = torch.randn(3, 20, device=device), torch.randn(3, 20, device=device)
 
@@ -268,7 +268,7 @@ def test_no_graph_and_no_gradient_without_grad(backend):
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("divergence", ["kl", "js"])
 def test_memory_is_the_gradient_and_a_few_rows(gradient, divergence, monkeypatch):
-    """Nothing of size [N, V] but the gradient, in either mode; without grad, nothing."""
+    """The only allocation of size [N, V] is the gradient, in either mode. Without grad nothing of that size exists."""
     rows, vocab = 64, 20_000
     torch.use_deterministic_algorithms(False)
     student, teacher = torch.randn(rows, vocab, requires_grad=True), torch.randn(rows, vocab)
@@ -295,7 +295,7 @@ def test_memory_is_the_gradient_and_a_few_rows(gradient, divergence, monkeypatch
 
 
 def test_no_value_is_read_on_the_way():
-    """Under FakeTensors nothing can read a value: what runs there synchronises with no device, forward or backward."""
+    """Forward and backward run under FakeTensors, which cannot read a value, so no call synchronises with a device."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -332,7 +332,7 @@ def test_no_synchronisation_on_a_gpu(backend):
 @gpu_backends
 @pytest.mark.parametrize("vocab", [640, 100_000])
 def test_streams_and_graphs_on_a_gpu(backend, vocab):
-    """A side stream, and capture in a CUDA graph that is replayed on new values."""
+    """A call runs on a side stream. A CUDA graph captures a call and replays it on new values."""
     student = torch.randn(50, vocab, device="cuda", requires_grad=True)
     teacher = torch.randn(50, vocab, device="cuda")
     stream = torch.cuda.Stream()
@@ -358,7 +358,7 @@ def test_streams_and_graphs_on_a_gpu(backend, vocab):
 @pytest.mark.gpu
 @gpu_backends
 def test_a_call_runs_on_the_device_of_its_tensors(backend):
-    """Whichever device is the current one, which stays so."""
+    """The current device may be another; the call must not change it."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two devices")
     student, teacher = torch.randn(50, 5000), torch.randn(50, 5000)

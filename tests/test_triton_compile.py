@@ -1,12 +1,11 @@
-"""Compiles the Triton kernels ahead of time, without a GPU, and checks that none spills a tile to a stack.
+"""Compiles the Triton kernels ahead of time, without a GPU, and checks that no kernel spills a tile to the stack.
 
-`python tests/test_triton_compile.py` prints the table of registers and exits with 1 where a kernel spills.
-The test runs just that in a process of its own: nothing compiles under TRITON_INTERPRET=1, which conftest.py
-sets.
+`python tests/test_triton_compile.py` prints the table of registers and exits with 1 if a kernel spills. The test runs
+this command in a separate process, because conftest.py sets TRITON_INTERPRET=1, under which nothing compiles.
 
-The launchers say what to compile: they are called with tensors of the meta device, and the launch that they
-would make is recorded with its types, tile and warps, for a vocabulary of 151,936. See `cases` for what is
-covered. What is not: other widths (their tiles are no larger), logits not aligned to 16 bytes, and running.
+The launchers select the kernels to compile. A launcher is called with tensors of the meta device, and a recorder keeps
+the types, tile and warps of its launch, for a vocabulary of 151,936. `cases` lists the covered combinations. The tests
+do not cover other widths (their tiles are no larger), logits that are not aligned to 16 bytes, or execution.
 """
 
 import multiprocessing
@@ -40,10 +39,10 @@ WITH_GRADIENT = (
     "uld, gradient",
     "uld, gradient, its result",
 )
-# Points a side: those that stay in registers, and those of two shapes of tiles. Of odd numbers rows are not aligned.
+# Points per side: one size that stays in registers, and two sizes with different tiles. Odd sizes have unaligned rows.
 SINKHORN_POINTS = (63, 128, 1023)
 SINKHORN_OPTIONS = ("", ", unrolled", ", entropic, unrolled")
-# The same for every divergence.
+# Operators that compile to the same kernel for every divergence.
 ONCE = (
     "row_floats",
     "scale_",
@@ -62,8 +61,8 @@ ONCE = (
 )
 ENTRIES = 64
 
-# ptxas may put a few scalars on the stack where that lets one more block run at a time. A tile that does
-# not fit the registers takes hundreds of bytes.
+# ptxas may put a few scalars on the stack if this lets one more block run at a time. A tile that does not fit the
+# registers takes hundreds of bytes.
 MAX_STACK = 32
 
 
@@ -92,8 +91,9 @@ def test_kernels_compile_without_spilling_a_tile():
 
 
 def cases() -> list[Case]:
-    """What is compiled: every divergence for every target, with gradient; the rest of the operators for every
-    divergence on the main target and for a few on the others; other dtypes for those few."""
+    """Every divergence with gradient, for every target. The main target also compiles all other operators for every
+    divergence; the other targets do so for a few divergences. Those few compile other dtypes too.
+    """
     from kdkernels.divergences import CATALOGUE
 
     found = []
@@ -109,7 +109,7 @@ def cases() -> list[Case]:
 
 
 class Recorder:
-    """Stands in for a kernel and keeps what it would be launched with."""
+    """Replaces a kernel and records the arguments of its launches."""
 
     def __init__(self, kernel, launches: list):
         self.kernel, self.launches = kernel, launches
@@ -157,7 +157,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
         "uld, gradient": lambda: uld.uld(of_uld, True),
     }
     for options, row in (("", plain), (", label", label)):
-        # partial binds now: the loop goes on.
+        # partial binds the loop variables now.
         rows = Rows(student, teacher, row, divergence, parameters, VOCABULARY, False)
         calls["row_gradient" + options] = partial(launchers.row_gradient, rows, floats, sums)
         for statistics in (False, True):
@@ -221,7 +221,7 @@ def launches(divergence: str, student_dtype, teacher_dtype) -> dict:
 
 
 def source(kernel, args, kwargs):
-    """A recorded launch as an ASTSource, specialised as the launch would be, and its compile options."""
+    """A recorded launch as an ASTSource, specialised like the launch, and its compile options."""
     import torch
     from triton.compiler import ASTSource
 
@@ -237,7 +237,7 @@ def source(kernel, args, kwargs):
     constants, attributes = {}, {}
 
     def type_of(parameter, value, place: tuple[int, ...]):
-        if isinstance(value, tuple):  # of tensors and None
+        if isinstance(value, tuple):  # a tuple of tensors and None
             return type(value)(*(type_of(parameter, part, (*place, i)) for i, part in enumerate(value)))
         tensor = isinstance(value, torch.Tensor)
         is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
@@ -274,7 +274,7 @@ def compile_case(case: Case) -> list[Measured]:
 
 
 def nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack."""
+    """The number of registers, and the bytes of stack."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -292,7 +292,7 @@ def amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def print_table(measured: list[Measured]):
-    """A line per operator and options: for each target, least and most registers of what was compiled."""
+    """Prints a line per operator and options: the least and most registers of its kernels, for each target."""
     print(f"registers a thread, V = {VOCABULARY:,}{'':17}" + "".join(f"{target:>12}" for target in TARGETS))
     for operator in dict.fromkeys(m.operator for m in measured):
         line = f"{operator:48}"

@@ -20,13 +20,13 @@ INF, NAN = float("inf"), float("nan")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 kernel_backends = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 in_fp64 = pytest.mark.parametrize("backend", ["cpu", "reference"])
-SLOW = "the interpreter takes a second a row of a top k, which test_topk_is_right does"
+SLOW = "the interpreter takes a second per row of a top k; test_topk_is_right covers it"
 EXAMPLES = {"cpu": 40, "reference": 10, "cuda": 4, "triton": 4}
 LARGEST = {"cpu": 9000, "reference": 9000, "cuda": 700, "triton": 5000}
 
 
 def run(student, teacher, *, grad_output=None, statistics=("divergence", "error_bound"), **options):
-    """Loss, gradient and statistics; reduction "none" unless it is given."""
+    """Loss, gradient and statistics. The reduction defaults to "none"."""
     student = student.detach().requires_grad_()
     out = fused_uld(student, teacher, **{"reduction": "none", **options}, statistics=statistics)
     grad_output = torch.ones_like(out.loss) if grad_output is None else grad_output
@@ -35,7 +35,7 @@ def run(student, teacher, *, grad_output=None, statistics=("divergence", "error_
 
 
 def truth(student, teacher, **options):
-    """The same in fp64, by the reference."""
+    """The same results from the reference in fp64."""
     options = {
         name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in options.items()
     }
@@ -49,7 +49,7 @@ def sizes(student, teacher, options) -> tuple[int, int]:
 
 
 def undecided(student, teacher, temperature, allowed, options):
-    """`kdkernels.selftest.undecided_ranks` at these options, with a closeness `allowed` of each row."""
+    """`kdkernels.selftest.undecided_ranks` at these options, with a closeness `allowed` for each row."""
     logits = (x[..., :size] for x, size in zip((student, teacher), sizes(student, teacher, options), strict=True))
     return undecided_ranks(*logits, temperature[..., None], allowed[..., None], options.get("topk"))
 
@@ -79,7 +79,7 @@ def assert_right(student, teacher, got, **options):
     assert (gradient[..., student_size:] == 0).all()
     slopes = (weight / temperature)[..., None]
     of_class = undecided(s, t, temperature, 2 * allowed, options) * slopes
-    # Each is the difference of two roundings where ULD's part and the label's are added.
+    # With a label, the gradient is the sum of two rounded parts: ULD's and the cross-entropy's.
     parts = 2.0 if "hard_weight" in options else 1.0
     got_gradient, want_gradient = (x[..., :student_size].double() for x in (gradient, want_gradient))
     if parts == 2:
@@ -91,15 +91,15 @@ def assert_right(student, teacher, got, **options):
 
 @dataclass(frozen=True)
 class Pair:
-    """Recipe for a student and a teacher of two vocabularies."""
+    """Recipe for a student and a teacher with two vocabularies."""
 
     leading: tuple[int, ...]
     vocab: tuple[int, int]
     padding: tuple[int, int]
     dtypes: tuple[torch.dtype, torch.dtype]
     scale: float
-    closeness: float  # 1: the teacher's logits are the student's, as far as both go
-    grid: float  # logits are multiples of it: ties
+    closeness: float  # 1: the teacher's logits equal the student's over their common columns
+    grid: float  # logits are multiples of the grid, which makes ties
     strided: bool
     seed: int
 
@@ -149,7 +149,7 @@ def pairs(largest: int, dtypes=DTYPES):
 
 
 def integral(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Of |N_p(x) - N_q(x)|, N the number of classes whose probability is more than x."""
+    """The integral over x of |N_p(x) - N_q(x)|; N(x) is the number of classes with a probability above x."""
     ends = torch.cat([torch.zeros(1), p, q]).double().unique()
     counts = [(x[None, :] > ends[:-1, None]).sum(-1) for x in (p, q)]
     return ((counts[0] - counts[1]).abs() * ends.diff()).sum()
@@ -184,7 +184,7 @@ def test_gradcheck(backend, gradient, topk):
 
 @each_backend
 def test_equal_logits_take_the_mean_of_their_signs(backend):
-    """p = (a, a, a, b) sorted, of which two ranks lie below q and one above."""
+    """The sorted student is p = (a, a, a, b): two ranks with probability a lie below q, one lies above."""
     device = device_of(backend)
     student = torch.tensor([[1.0, -0.5, 1.0, 1.0], [0.0, -0.0, 0.0, -9.0]], device=device)
     teacher = torch.tensor([[3.0, 2.5, -1.0], [0.0, -0.0, -0.0]], device=device)
@@ -194,7 +194,7 @@ def test_equal_logits_take_the_mean_of_their_signs(backend):
     torch.testing.assert_close(loss[0].double(), q[0, 0] - a + q[0, 1] - a + a - q[0, 2] + b)
     s = torch.tensor([-1 / 3, 1.0, -1 / 3, -1 / 3], device=device).double()
     torch.testing.assert_close(gradient[0].double(), p[0] * (s - (p[0] * s).sum()), rtol=1e-5, atol=1e-7)
-    # 0 and -0 are one logit.
+    # 0 and -0 are equal logits.
     assert gradient[1, 0] == gradient[1, 1] == gradient[1, 2]
 
 
@@ -202,12 +202,12 @@ def test_equal_logits_take_the_mean_of_their_signs(backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_permutation_of_classes_permutes_the_gradient(backend, dtype):
     student = (2 * torch.randn(3, 300)).to(device_of(backend), dtype)
-    student[:, ::7] = student[:, :1]  # ties in fp32 too
+    student[:, ::7] = student[:, :1]  # fp32 has ties too
     teacher = (2 * torch.randn(3, 211)).to(device_of(backend), dtype)
     order, others = torch.randperm(300).to(student.device), torch.randperm(211).to(student.device)
     loss, gradient, _ = run(student, teacher, backend=backend)
     loss_of_it, gradient_of_it, _ = run(student[:, order], teacher[:, others], backend=backend)
-    if backend != "reference":  # whose softmax sums in the order of the classes
+    if backend != "reference":  # the reference's softmax sums in the order of the classes
         assert torch.equal(loss_of_it, loss) and torch.equal(gradient_of_it, gradient[:, order])
     torch.testing.assert_close(loss_of_it, loss)
     torch.testing.assert_close(gradient_of_it, gradient[:, order])
@@ -237,7 +237,7 @@ def test_no_loss_between_equal_distributions(backend, dtype):
     assert (loss == 0).all() and (gradient == 0).all()
 
 
-# ---- every backend against it
+# ---- every backend against the definition
 
 
 @each_backend
@@ -271,8 +271,8 @@ def test_the_cpu_is_right_in_fp64():
         of_class = undecided(s, t, one, 1e-13 * one, pair.options)
         found, right = (x[..., : pair.vocab[0]].double() for x in (got[1], want[1]))
         relative = {torch.float64: 1e-11, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}[student.dtype]
-        # A lane adds 128 terms before a merge, each rounded: the sums that p and the signed mass are made of. Where
-        # they cancel in p (s - sum p s), that is left of p.
+        # p and the signed mass are sums; a lane adds 128 rounded terms before a merge. If they cancel in
+        # p (s - sum p s), the error that remains is relative to p.
         of_sums = 4 * 128 * 2.0**-53 * s.double().softmax(-1)
         allowed = relative * right.abs() + of_class + of_sums + torch.finfo(student.dtype).smallest_normal
         assert ((found - right).abs() <= allowed).all()
@@ -325,7 +325,7 @@ def test_sorted_rows_are_taken_in_chunks(backend, monkeypatch):
     monkeypatch.setattr(family, "_sorted", lambda x, chunk, size: taken.append(chunk) or sort(x, chunk, size))
     for x in (student, wide[:, 1:-1]):
         taken.clear()
-        with kdkernels.chunk_budget(3500):  # two rows of 1704 bytes
+        with kdkernels.chunk_budget(3500):  # room for two rows of 1704 bytes
             got = run(x, teacher, backend=backend, temperature=temperature)
         assert taken[:10:2] == taken[1:10:2] == [slice(first, first + 2) for first in range(0, 10, 2)]
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
@@ -337,7 +337,7 @@ def test_sorted_rows_are_taken_in_chunks(backend, monkeypatch):
 @each_backend
 @pytest.mark.parametrize("topk", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_no_number_stays_in_its_row(backend, dtype, topk):
+def test_nan_and_infinity_stay_in_their_row(backend, dtype, topk):
     if backend == "triton" and topk and dtype != torch.float16:
         pytest.skip(SLOW)
     device = device_of(backend)
@@ -393,7 +393,7 @@ def test_without_rows(backend, topk):
 
 @each_backend
 def test_row_options(backend):
-    """The label's term, temperatures of rows, weights, normalizer and reductions, from their parts."""
+    """The label's term, per-row temperatures, weights, the normalizer and reductions must match sums of their parts."""
     device = device_of(backend)
     student, teacher = torch.randn(5, 30, device=device), torch.randn(5, 40, device=device)
     labels = torch.randint(0, 30, (5,), device=device)
@@ -419,13 +419,13 @@ def test_row_options(backend):
 @each_backend
 def test_values_that_no_loss_has_raise_on_a_cpu(backend):
     if device_of(backend) != "cpu":
-        pytest.skip("on a GPU its row is NaN")
+        pytest.skip("a GPU backend makes the row NaN instead")
     student, teacher, labels = torch.randn(3, 9, requires_grad=True), torch.randn(3, 7), torch.tensor([0, 9, 1])
     for topk in (None, 3):
         with pytest.raises(ValueError, match=r"temperature: .*got -1.0 in row 1"):
             fused_uld(student, teacher, temperature=torch.tensor([1.0, -1.0, 1.0]), backend=backend, topk=topk)
     if backend in ("cuda", "triton"):
-        return  # whose label term does not look, as on a GPU
+        return  # the label term of these backends does not validate
     with pytest.raises(ValueError, match=r"labels: expected 0 <= label < 9 .*got 9 in row 1"):
         fused_uld(student, teacher, labels=labels, hard_weight=0.5, backend=backend)
     with pytest.raises(ValueError, match=r"hard_weight: expected from 0 to 1; got 1.5 in row 2"):
@@ -458,7 +458,7 @@ def test_results_do_not_depend_on_the_threads():
         assert torch.equal(got[0], found[0][0]) and torch.equal(got[1], found[0][1])
 
 
-# ---- what torch expects
+# ---- integration with PyTorch
 
 
 @kernel_backends
@@ -479,7 +479,7 @@ def test_modes_agree_and_a_graph_can_be_gone_through_twice(backend):
 
 
 @kernel_backends
-def test_derivatives_that_are_not_there_raise(backend):
+def test_missing_derivatives_raise(backend):
     student, teacher = torch.randn(3, 9, device=device_of(backend)), torch.randn(3, 9, device=device_of(backend))
     for gradient in ("forward", "backward"):
         leaf = student.clone().requires_grad_()
@@ -502,7 +502,7 @@ def test_opcheck(backend):
     device = device_of(backend)
     student, teacher = torch.randn(2, 3, 40, device=device), torch.randn(2, 3, 44, device=device).bfloat16()
     tensors = (student, teacher, torch.rand(6, device=device), torch.full((1,), 1.5, device=device))
-    torch.use_deterministic_algorithms(False)  # opcheck compares two runs
+    torch.use_deterministic_algorithms(False)  # opcheck compares two runs, and NaN fills would differ
     for wanted in (True, False):
         for k in (None, 5) if backend != "triton" else (None,):  # SLOW
             opcheck(ops.uld, family.Uld(*tensors, k, 38, 44, 1 << 20), [wanted], backend)

@@ -72,13 +72,15 @@ def rounding(student, teacher, temperature=1.0) -> torch.Tensor:
 def assert_loss_close(got: torch.Tensor, want: torch.Tensor, tolerance: torch.Tensor, what=""):
     """Infinities and NaN must match exactly; finite losses must agree within the tolerance."""
     got, want = got.double().cpu(), want.double().cpu()
-    assert torch.equal(torch.isnan(got), torch.isnan(want)), f"{what}: NaN in {got} where {want}"
+    assert torch.equal(torch.isnan(got), torch.isnan(want)), f"{what}: NaN in other places; got {got}, expected {want}"
     infinite = torch.isinf(want)
-    assert torch.equal(got[infinite], want[infinite]), f"{what}: {got} where {want}"
+    assert torch.equal(got[infinite], want[infinite]), f"{what}: got {got}, expected {want}"
     finite = torch.isfinite(want)
     error = (got - want).abs()[finite]
     allowed = tolerance.double().cpu()[finite]
-    assert (error <= allowed).all(), f"{what}: error {error.max():.3e}, allowed {allowed.max():.3e}; {got} {want}"
+    assert (error <= allowed).all(), (
+        f"{what}: error {error.max():.3e}, allowed {allowed.max():.3e}; got {got}, expected {want}"
+    )
 
 
 # A gradient is rounded to its dtype once. Earlier rounding errors are relative to the row's largest slope.
@@ -134,7 +136,7 @@ def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.T
     allowed = relative * want.abs() + 1e-6 * row_max + of_row.double().cpu()[..., None] + subnormal
     allowed += torch.as_tensor(of_class).cpu()
     error = (got - want).abs()
-    assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times what is allowed"
+    assert (error <= allowed).all(), f"{what}: error {(error / allowed).max():.2f} times the allowed error"
 
 
 def xlogy(p, log_ratio):
