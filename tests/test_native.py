@@ -112,8 +112,9 @@ def test_inner_loops_are_packed(isa):
     for name, loop in (("entry_sums<float", packed), *extraction):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(loop, body)) >= 2 for body in mine), f"{name} is not packed in {isa}"
-    # Optimal transport: a tile of the gradient, and the reverse of a round.
-    for name in ("Gradient<float>::write(", "Problem<float>::unroll"):
+    # Optimal transport: a tile of the gradient, and the reverse of a round in each domain.
+    reverses = [f"Problem<float, kdk::{isa}::{domain}>::unroll" for domain in ("Scalings", "Logarithms")]
+    for name in ("Gradient<float>::write(", *reverses):
         mine = [body for head, body in functions.items() if f"kdk::{isa}::{name}" in head]
         assert any(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
     # Heads: the soft cap, its gradient, and the fp32 sums of 16-bit products.
@@ -189,7 +190,8 @@ def test_a_field_of_rows_that_is_of_another_kind_is_named(changed, message):
     kernels = native.Cpu()
     kernels.launch = lambda kernel, device, fields: seen.update(fields)
     logits, ones = torch.ones(1, 2, 5), torch.ones(2)
-    kernels.rows(logits, logits, ones, None, torch.ones(1), None, torch.ones(1), "kl", 5, False, True, True)
+    problem = Rows(logits, logits, RowOptions(ones, torch.ones(1)), "kl", torch.ones(1), 5, True)
+    kernels.rows(problem, True)
     with pytest.raises(TypeError, match=message):
         native._native.cpu_rows(seen | changed, None, 1)
 
