@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ def mutated(old: str, new: str) -> ModuleType:
             (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
             unfinished.rename(copy)
     # A source that does not include the changed file is compiled from its original path, so that the cache serves it.
-    kernels = [copy / path.relative_to(CSRC) if original in (path, *_headers()) else path for path in _kernels()]
+    kernels = [copy / path.relative_to(CSRC) if original in _included(path) else path for path in _kernels()]
     return _module("cuda_model", *kernels, BINDINGS)
 
 
@@ -87,8 +88,12 @@ def _kernels() -> list[Path]:
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
-def _headers() -> list[Path]:
-    return sorted((CSRC / "cuda").glob("*.h"))
+@functools.cache
+def _included(path: Path) -> set[Path]:
+    """The file, and every file of csrc that it includes, directly or not."""
+    names = re.findall(r'^#include "(.+)"', path.read_text(), re.MULTILINE)
+    found = [other for name in names if (other := Path(os.path.normpath(path.parent / name))).exists()]
+    return {path}.union(*(_included(other) for other in found))
 
 
 def _module(name: str, *sources: Path) -> ModuleType:
