@@ -176,9 +176,9 @@ def test_the_readme_lists_the_catalogue():
 def test_the_docstring_of_fused_divergence_lists_the_catalogue():
     text = " ".join(fused_divergence.__doc__.split())
     assert re.search(r"divergence: a name of the catalogue \((.*?)\)", text)[1].split(", ") == list(CATALOGUE)
-    alone = re.search(r"the student has mass, (.*?) are \+inf, and the row's gradient is NaN", text)[1]
+    alone = re.search(r"with student mass: (.*?) are \+inf, and the row's gradient is NaN", text)[1]
     finite, nan = re.search(
-        r"the teacher has mass, (.*?) are \+inf with the finite gradient of their formula; (.*?) are \+inf with a NaN",
+        r"with teacher mass: (.*?) are \+inf with the finite gradient of their formula; (.*?) are \+inf with a NaN",
         text,
     ).groups()
     without_teacher, finite, nan = map(infinite_at, (alone, finite, nan))
