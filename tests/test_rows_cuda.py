@@ -16,6 +16,7 @@ from kdkernels import fused_js, fused_kl
 from kdkernels.backends import native
 from kdkernels.families.options import RowOptions
 from kdkernels.families.rows import Rows
+from kdkernels.families.topk import Entries, TopkRows
 from kdkernels.losses.options import STATISTICS
 
 pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str(emulated.missing_because))
@@ -366,15 +367,15 @@ def test_an_infinite_scale_without_a_label_term_is_as_on_the_cpu(labelled, spars
     student, teacher = torch.randn(1, 3, 60), torch.randn(1, 3, 60)
     row_scale, ones = torch.tensor([torch.inf, 1.0, -torch.inf]), torch.ones(1)
     labels, hard_weight = (torch.tensor([4, 5, 6]), torch.zeros(1)) if labelled else (None, None)
-    options = (row_scale, labels, ones, hard_weight, ones, "kl", 60, False)
+    loss_terms = (RowOptions(row_scale, ones, labels=labels, hard_weight=hard_weight), "kl", ones, 60, True)
 
     def results(kernels):
         if not sparse:
-            return kernels.rows(student, teacher, *options, True, True)[:2]
+            return kernels.rows(Rows(student, teacher, *loss_terms), True)[:2]
         log_probs, indices = teacher[0].log_softmax(-1)[:, :9], torch.arange(9, dtype=torch.int32).expand(3, 9)
         tail = teacher[0].log_softmax(-1)[:, 9:].logsumexp(-1)
-        entries = indices.contiguous(), log_probs.contiguous(), tail
-        return kernels.topk_rows(student, *entries, *options, False, True, True)[:2]
+        entries = Entries(indices.contiguous(), log_probs.contiguous(), tail)
+        return kernels.topk_rows(TopkRows(student, entries, *loss_terms, support_only=False), True)[:2]
 
     want = results(native.cpu)
     with chips.on("small"):
