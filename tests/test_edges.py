@@ -61,7 +61,7 @@ def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, valu
         assert not whole.loss.isfinite() and not whole.gradient.isfinite().any()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["logits", "sparse"])
 @each_gradient
 @pytest.mark.parametrize("value", [INF, -INF])
