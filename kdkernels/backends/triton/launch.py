@@ -22,6 +22,12 @@ def row_arguments(options: RowOptions) -> dict:
     return {"given": given, "strides": sum(step << bit for bit, step in enumerate(strides))}
 
 
+def loss_arguments(options: RowOptions) -> dict:
+    """`row_arguments`, and the flags of a kernel that computes a loss."""
+    flags = {"TEMPERATURE_SQUARED": options.temperature_squared, "NEEDS_LOSS": options.gradient_needs_loss}
+    return row_arguments(options) | flags
+
+
 def device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 

@@ -45,7 +45,7 @@ TOP1_COUNT = tl.constexpr(len(ROW_TOP1))
 
 # The tensors of the row options, as a kernel gets them: by name, None where there is none. With it comes `strides`,
 # an integer whose bits are the strides of these tensors in their order: 1, or 0 for a number that all rows share.
-Given = namedtuple("Given", (name for name in families.RowOptions._fields if name != "temperature_squared"))
+Given = namedtuple("Given", (name for name, kind in families.RowOptions.__annotations__.items() if kind is not bool))
 ROW_SCALE = tl.constexpr(Given._fields.index("row_scale"))
 TEMPERATURE = tl.constexpr(Given._fields.index("temperature"))
 HARD_WEIGHT = tl.constexpr(Given._fields.index("hard_weight"))

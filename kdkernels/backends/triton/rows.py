@@ -28,8 +28,8 @@ from ...families.rows import ROW_FLOATS, ROW_SUMS, Rows
 from .launch import (
     device_of,
     gradient_target,
+    loss_arguments,
     per_row_empty,
-    row_arguments,
     row_strides,
     statistics_empty,
     stride,
@@ -431,7 +431,7 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
     count = options.row_scale.numel()
     if count == 0:
         return
-    arguments = _NOT_GIVEN | _NOT_FOUND | row_arguments(options) | arguments
+    arguments = _NOT_GIVEN | _NOT_FOUND | loss_arguments(options) | arguments
     value, slope, slope_sum = TABLE[problem.divergence]
     block, warps = tile(vocab_size, arguments["statistics"] is not None)
     (student_outer, student_inner), (teacher_outer, teacher_inner) = row_strides(student), row_strides(teacher)
@@ -441,6 +441,5 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
             rows=count, inner=student.shape[1], columns=vocab_size, gradient_columns=student.shape[2],
             student_outer_stride=student_outer, student_inner_stride=student_inner,
             teacher_outer_stride=teacher_outer, teacher_inner_stride=teacher_inner,
-            TEMPERATURE_SQUARED=options.temperature_squared, NEEDS_LOSS=options.gradient_needs_loss,
             VALUE=value, SLOPE=slope, SLOPE_SUM=slope_sum, BLOCK=block, num_warps=warps, **arguments,
         )  # fmt: skip

@@ -24,8 +24,8 @@ from .launch import (
     device_of,
     gradient_target,
     lanes,
+    loss_arguments,
     per_row_empty,
-    row_arguments,
     row_strides,
     statistics_empty,
     topk_tile,
@@ -444,7 +444,7 @@ def topk_rows_kernel(
 def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
     """Returns loss [rows], gradient, statistics and top-1 of student logits against entries. `out` as in `rows`."""
     student, vocab_size, statistics = problem.student, problem.vocab_size, problem.statistics
-    options, row_scale = problem.options, problem.options.row_scale
+    row_scale = problem.options.row_scale
     indices, log_probs, tail_log_prob = problem.entries
     for x in problem.entries:
         assert x.is_contiguous(), x.stride()
@@ -461,8 +461,7 @@ def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
                 student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, problem.parameters,
                 loss, row_statistics if statistics else None, top1 if statistics else None, target,
                 count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
-                **row_arguments(options), TEMPERATURE_SQUARED=options.temperature_squared,
-                NEEDS_LOSS=options.gradient_needs_loss,
+                **loss_arguments(problem.options),
                 VALUE=value, SLOPE=slope, SUPPORT_ONLY=problem.support_only,
                 BLOCK=block, LANES=lanes(entries), num_warps=warps,
             )  # fmt: skip
