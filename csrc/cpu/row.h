@@ -150,7 +150,7 @@ template <class Row, class Scratch, class Call> void each_row(const Call& call) 
         if (row.terms.scale == 0)
           row.write_zeros();
         else
-          row.template sweep<Alone>(scratch);
+          row.template sweep<OneThread>(scratch);
       }
     }
     return;
@@ -164,7 +164,7 @@ template <class Row, class Scratch, class Call> void each_row(const Call& call) 
 #pragma omp parallel num_threads(threads)
     {
       Scratch scratch = scratch_of<Scratch>(call, 0);
-      row.template sweep<Together>(scratch);
+      row.template sweep<AllThreads>(scratch);
     }
   }
 }

@@ -113,8 +113,6 @@ struct AllThreads {
     body();
   }
 };
-using Alone = OneThread;
-using Together = AllThreads;
 
 template <class T> T per_row(const PerRow& x, int64_t row) { return ((const T*)x.data)[row * x.stride]; }
 

@@ -32,6 +32,7 @@ inline void check(cudaError_t error, const char* call) {
 void load_rows();
 void load_linear();
 void load_topk();
+void load_topk_rows();
 void load_pairwise();
 void load_sinkhorn();
 void load_uld();

@@ -6,8 +6,6 @@
 namespace kdk {
 namespace cuda {
 
-void load_topk_rows();
-
 // Loads every kernel now and none later, because a CUDA graph may capture the first call.
 std::string refusal(int device) {
   try {

@@ -48,9 +48,7 @@ def rows(problem: Rows):
     p, q = lp.exp(), lq.exp()
 
     row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
-    index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
-    cross_entropy = label_cross_entropy(s, index)
-    loss = row_loss(row_divergence, cross_entropy, options, bad)
+    index, cross_entropy, loss = label_and_loss(row_divergence, s, options, bad)
     if not statistics:
         return loss, None, None
 
@@ -100,6 +98,15 @@ def without_gradient_of_capped(s: Tensor, rows, problem) -> Tensor:
         alone = problem._replace(options=options._replace(row_scale=ones, loss_cap=None), statistics=False)
         capped = (rows(alone)[0] > options.loss_cap) & ~torch.isnan(options.row_scale)
     return torch.where(capped[:, None], s.detach(), s)
+
+
+def label_and_loss(divergence: Tensor, s: Tensor, options: RowOptions, bad: dict[str, Tensor]):
+    """The labels as an index [rows, 1] (or None), their cross-entropies with the logits s, and the losses: [rows]."""
+    index = None
+    if options.labels is not None:
+        index = torch.where((options.row_scale != 0) & ~bad["labels"], options.labels, 0)[:, None]
+    cross_entropy = label_cross_entropy(s, index)
+    return index, cross_entropy, row_loss(divergence, cross_entropy, options, bad)
 
 
 def label_cross_entropy(logits: Tensor, index: Tensor | None) -> Tensor:

@@ -8,8 +8,7 @@ from .rows import (
     WholeRowOrNaN,
     checked_bad_rows,
     kept_logits,
-    label_cross_entropy,
-    row_loss,
+    label_and_loss,
     stacked,
     without_gradient_of_capped,
 )
@@ -42,9 +41,7 @@ def topk_rows(problem: TopkRows):
     p, q = lp.exp(), lq.exp()
 
     row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
-    index = None if labels is None else torch.where(kept & ~bad["labels"], labels, 0)[:, None]
-    cross_entropy = label_cross_entropy(s, index)
-    loss = row_loss(row_divergence, cross_entropy, options, bad)
+    index, cross_entropy, loss = label_and_loss(row_divergence, s, options, bad)
     if not statistics:
         return loss, None, None
 
