@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 MODEL = Path(__file__).parent / "cuda_model"
 BINDINGS = MODEL / "module.cpp"
+ABSENT = MODEL / "absent.cpp"
 KEPT = ROOT / "build" / "cuda_model"
 
 COMPILER = os.environ.get("CXX", "g++")
@@ -55,7 +56,7 @@ missing_because = _missing()
 @functools.cache
 def cuda_model() -> ModuleType:
     """The kernels of csrc/cuda with the controls of the model: cuda_model/module.cpp, cuda_model/control.h."""
-    return _module("cuda_model", *_kernels(), BINDINGS)
+    return _module("cuda_model", *sorted((CSRC / "cuda").glob("*.cu")), BINDINGS)
 
 
 @functools.cache
@@ -64,8 +65,11 @@ def faults() -> ModuleType:
     return _module("faults", MODEL / "faults.cu")
 
 
-def mutated(old: str, new: str) -> ModuleType:
-    """`cuda_model` with `new` in place of `old`. The files of csrc/cuda must contain `old` exactly once."""
+def mutated(old: str, new: str, *families: str) -> ModuleType:
+    """`cuda_model` with `new` in place of `old`, and with the kernels of these families alone.
+
+    The files of csrc/cuda must contain `old` exactly once.
+    """
     found = {path: path.read_text() for path in sorted((CSRC / "cuda").iterdir()) if old in path.read_text()}
     times = sum(text.count(old) for text in found.values())
     assert times == 1, f"expected {old!r} once in csrc/cuda, found it {times} times"
@@ -79,13 +83,10 @@ def mutated(old: str, new: str) -> ModuleType:
             shutil.copytree(CSRC, unfinished, dirs_exist_ok=True)
             (unfinished / original.relative_to(CSRC)).write_text(text.replace(old, new))
             unfinished.rename(copy)
+    sources = [CSRC / "cuda" / f"{name}.cu" for name in (*families, "refusal")]
     # A source that does not include the changed file is compiled from its original path, so that the cache serves it.
-    kernels = [copy / path.relative_to(CSRC) if original in _included(path) else path for path in _kernels()]
-    return _module("cuda_model", *kernels, BINDINGS)
-
-
-def _kernels() -> list[Path]:
-    return sorted((CSRC / "cuda").glob("*.cu"))
+    sources = [copy / path.relative_to(CSRC) if original in _included(path) else path for path in sources]
+    return _module("cuda_model", *sources, ABSENT, BINDINGS)
 
 
 @functools.cache

@@ -232,7 +232,7 @@ def test_kernels_without_a_fault_pass():
 
 @pytest.mark.parametrize(("what", "text", "instead"), FAULTS, ids=[what for what, _, _ in FAULTS])
 def test_a_fault_is_caught(what, text, instead):
-    module = emulated.mutated(text, instead)
+    module = emulated.mutated(text, instead, "rows")
     caught = wrong_results(module, seeds=8)
     print(f"{what}: {caught} of 32 calls")
     assert caught, what
@@ -326,14 +326,14 @@ def test_kernels_without_a_fault_pass_in_place_and_capped():
 
 @pytest.mark.parametrize(("what", "text", "instead"), IN_PLACE_FAULTS, ids=[what for what, _, _ in IN_PLACE_FAULTS])
 def test_a_fault_in_place_is_caught(what, text, instead):
-    caught = wrong_in_place(emulated.mutated(text, instead), seeds=8)
+    caught = wrong_in_place(emulated.mutated(text, instead, "rows"), seeds=8)
     print(f"{what}: {caught} of 32 calls")
     assert caught, what
 
 
 @pytest.mark.parametrize(("what", "text", "instead"), SOFTCAP_FAULTS, ids=[what for what, _, _ in SOFTCAP_FAULTS])
 def test_a_fault_of_the_soft_cap_is_caught(what, text, instead):
-    caught = wrong_softcaps(emulated.mutated(text, instead))
+    caught = wrong_softcaps(emulated.mutated(text, instead, "linear"))
     print(f"{what}: {caught} of 12 results")
     assert caught, what
 
