@@ -125,8 +125,8 @@ def rows_of_tensors(tensors) -> ServedRows:
             _pair((indices[row, column].item(), log_probs[row, column].item()))
         except ValueError as error:
             rows.wrong[row] = _error(rows.name, rows.first, row + 1, str(error), ValueError)
-    # An engine fills the rows of a prompt in parts. Rows that it has not filled may be 0 throughout, and so is the row of
-    # a certain token 0, but for its rank, which is 1.
+    # An engine fills the rows of a prompt in parts. A row that it has not filled may be 0 throughout. The row of a
+    # certain token 0 may be 0 throughout too, but its rank is 1.
     unfilled = ((indices == 0) & (log_probs == 0)).all(-1)
     ranks = getattr(tensors, "selected_token_ranks", None)
     if ranks is not None and len(ranks) == len(unfilled):
