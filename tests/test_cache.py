@@ -621,9 +621,8 @@ def test_a_shard_that_is_damaged_after_opening_is_named(tmp_path, damage, read_b
         with pytest.raises(ValueError, match=re.escape(str(path))):
             found[number]
     assert torch.equal(found[6]["input_ids"], sequences_of([6])[0][0])
-    if damage is LATER["truncated"]:
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            list(DataLoader(found, batch_size=4, num_workers=1))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        pickle.loads(pickle.dumps(found))[5]  # as a worker process reads it
     shutil.rmtree(path) if path.is_dir() else None
     replace(path, data)  # restored: read again
     assert torch.equal(found[4]["input_ids"], sequences_of([4])[0][0])
