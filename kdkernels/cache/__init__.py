@@ -1,6 +1,7 @@
 """Teachers on disk, for offline distillation: the top k of each token, written once and read in every epoch.
 
     python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64 [--samples 32]
+    python -m kdkernels.cache write --model FOLDER --tokens FILE --output DIRECTORY    # input_ids, labels, mask, ...
     python -m kdkernels.cache info DIRECTORY      # the contents, and the bytes per token next to other formats
     python -m kdkernels.cache verify DIRECTORY    # compares every checksum
 

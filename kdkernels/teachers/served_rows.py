@@ -63,12 +63,10 @@ def rows_of_dicts(prompt_logprobs) -> ServedRows:
         try:
             log_prob = given["logprob"] if isinstance(given, Mapping) else getattr(given, "logprob", given)
         except KeyError:
-            raise TypeError(
-                f"expected a Logprob, a dict with 'logprob' or a number for a token id; got {{{token_id!r}: {given!r}}}"
-            ) from None
-        return _checked(token_id, log_prob, f"{{{token_id!r}: {given!r}}}", texts=True)
+            raise TypeError("expected a Logprob, a dict with 'logprob' or a number for a token id") from None
+        return _checked(token_id, log_prob, texts=True)
 
-    rows = _rows_of_entries("prompt_logprobs", prompt_logprobs, entries, read)
+    rows = _rows_of_entries("prompt_logprobs", prompt_logprobs, entries, read, lambda entry: repr(dict([entry])))
     minus_infinity = rows.log_probs == _VLLM_MINUS_INFINITY
     return rows._replace(log_probs=rows.log_probs.masked_fill(minus_infinity, -torch.inf))
 
@@ -96,14 +94,14 @@ def rows_of_flat(flat) -> ServedRows:
                 f"from {start} to {end}"
             )
     rows = [list(zip(ids[start:end], log_probs[start:end], strict=True)) for start, end in bounds]
-    return _rows_of_entries("prompt_logprobs", rows, lambda row: row, _pair)._replace(scored=0)
+    return _rows_of_pairs(rows, first=0)
 
 
 def rows_of_tensors(tensors) -> ServedRows:
     given_ids, given_log_probs = tensors.logprob_token_ids, tensors.logprobs
     if isinstance(given_ids, (list, tuple)) and isinstance(given_log_probs, (list, tuple)):
         rows = [list(zip(*row, strict=True)) for row in zip(given_ids, given_log_probs, strict=True)]
-        return _rows_of_entries("prompt_logprobs", rows, lambda row: row, _pair, first=1)._replace(scored=0)
+        return _rows_of_pairs(rows, first=1)
     indices, log_probs = torch.as_tensor(given_ids), torch.as_tensor(given_log_probs)
     if not _is_integer(indices.dtype) or not log_probs.is_floating_point():
         raise TypeError(
@@ -121,10 +119,11 @@ def rows_of_tensors(tensors) -> ServedRows:
     bad = log_probs.isnan() | (log_probs > _ROUNDING) | outside
     for row in _numbers_of(bad.any(-1)):
         column = int(bad[row].int().argmax())
+        pair = indices[row, column].item(), log_probs[row, column].item()
         try:
-            _pair((indices[row, column].item(), log_probs[row, column].item()))
+            _checked(*pair)
         except ValueError as error:
-            rows.wrong[row] = _error(rows.name, rows.first, row + 1, str(error), ValueError)
+            rows.wrong[row] = _error(rows.name, rows.first, row + 1, f"{error}; got {_shown_pair(pair)}", ValueError)
     # An engine fills the rows of a prompt in parts. A row that it has not filled may be 0 throughout. The row of a
     # certain token 0 may be 0 throughout too, but its rank is 1.
     unfilled = ((indices == 0) & (log_probs == 0)).all(-1)
@@ -152,7 +151,7 @@ def rows_of_lists(name: str, given, start: int) -> ServedRows:
         raise TypeError(f"expected None or a list; got {_start_of(row)}{hint}")
 
     hints = ("; a request needs logprob_start_len=0", "; rows from a later token need start=logprob_start_len")
-    return _rows_of_entries(name, given, entries, _list_entry, first=start, hints=hints)
+    return _rows_of_entries(name, given, entries, _list_entry, repr, first=start, hints=hints)
 
 
 def rows_of_tokens(name: str, given, start: int, rows: int) -> ServedRows:
@@ -160,7 +159,7 @@ def rows_of_tokens(name: str, given, start: int, rows: int) -> ServedRows:
     _refuse_not_a_list(name, given)
     if len(given) != rows:
         raise ValueError(f"{name}: expected the {rows} rows of input_top_logprobs; got {len(given)}")
-    return _rows_of_entries(name, given, lambda entry: (entry,), _list_entry, first=start, predicts_first=True)
+    return _rows_of_entries(name, given, lambda entry: (entry,), _list_entry, repr, first=start, predicts_first=True)
 
 
 def _list_entry(entry) -> tuple[int, float]:
@@ -169,10 +168,10 @@ def _list_entry(entry) -> tuple[int, float]:
     try:
         log_prob, token_id, *_ = entry
     except (TypeError, ValueError):
-        raise TypeError(f"expected entries [logprob, token id, text]; got {entry!r}") from None
+        raise TypeError("expected entries [logprob, token id, text]") from None
     if token_id is None:
         return -1, math.nan
-    return _checked(token_id, log_prob, repr(entry))
+    return _checked(token_id, log_prob)
 
 
 # ---- common to all forms
@@ -246,13 +245,15 @@ def _rows_of_entries(
     rows,
     entries: Callable,
     read: Callable,
+    show: Callable,
     *,
     first: int = 0,
     predicts_first: bool = False,
     hints: tuple[str, str] = ("", ""),
 ) -> ServedRows:
     """Rows from lists. `entries` gives the entries of a row, and `read` an entry's token id and log-probability; both
-    raise for a wrong row. `predicts_first`: token 0 may have a row, which is left out."""
+    raise for a wrong row. `show` gives an entry's text for errors. `predicts_first`: token 0 may have a row, which is
+    left out."""
     if not rows:
         raise ValueError(f"{name}: expected a row for each token; got none{hints[0]}")
     ids: list[int] = []
@@ -260,15 +261,20 @@ def _rows_of_entries(
     wrong: dict[int, Exception] = {}
     ends = [0] * first
     for token, row in enumerate(rows, first):
-        begin = len(ids)
+        begin, got = len(ids), ""
         try:
             for entry in entries(row):
-                token_id, log_prob = read(entry)
+                try:
+                    token_id, log_prob = read(entry)
+                except (TypeError, ValueError):
+                    got = f"; got {show(entry)}"
+                    raise
                 ids.append(token_id)
                 values.append(log_prob)
         except (TypeError, ValueError) as error:
             del ids[begin:], values[begin:]
-            error = _error(name, first, token, str(error), TypeError if isinstance(error, TypeError) else ValueError)
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            error = _error(name, first, token, f"{error}{got}", kind)
             if token == 0:  # an answer that begins with another row has another form
                 raise error from None
             wrong[token - 1] = error
@@ -290,29 +296,38 @@ def _dense(ids: Tensor, values: Tensor, starts: Tensor, widths: Tensor) -> tuple
     return pad(ids, (0, 1), value=-1)[places], pad(values, (0, 1), value=-torch.inf)[places]
 
 
-def _pair(entry) -> tuple[int, float]:
-    token_id, log_prob = entry
-    return _checked(token_id, log_prob, f"token id {token_id!r} with log-probability {log_prob!r}")
+def _rows_of_pairs(rows: list, first: int) -> ServedRows:
+    """Rows of (token id, log-probability), the scored token's first."""
+
+    def read(pair) -> tuple[int, float]:
+        return _checked(*pair)
+
+    return _rows_of_entries("prompt_logprobs", rows, lambda row: row, read, _shown_pair, first=first)._replace(scored=0)
 
 
-def _checked(token_id, log_prob, shown: str, texts: bool = False) -> tuple[int, float]:
-    """An entry's token id and log-probability, NaN for null. `shown` is the entry in an error; `texts`: the id may be
-    written as a text, as in JSON."""
+def _shown_pair(pair) -> str:
+    return f"token id {pair[0]!r} with log-probability {pair[1]!r}"
+
+
+def _checked(token_id, log_prob, texts: bool = False) -> tuple[int, float]:
+    """An entry's token id and log-probability, NaN for null. `texts`: the id may be written as a text, as in JSON."""
+    if type(token_id) is int and type(log_prob) is float and log_prob <= 0 <= token_id <= _LARGEST_ID:
+        return token_id, log_prob
     number = _integer(token_id, texts)
     if number is None:
-        raise TypeError(f"expected a token id, an integer; got {shown}")
+        raise TypeError("expected a token id, an integer")
     inside = 0 <= number <= _LARGEST_ID
     if log_prob is None:
         return (number if inside else -1), math.nan
     value = _float(log_prob)
     if value is None:
-        raise TypeError(f"expected a log-probability, a number; got {shown}")
+        raise TypeError("expected a log-probability, a number")
     if math.isnan(value):
-        raise ValueError(f"expected a log-probability or null; got {shown}")
+        raise ValueError("expected a log-probability or null")
     if value > _ROUNDING:
-        raise ValueError(f"expected a log-probability, 0 or less (no logit and no probability); got {shown}")
+        raise ValueError("expected a log-probability, 0 or less (no logit and no probability)")
     if not inside and value > -math.inf:
-        raise ValueError(f"expected a token id from 0 to 2^31 - 1; got {shown}")
+        raise ValueError("expected a token id from 0 to 2^31 - 1")
     return (number if inside else -1), value
 
 
