@@ -201,6 +201,8 @@ class SparseLogProbs:
             there).
         source_temperature: the temperature of the teacher's log-probabilities. If the loss has another temperature,
             "support" and "renormalize" temper the teacher again, exactly; with the other tails the loss raises.
+        drawn: whether entries were drawn at random, as `sampled_log_probs` draws them. The loss then warns, once for
+            each divergence, if draws bias it (`Divergence.is_linear_in_teacher`).
 
     Raises:
         TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. The loss
@@ -216,6 +218,7 @@ class SparseLogProbs:
     tail: str = "bucket"
     tail_log_prob: Tensor | None = None
     source_temperature: float = 1.0
+    drawn: bool = False
 
     def __post_init__(self):
         indices, log_probs, tail_log_prob = self.indices, self.log_probs, self.tail_log_prob

@@ -29,6 +29,8 @@ class Entry:
       rounding of a log-probability becomes an error relative to the loss.
     - `magnification`: if log-probabilities are right to 4 units in the last place of the log-sum-exp, the loss is right
       to `magnification · (1 + loss)` times that.
+    - `linear_in_teacher`: the gradient with respect to q is linear in p, so a teacher whose probabilities are right on
+      average gives a gradient that is right on average.
     - `slack`: c in the value of one class, which is the formula's term plus c (q − p). Σ c (q − p) is 0 unless a sparse
       teacher's mass differs from 1.
     """
@@ -47,6 +49,7 @@ class Entry:
     infinite_without_student: Callable[[float | None], bool] = lambda parameter: False
     steep: Callable[[float | None], bool] = lambda parameter: False
     magnification: Callable[[float | None], float] = lambda parameter: 1.0
+    linear_in_teacher: Callable[[float | None], bool] = lambda parameter: False
     slack: Callable = lambda parameter: 0.0
 
 
@@ -55,6 +58,7 @@ CATALOGUE: dict[str, Entry] = {
         "KL(p‖q) = Σ p log(p/q)",
         "Hinton et al. 2015, arXiv:1503.02531",
         infinite_without_student=lambda _: True,
+        linear_in_teacher=lambda _: True,
         slack=lambda _: 1.0,
     ),
     "reverse_kl": Entry(
@@ -74,6 +78,7 @@ CATALOGUE: dict[str, Entry] = {
         examples=(0.3,),
         infinite_without_teacher=lambda weight: weight < 1,
         infinite_without_student=lambda weight: weight > 0,
+        linear_in_teacher=lambda weight: weight == 1,
         slack=lambda weight: 2 * weight - 1,
     ),
     "js": Entry(
@@ -192,6 +197,11 @@ class Divergence:
     def is_steep(self) -> bool:
         """Whether the terms are exponentials of the log-ratio, which overflow and magnify rounding."""
         return CATALOGUE[self.name].steep(self.parameter)
+
+    @property
+    def is_linear_in_teacher(self) -> bool:
+        """Whether the gradient is linear in p: then draws of the teacher's classes do not bias it."""
+        return CATALOGUE[self.name].linear_in_teacher(self.parameter)
 
     @property
     def magnification(self) -> float:

@@ -13,20 +13,25 @@ import signal
 import stat
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.numpy
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, default_collate
 
 import kdkernels
-from kdkernels import SparseLogProbs, cache
+from kdkernels import CATALOGUE, Divergence, SparseLogProbs, cache
 from kdkernels.cache import CacheWriter, TopKCache, shards
+from kdkernels.cache import writer as writer_module
 from kdkernels.cache.__main__ import main
+from kdkernels.losses import divergence as divergence_module
 
 SETTINGS = {"vocab_size": 300, "k": 5, "length": 4}
 LENGTH = SETTINGS["length"]
@@ -47,6 +52,9 @@ def sequences_of(numbers, vocab_size=300, k=5, length=4):
     return ids, top_k(logits, k)
 
 
+IDS, TEACHER = sequences_of(range(2))
+
+
 def write(directory, sequences, sequences_per_shard=3, batch=2):
     """Writes the sequences that the directory lacks."""
     with CacheWriter(directory, **SETTINGS, sequences_per_shard=sequences_per_shard) as writer:
@@ -61,9 +69,8 @@ def contents(directory):
 def copy_without_last_shard(directory, copy):
     """A copy of the directory as a writer leaves it that was killed before its manifest named the last shard."""
     shutil.copytree(directory, copy)
-    manifest = json.loads((copy / shards.MANIFEST).read_text())
-    manifest["shards"].pop()
-    (copy / shards.MANIFEST).write_text(json.dumps(manifest))
+    settings, named = shards.read_manifest(copy)
+    shards.write_manifest(copy, settings, named[:-1])
 
 
 @st.composite
@@ -361,6 +368,79 @@ def test_a_second_writer_is_refused(tmp_path):
     CacheWriter(tmp_path, **SETTINGS).close()
 
 
+def test_a_shard_of_the_default_size_holds_a_minute_of_work_at_most(tmp_path, monkeypatch):
+    """The clock is a mock: an append after each of the teacher's batches of 7, 25 and 100 seconds."""
+    now = 0.0
+    monkeypatch.setattr(writer_module.time, "monotonic", lambda: now)
+    for seconds, appends in ((7, 8), (25, 2), (100, 1)):
+        with CacheWriter(tmp_path / str(seconds), **SETTINGS) as writer:
+            for number in range(2 * appends + 1):
+                now += seconds
+                writer.append(*sequences_of([number, number]))
+            sizes = [shard.sequences for shard in writer.shards]
+        assert sizes == ([2 * appends] * 2 if appends > 1 else [2, 2, 2])
+        assert len(TopKCache(tmp_path / str(seconds))) == 4 * appends + 2
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", 4 * LENGTH * 21)  # a token takes 21 bytes
+    with CacheWriter(tmp_path / "bytes", **SETTINGS) as writer:
+        for number in range(6):
+            writer.append(*sequences_of([number, number, number]))
+        assert [shard.sequences for shard in writer.shards] == [6, 6, 6]  # whole appends
+    with CacheWriter(tmp_path / "fixed", **SETTINGS, sequences_per_shard=5) as writer:
+        for number in range(5):
+            assert not writer.shards
+            now += 1000
+            writer.append(*sequences_of([number]))
+        assert len(writer.shards) == 1
+
+
+COLUMNS = {
+    "labels": torch.tensor([[-100, -100, 299, 0], [1, 2, 3, -1]]),
+    "mask": torch.tensor([[True, False, True, True], [False, False, True, False]]),
+    "document_ids": torch.tensor([[0, 0, 1, 1], [-(2**31), 2**31 - 1, 5, 5]]),
+}
+
+
+@pytest.mark.parametrize("names", [(), ("mask",), ("document_ids", "labels", "mask")])
+def test_columns_come_back(tmp_path, names):
+    given = {name: COLUMNS[name] for name in names}
+    with CacheWriter(tmp_path, **SETTINGS, columns=names) as writer:
+        writer.append(IDS, TEACHER, **given)
+        writer.append(IDS, TEACHER, **{name: x if name == "mask" else x.int() for name, x in given.items()})
+    found = TopKCache(tmp_path)
+    batch = default_collate([found[i] for i in range(4)])
+    assert set(batch) == {"input_ids", "indices", "log_probs", "tail_log_prob", *names}
+    for name in names:
+        assert batch[name].dtype == COLUMNS[name].dtype and torch.equal(batch[name], COLUMNS[name].repeat(2, 1))
+    assert kdkernels.fused_kl(torch.zeros(4, LENGTH, 300), found.teacher(batch)).isfinite()
+    bytes_of = {"labels": 4, "mask": 1, "document_ids": 4}
+    assert f"{4 + sum(bytes_of[x] for x in names)} more for the token id" in cache.report(tmp_path)
+    with pytest.raises(ValueError, match="holds a cache of other settings: columns"):
+        CacheWriter(tmp_path, **SETTINGS, columns=set(COLUMNS) - set(names))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        ({"mask": None}, ValueError, "columns: expected labels, mask, as this cache has; got labels"),
+        ({"document_ids": IDS}, ValueError, "columns: expected labels, mask, .* got labels, mask, document_ids"),
+        ({"labels": IDS.float()}, TypeError, "labels: expected an int64 or int32 tensor; got torch.float32"),
+        ({"labels": IDS.tolist()}, TypeError, "labels: expected an int64 or int32 tensor; got list"),
+        ({"mask": IDS}, TypeError, r"mask: expected a bool tensor; got torch.int64; pass mask.bool\(\)"),
+        ({"labels": IDS[:, 1:]}, ValueError, r"labels: expected the shape \[2, 4\] of the ids; got \[2, 3\]"),
+        ({"labels": IDS + 300}, ValueError, "labels: expected below vocab_size, 300; got .* in sequence 0, row 0"),
+        ({"labels": IDS - 2**40}, ValueError, "labels: expected within int32's range; got"),
+    ],
+)
+def test_bad_columns_are_refused(tmp_path, changes, error, expected):
+    given = {"labels": IDS, "mask": IDS > 5} | changes
+    with CacheWriter(tmp_path, **SETTINGS, columns=("labels", "mask")) as writer:
+        with pytest.raises(error, match=expected):
+            writer.append(IDS, TEACHER, **{name: column for name, column in given.items() if column is not None})
+        assert writer.sequences == 0
+    with pytest.raises(ValueError, match="columns: expected some of labels, mask, document_ids; got attention"):
+        CacheWriter(tmp_path / "new", **SETTINGS, columns=("attention",))
+
+
 @pytest.mark.parametrize(
     ("other", "named"),
     [
@@ -403,9 +483,6 @@ def test_bad_settings_make_nothing(tmp_path, other, error, expected):
     with pytest.raises(error, match=expected):
         CacheWriter(tmp_path / "new", **SETTINGS | other)
     assert not (tmp_path / "new").exists()
-
-
-IDS, TEACHER = sequences_of(range(2))
 
 
 def changed(name, at, value):
@@ -503,12 +580,59 @@ def test_a_damaged_shard_is_named(tmp_path, capsys, damage, expected, without_ch
     assert lines[3] == "2 of 3 shards are all right"
 
 
+def write_in_place(path, data):
+    with open(path, "r+b") as file:
+        file.write(data)
+        file.truncate()
+
+
+def replace(path, data):
+    path.with_suffix(".new").write_bytes(data)
+    os.replace(path.with_suffix(".new"), path)
+
+
+LATER = {
+    "deleted": lambda path, data, other: path.unlink(),
+    "a directory": lambda path, data, other: (path.unlink(), path.mkdir()),
+    "empty": lambda path, data, other: write_in_place(path, b""),
+    "truncated": lambda path, data, other: write_in_place(path, data[: len(data) // 2]),
+    "truncated in the header": lambda path, data, other: write_in_place(path, data[:20]),
+    "garbage in the header": lambda path, data, other: write_in_place(path, flip(data, 0)),
+    "garbage for a header": lambda path, data, other: write_in_place(path, os.urandom(200) + data[200:]),
+    "garbage in the data": lambda path, data, other: write_in_place(path, flip(data, -1)),
+    "replaced": lambda path, data, other: replace(path, other),
+    "other dtypes": lambda path, data, other: write_in_place(path, data.replace(b'"F16"', b'"I16"')),
+    "other shapes": lambda path, data, other: write_in_place(path, data.replace(b"[3,4,5]", b"[3,5,4]")),
+}
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+@pytest.mark.parametrize("damage", LATER.values(), ids=LATER)
+def test_a_shard_that_is_damaged_after_opening_is_named(tmp_path, damage, read_before):
+    write(tmp_path, 7)
+    path = tmp_path / SHARD
+    other, data = (tmp_path / "shard-00000.safetensors").read_bytes(), path.read_bytes()
+    os.utime(path, ns=(0, 0))  # a write at once would not change the time of the last one
+    found = TopKCache(tmp_path)
+    if read_before:
+        found[4]
+    damage(path, data, other)
+    for number in (3, 4, 3):
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            found[number]
+    assert torch.equal(found[6]["input_ids"], sequences_of([6])[0][0])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        pickle.loads(pickle.dumps(found))[5]  # as a worker process reads it
+    shutil.rmtree(path) if path.is_dir() else None
+    replace(path, data)  # restored: read again
+    assert torch.equal(found[4]["input_ids"], sequences_of([4])[0][0])
+
+
 def test_damaged_indices_are_named_where_they_are_read(tmp_path):
     write(tmp_path, 3)
     path = tmp_path / "shard-00000.safetensors"
     data = bytearray(path.read_bytes())
-    with shards.open_shard(path) as file:
-        packed = file.get_tensor("indices")
+    packed = safetensors.numpy.load_file(path)["indices"]
     at = data.index(packed[1].tobytes())
     data[at : at + packed[1].size] = bytes(packed[1].size)
     path.write_bytes(data)
@@ -516,34 +640,72 @@ def test_damaged_indices_are_named_where_they_are_read(tmp_path):
         TopKCache(tmp_path, verify=False)[1]
 
 
+def edited(manifest, **changes):
+    """The manifest with other settings, or with a changed first shard."""
+    settings = {name: changes.get(name, value) for name, value in manifest["settings"].items()}
+    shard = {name: changes.get(name, value) for name, value in manifest["shards"][0].items()}
+    return manifest | {"settings": settings, "shards": [shard, *manifest["shards"][1:]]}
+
+
+def refused(directory, manifest, expected):
+    path = directory / shards.MANIFEST
+    path.write_text(manifest if isinstance(manifest, str) else json.dumps(manifest))
+    before = contents(directory)
+    for opened in (
+        lambda: TopKCache(directory, verify=False),
+        lambda: CacheWriter(directory, **SETTINGS),
+        lambda: cache.report(directory),
+    ):
+        with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{expected}"):
+            opened()
+    assert contents(directory) == before
+
+
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda manifest: manifest | {"version": 1}, "expected a kdkernels top-k cache of version 2; got .*1"),
-        (lambda manifest: [], "expected a kdkernels top-k cache of version 2; got None"),
+        (
+            lambda manifest: manifest | {"version": 2},
+            "expected a kdkernels top-k cache of version 3; got .*2.; write the",
+        ),
+        (lambda manifest: [], "expected a kdkernels top-k cache of version 3; got None"),
         (lambda manifest: manifest | {"shards": [{"name": "a"}]}, "is damaged.*sequences"),
         (lambda manifest: manifest | {"settings": {}}, "is damaged: expected the settings"),
-        (
-            lambda manifest: manifest | {"settings": manifest["settings"] | {"k": 0}},
-            "is damaged: k: expected at least 1",
-        ),
-        (
-            lambda manifest: manifest | {"shards": [manifest["shards"][0] | {"name": "../shard-00000.safetensors"}]},
-            "is damaged: name of a shard.*got '../shard",
-        ),
-        (None, "is damaged"),
+        (lambda manifest: edited(manifest, k=0), "is damaged: k: expected at least 1"),
+        (lambda manifest: edited(manifest, name="../shard-00000.safetensors"), "is damaged: name of a shard.*got '../"),
+        (lambda manifest: edited(manifest, columns=["label"]), "is damaged: columns: expected some of labels, mask"),
+        (lambda manifest: json.dumps(manifest)[:-9], "is damaged"),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path, damage, expected):
+    """Values that no cache has are refused although the checksum is theirs."""
     write(tmp_path, 3)
-    path = tmp_path / shards.MANIFEST
-    text = path.read_text()
-    path.write_text(text[:-9] if damage is None else json.dumps(damage(json.loads(text))))
-    before = contents(tmp_path)
-    for opened in (lambda: TopKCache(tmp_path), lambda: CacheWriter(tmp_path, **SETTINGS)):
-        with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{expected}"):
-            opened()
-    assert contents(tmp_path) == before
+    damaged = damage(json.loads((tmp_path / shards.MANIFEST).read_text()))
+    if isinstance(damaged, dict):
+        damaged["sha256"] = shards.manifest_digest(damaged)
+    refused(tmp_path, damaged, expected)
+
+
+def test_edits_of_the_manifest_are_refused(tmp_path):
+    write(tmp_path, 7)
+    manifest = json.loads((tmp_path / shards.MANIFEST).read_text())
+    named = manifest["shards"]
+    edits = [
+        manifest | {"shards": [*named, named[0]]},
+        manifest | {"shards": named[::-1]},
+        manifest | {"shards": named[:2]},
+        manifest | {"note": "mine"},
+        manifest | {"sha256": None},
+        {name: value for name, value in manifest.items() if name != "sha256"},
+        edited(manifest, sequences=2),
+        edited(manifest, sha256="0" * 64),
+    ]
+    values = {"tail": "uniform", "temperature": 2.0, "teacher": "mine", "tokenizer_hash": "a", "length": 2, "k": 4}
+    edits += [edited(manifest, **{name: value}) for name, value in {**values, "vocab_size": 301}.items()]
+    for edit in edits:
+        refused(tmp_path, edit, "damaged, or was edited: .*SHA-256.*write the cache again, into an empty directory")
+    (tmp_path / shards.MANIFEST).write_text(json.dumps(dict(reversed(manifest.items()))))  # the same entries
+    assert len(TopKCache(tmp_path)) == 7
 
 
 def test_a_lost_manifest_costs_no_shard(tmp_path):
@@ -679,6 +841,76 @@ def test_a_sampled_teacher_is_unbiased_and_written_alike_after_a_kill(tmp_path):
         cache.write_teacher(model, blocks, tmp_path / "sampled", **options, samples=3)
 
 
+def test_settings_are_compared_before_a_model_is_loaded(tmp_path):
+    blocks, mask = torch.randint(50, (5, 6)), torch.rand(5, 6) > 0.5
+    options = {"k": 4, "batch": 2, "progress": False}
+
+    def no_model():
+        raise AssertionError("the model was loaded")
+
+    for bad, expected in (({"k": 0}, "k: expected at least 1"), ({"mask": mask[:3]}, "mask: expected the shape")):
+        with pytest.raises(ValueError, match=expected):
+            cache.write_teacher(no_model, blocks, tmp_path / "new", **options | bad)
+    assert not (tmp_path / "new").exists()
+    cache.write_teacher(Model, blocks[:3], tmp_path, **options, mask=mask[:3])
+    for bad, text, expected in (
+        ({"k": 5}, blocks, "holds a cache of other settings: k 4 and not 5$"),
+        ({"vocab_size": 49}, blocks, "vocab_size 50 and not 49$"),
+        ({"mask": None}, blocks, "columns .* and not"),
+        ({}, blocks.flip(0), "holds another text.*sequence 0 differs"),
+        ({"mask": mask ^ (torch.arange(5) == 2)[:, None]}, blocks, "holds other mask.*sequence 2 differs"),
+        ({"mask": mask[:2]}, blocks[:2], "at most the text's 2 sequences; got 3"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            cache.write_teacher(no_model, text, tmp_path, **options | {"mask": mask} | bad)
+    found = cache.write_teacher(no_model, blocks[:3], tmp_path, **options, mask=mask[:3])  # nothing is missing
+    assert len(found) == 3
+    found = cache.write_teacher(Model, blocks, tmp_path, **options, mask=mask)
+    assert torch.equal(torch.stack([found[i]["mask"] for i in range(5)]), mask)
+
+
+def test_draws_warn_once_of_divergences_that_they_bias(tmp_path):
+    found = cache.write_teacher(Model(), torch.randint(50, (2, 3)), tmp_path, k=4, samples=2, progress=False)
+    drawn = found.teacher(default_collate([found[0], found[1]]))
+    logits = torch.randn(2, 3, 50)
+    top = kdkernels.topk_log_probs(torch.randn(2, 3, 50), 4).with_tail("truncate")
+    for teacher in (drawn, kdkernels.sampled_log_probs(torch.randn(2, 3, 50), 4)):
+        divergence_module._warn_of_draws.cache_clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                kdkernels.fused_kl(logits, teacher)
+                kdkernels.fused_divergence(logits, teacher, kdkernels.Divergence("mixed_kl", weight=1.0))
+                kdkernels.fused_divergence(logits, top, "js")
+            assert not caught
+            for _ in range(2):
+                kdkernels.fused_js(logits, teacher)
+                kdkernels.fused_divergence(logits, teacher, "tv")
+        begin = "the teacher's entries were drawn at random, which biases "
+        assert [str(each.message)[: len(begin) + 2] for each in caught] == [begin + "js", begin + "tv"]
+        assert all(each.filename == __file__ for each in caught[1:])
+    with (
+        CacheWriter(tmp_path / "new", vocab_size=50, k=4, length=3, tail="truncate") as writer,
+        pytest.raises(ValueError, match="samples: expected the number of drawn entries"),
+    ):
+        writer.append(torch.zeros(2, 3, dtype=torch.int64), drawn)
+
+
+@pytest.mark.parametrize("divergence", [d for name in CATALOGUE for d in Divergence.examples(name)], ids=str)
+def test_the_catalogue_says_whether_draws_bias_a_divergence(divergence):
+    """The mean gradient over some teachers is the gradient of the mean teacher if the gradient is linear in it."""
+    student = torch.randn(1, 6, dtype=torch.float64)
+    p = (3 * torch.randn(8, 6, dtype=torch.float64)).softmax(-1)
+
+    def gradient(teacher):
+        leaf = student.expand_as(teacher).clone().requires_grad_()
+        kdkernels.fused_divergence(leaf, teacher.log(), divergence, reduction="sum").backward()
+        return leaf.grad.mean(0)
+
+    is_linear = torch.allclose(gradient(p), gradient(p.mean(0, keepdim=True)), rtol=0, atol=1e-12)
+    assert is_linear == divergence.is_linear_in_teacher
+
+
 def test_padded_logits_are_left_out(tmp_path):
     model = Model()
     with torch.no_grad():
@@ -735,6 +967,66 @@ def test_the_command_writes_a_model_of_transformers(tmp_path, capsys):
         main([str(argument) for argument in [*arguments, "--k", 9]])
     with pytest.raises(SystemExit, match="nowhere: expected a cache of teachers"):
         main(["verify", str(tmp_path / "nowhere")])
+
+
+class Letters(Tokenizer):
+    eos_token_id = 0
+
+    def __call__(self, text):
+        return SimpleNamespace(input_ids=[ord(letter) - 96 for letter in text])
+
+
+def test_the_command_stores_columns_and_loads_the_model_last(tmp_path, monkeypatch, capsys):
+    """A mock of transformers: letters are tokens."""
+    loaded = []
+
+    def load(name, dtype):
+        loaded.append(dtype)
+        return Model()
+
+    tokenizer = Letters(vocabulary={"a": 1}, all_special_tokens=[])
+    mock = SimpleNamespace(
+        AutoTokenizer=SimpleNamespace(from_pretrained=lambda name: tokenizer),
+        AutoModelForCausalLM=SimpleNamespace(from_pretrained=load),
+    )
+    monkeypatch.setitem(sys.modules, "transformers", mock)
+    for name, text in (("a.txt", "abcdefg"), ("b.txt", "hijklm")):
+        (tmp_path / name).write_text(text)
+
+    def run(*more, source=("--text", tmp_path / "a.txt", tmp_path / "b.txt"), output="text"):
+        arguments = ["write", "--model", "letters", *source, "--output", tmp_path / output, "--k", 8, "--length", 4]
+        return main([str(argument) for argument in [*arguments, "--dtype", "float32", "--device", "cpu", *more]])
+
+    assert run("--document-ids") == 0 and loaded == [torch.float32]
+    found = TopKCache(tmp_path / "text")
+    assert [found[i]["input_ids"].tolist() for i in range(3)] == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 10, 11]]
+    assert [found[i]["document_ids"].tolist() for i in range(3)] == [[0] * 4, [0] * 4, [1] * 4]
+    assert "8 more for the token id, document_ids" in capsys.readouterr().out
+    for more, expected in (
+        (["--document-ids", "--k", 9], "holds a cache of other settings: k 8 and not 9$"),
+        ([], r"holds a cache of other settings: columns \('document_ids',\) and not \(\)$"),
+    ):
+        with pytest.raises(SystemExit, match=expected):
+            run(*more)
+    assert run("--document-ids") == 0 and len(loaded) == 1  # nothing is missing
+
+    ids = torch.randint(50, (2, 6))
+    tokens = {"input_ids": ids, "labels": torch.where(ids > 20, ids, -100), "mask": ids > 20}
+    source = ("--tokens", tmp_path / "tokens.safetensors")
+    safetensors.torch.save_file(tokens, source[1])
+    assert run(source=source, output="tokens") == 0
+    found = TopKCache(tmp_path / "tokens")
+    for name, column in tokens.items():
+        assert torch.equal(torch.stack([found[i][name] for i in range(2)]), column)
+    safetensors.torch.save_file({"ids": ids}, source[1])
+    with pytest.raises(SystemExit, match=r"tokens.safetensors: expected input_ids and, .*; got ids$"):
+        run(source=source)
+    source[1].write_bytes(b"?")
+    with pytest.raises(SystemExit, match=r"tokens.safetensors: expected a safetensors file; got"):
+        run(source=source)
+    with pytest.raises(SystemExit):
+        run("--document-ids", source=source)
+    assert "--document-ids: expected --text" in capsys.readouterr().err
 
 
 def test_missing_dependencies_are_named(monkeypatch):

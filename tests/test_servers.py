@@ -384,11 +384,11 @@ def test_entries_of_probability_zero_are_padding():
     assert same(topk_from_vllm(as_json), served)
 
 
-def test_a_repeated_token_is_kept_once_wherever_it_stands():
-    ids = torch.tensor([[7, 7, 2, 7, 2], [1, 2, 3, 4, 5]])
-    log_probs = torch.tensor([[-0.5, -0.5, -1.5, -0.5, -1.5], [-3.0, -0.5, -2.0, -2.5, -3.5]])
+def test_the_scored_token_is_kept_once_wherever_it_stands():
+    ids = torch.tensor([[7, 2, 3, 7, 8], [1, 2, 3, 4, 5]])
+    log_probs = torch.tensor([[-2.0, -0.5, -1.5, -2.0, -3.5], [-3.0, -0.5, -2.0, -2.5, -3.5]])
     served = topk_from_vllm(LogprobsTensors(ids, log_probs, torch.ones(2)))
-    assert served.teacher.indices.tolist() == [[7, 2, -1, -1, -1], [2, 3, 4, 1, 5], [-1] * 5]
+    assert served.teacher.indices.tolist() == [[2, 3, 7, 8, -1], [2, 3, 4, 1, 5], [-1] * 5]
     assert served.teacher.log_probs[0].exp().sum() < 1, "the repeated token's mass is counted twice"
     assert topk_from_sglang([None, [[-0.5, 7], [-1.5, 2]]], [[None, 1], [-0.5, 7]]).teacher.indices.tolist() == [
         [7, 2],
@@ -398,9 +398,9 @@ def test_a_repeated_token_is_kept_once_wherever_it_stands():
 
 def test_equal_log_probabilities_stand_in_the_order_of_their_ids():
     """Ties are sorted by token id, so that k keeps the same entries in every form."""
-    served = topk_from_vllm([None, {8: -1.5, 5: -1.5, 9: -0.5, 2: -1.5}], k=3)
+    served = topk_from_vllm([None, {8: -2.5, 5: -2.5, 9: -0.5, 2: -2.5}], k=3)
     assert served.teacher.indices[0].tolist() == [9, 2, 5]
-    served = topk_from_sglang([None, [[-0.5, 9], [-1.5, 5], [-1.5, 2]]], [[None, 1], [-1.5, 8]], k=3)
+    served = topk_from_sglang([None, [[-0.5, 9], [-2.5, 5], [-2.5, 2]]], [[None, 1], [-2.5, 8]], k=3)
     assert served.teacher.indices[0].tolist() == [9, 2, 5]
 
 
@@ -576,6 +576,137 @@ def test_what_was_passed_is_not_changed():
     assert all(torch.equal(x, y) for x, y in zip(tensors[:3], TENSORS[:3], strict=True))
 
 
+# ---- rows that are wrong
+
+
+BAD_ROWS = {
+    "a float id": {3.7: -0.5, 5: -1.5},
+    "a bool id": {True: -0.5, 5: -1.5},
+    "an id with an underscore": {"1_0": -0.5, "5": -1.5},
+    "an id of other digits": {"\u0663": -0.5},
+    "an id with a space": {" 5": -0.5},
+    "an id with a zero in front": {"05": -0.5},
+    "no id": {None: -0.5},
+    "a negative id": {-4: -0.5},
+    "a bool log-probability": {5: False},
+    "a text log-probability": {5: "-0.5"},
+    "bytes for a log-probability": {5: b"-1"},
+    "a complex log-probability": {5: -1j},
+    "a log-probability beyond floats": {5: 10**400},
+    "NaN": {5: NAN, 7: -0.5},
+    "a logit": {5: 2.5, 7: -0.5},
+    "one id twice": {5: -0.5, "5": -1.5},
+    "mass 3.1": {token: math.log(3.1 / 4) for token in range(4)},
+    "mass just above 1": {5: math.log(0.6), 7: math.log(0.4021)},
+    "another kind of row": [[-0.5, 5]],
+    "no row": 7,
+}
+
+
+@pytest.mark.parametrize("row", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_one_wrong_row_is_not_valid_and_loses_no_other(row):
+    rows = [*DICTS[:3], row, *DICTS[4:]]
+    right = topk_from_vllm(DICTS)
+    with pytest.warns(RuntimeWarning, match=r"1 of 5 rows are wrong, .*prompt_logprobs: row 3 \(token 3\): expected"):
+        served = topk_from_vllm(rows)
+    assert served.valid.tolist() == [True, True, False, True, True, False]
+    assert (served.teacher.indices[2] == -1).all() and (served.teacher.log_probs[2] == -INF).all()
+    assert served.token_log_prob[2].isnan()
+    for t in (0, 1, 3, 4):
+        assert torch.equal(served.teacher.indices[t], right.teacher.indices[t])
+        assert torch.equal(served.teacher.log_probs[t], right.teacher.log_probs[t])
+        assert served.token_log_prob[t] == right.token_log_prob[t]
+    with pytest.raises((TypeError, ValueError), match=r"^prompt_logprobs: row 3 \(token 3\): expected .*; got "):
+        topk_from_vllm(rows, strict=True)
+    with pytest.raises((TypeError, ValueError), match=r"^prompt_logprobs: row 1 \(token 1\): expected .*; got "):
+        topk_from_vllm([None, row])  # no right row is left
+
+
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ([[-0.5, 4], [-0.5, 4], [-1.5, 9], [-1.5, 9]], r"each token id once .*; got token id 4 with .*\[-0.5, -0.5\]"),
+        ([[-0.5, 4, None], [-1.5, True, None]], r"a token id, an integer; got \[-1.5, True, None\]"),
+        ([[-0.5, 4, None], [False, 5, None]], r"a log-probability, a number; got \[False, 5, None\]"),
+        ([[-0.5, 4.0, "x" * 200]], f"got .-0.5, 4.0, '{'x' * 200}'.$"),  # the entry is shown whole
+        ([[0.1 * -i, i] for i in range(4)], r"sum of at most 1; got a sum of 3\.4"),
+    ],
+)
+def test_a_wrong_row_of_sglang_shows_its_entry(row, shown):
+    top, own = [None, [[-0.5, 3]], row], [[None, 1], [-0.5, 3], [-4.0, 8]]
+    for tokens in (None, own):
+        with pytest.warns(RuntimeWarning, match=rf"input_top_logprobs: row 2 \(token 2\): expected .*{shown}"):
+            assert topk_from_sglang(top, tokens).valid.tolist() == [True, False, False]
+        with pytest.raises((TypeError, ValueError), match=rf"row 2 \(token 2\): expected .*{shown}"):
+            topk_from_sglang(top, tokens, strict=True)
+    with pytest.warns(RuntimeWarning, match=r"input_token_logprobs: row 1 .* got \[-0.5, True\]"):
+        assert topk_from_sglang([None, [[-0.5, 3]], [[-0.5, 3]]], [None, [-0.5, True], [-0.5, 3]]).valid.tolist() == [
+            False,
+            True,
+            False,
+        ]
+
+
+def test_a_null_means_that_the_entry_is_absent():
+    served = topk_from_sglang([None, [[None, 5, None], [-0.1, 7, None]], [None, [-0.5, 3], [-1.0, None]]])
+    assert served.teacher.indices.tolist() == [[7], [3], [-1]] and served.valid.tolist() == [True, True, False]
+    rows = [None, {"5": {"logprob": None}, "7": {"logprob": -0.1}}, {"3": -0.5, "4": None}, {"3": Logprob(None)}]
+    for tokens in (None, [1, 5, 3, 3]):
+        served = topk_from_vllm(rows, prompt_token_ids=tokens)
+        assert served.teacher.indices.tolist() == [[7], [3], [-1], [-1]]
+        assert served.valid.tolist() == [True, True, False, False]
+        assert served.token_log_prob.nan_to_num(9.0).tolist() == [9.0, -0.5, 9.0, 9.0]
+    flat = FlatLogprobs([0, 0, 2], [0, 2, 4], [5, 7, 3, 3], [None, -0.5, None, -0.25])
+    assert topk_from_vllm(flat).teacher.indices.tolist() == [[7], [3], [-1]]
+    served = topk_from_sglang([None, [[None, 5]], [[None, 3], [-0.5, 4]]], [None, [-0.5, 5], [-1.5, 3]])
+    assert served.teacher.indices.tolist() == [[-1, -1], [4, 3], [-1, -1]]
+    assert served.token_log_prob[:2].tolist() == [-0.5, -1.5]
+
+
+def test_rows_of_tensors_that_were_not_filled_are_not_valid():
+    for width in (1, 2, 4):
+        zeros = torch.zeros(3, width)
+        ids = torch.cat([zeros.int(), TENSORS.logprob_token_ids[3:, :width]])
+        tensors = LogprobsTensors(ids, torch.cat([zeros, TENSORS.logprobs[3:, :width]]), None)
+        if width < 3:  # the rank tells the row of a certain token 0
+            ranks = torch.tensor([1, 1, 1, 4, 1])
+            assert topk_from_vllm(tensors._replace(selected_token_ranks=ranks), strict=True).valid[:5].all()
+            tensors = tensors._replace(selected_token_ranks=ranks * torch.tensor([0, 0, 0, 1, 1]))
+        for tokens in (None, TOKENS):
+            with pytest.warns(RuntimeWarning, match=r"3 of 5 rows.* row 0 \(token 1\): .* got zeros alone"):
+                served = topk_from_vllm(tensors, prompt_token_ids=tokens)
+            assert served.valid.tolist() == [False, False, False, True, True, False]
+            assert served.token_log_prob[:3].isnan().all() and served.token_log_prob[4] == -0.73046875
+        with pytest.raises(ValueError, match=r"row 0 \(token 1\)"):
+            topk_from_vllm(tensors, strict=True)
+
+
+def test_wrong_rows_of_tensors_and_of_columns():
+    """The forms agree about the rows that are wrong."""
+    ids, log_probs = TENSORS.logprob_token_ids.tolist(), TENSORS.logprobs.tolist()
+    ids[0], log_probs[1][2], log_probs[2], ids[3][3] = [4, 4, 9, 9], NAN, [-0.1, -0.2, -0.3, -0.4], -11
+    tensors = LogprobsTensors(torch.tensor(ids), torch.tensor(log_probs), None)
+    flat = flat_with(token_ids=[x for row in ids for x in row], logprobs=[x for row in log_probs for x in row])
+    for form, first in ((tensors, 0), (LogprobsTensors(ids, log_probs, None), 0), (flat, 1)):
+        with pytest.warns(RuntimeWarning, match=rf"4 of 5 rows are wrong.* row {first} \(token 1\): .*token id 9 with"):
+            served = topk_from_vllm(form)
+        assert served.valid.tolist() == [False] * 4 + [True, False]
+        assert torch.equal(served.teacher.indices[4, :3], topk_from_vllm(TENSORS).teacher.indices[4, :3])
+    for bad in ([785, 3.7], [785, True], ["785"] * 2, torch.ones(2), torch.ones(2).bool()):
+        with pytest.raises(TypeError, match="prompt_token_ids: expected integers; got"):
+            topk_from_vllm([None, {1: -0.5}], prompt_token_ids=bad)
+    for name in ("start_indices", "end_indices"):
+        with pytest.raises(TypeError, match=f"{name}: expected integers.*got 0.5"):
+            topk_from_vllm(flat_with(**{name: [0.5] * 6}))
+    with pytest.raises(TypeError, match="logprob_token_ids of integers"):
+        topk_from_vllm(TENSORS._replace(logprob_token_ids=TENSORS.logprob_token_ids.bool()))
+
+
+def test_a_row_of_a_mass_of_1_up_to_rounding_is_right():
+    mass = torch.tensor([0.25, 0.5, 0.25]) * (1 + 9e-4)
+    assert topk_from_vllm([None, dict(enumerate(mass.log().tolist()))], strict=True).valid.tolist() == [True, False]
+
+
 # ---- invalid input
 
 
@@ -589,39 +720,51 @@ def flat_with(**columns):
         (None, TypeError, r"expected vLLM's list of dicts.*got NoneType; a request needs SamplingParams\(prompt_logp"),
         ({1: -0.5}, TypeError, "got dict"),
         ([], ValueError, "prompt_logprobs: expected a row for each token; got none"),
-        (INPUT_TOP_LOGPROBS, TypeError, r"row 1: expected None or a dict.*got \[\[.*topk_from_sglang takes SGLang's"),
-        ([DICTS, DICTS], TypeError, r"row 0: expected None or a dict of one sequence's rows; got \[None"),
+        (INPUT_TOP_LOGPROBS, TypeError, r"row 1 .*got \[\[.*topk_from_sglang takes SGLang's"),
+        ([DICTS, DICTS], TypeError, r"row 0 \(token 0\): expected None or a dict of one sequence's rows; got \[None"),
         (DICTS[1:], ValueError, "row 0: expected None or no entries, as nothing predicts the first token; got entries"),
-        ([None, {"Paris": -0.5}], TypeError, r"row 1: expected token ids with a Logprob.*got \{'Paris': -0.5\}"),
-        ([None, {5: None}], TypeError, r"row 1: .*got \{5: None\}"),
-        ([None, {5: {"rank": 1}}], TypeError, r"row 1: .*got \{5: \{'rank': 1\}\}"),
-        ([None, {5: [-0.5]}], TypeError, r"row 1: .*got \{5: \[-0.5\]\}"),
-        ([None, {5: -0.5}, {6: NAN, 7: -0.5}], ValueError, "prompt_logprobs: the row of token 2 has NaN"),
-        ([None, {5: -0.5}, {6: 0.25}], ValueError, "row of token 2: expected log-probabilities, 0 or less; got more"),
-        ([None, {5: INF}], ValueError, "row of token 1: expected log-probabilities"),
-        ([None, {-5: -0.5}], ValueError, r"row of token 1: expected token ids from 0 to 2\^31 - 1; got others"),
-        ([None, {2**31: -0.5}], ValueError, "row of token 1: expected token ids from 0"),
-        ([None, {2**70: -0.5}], ValueError, "expected token ids below"),
+        ([None, {"Paris": -0.5}], TypeError, r"row 1 .*: expected a token id, an integer; got \{'Paris': -0.5\}"),
+        ([None, {5: {"rank": 1}}], TypeError, r"row 1 .*: .*got \{5: \{'rank': 1\}\}"),
+        ([None, {5: [-0.5]}], TypeError, r"row 1 .*: .*got \{5: \[-0.5\]\}"),
+        ([None, {5: -0.5}, {6: NAN, 7: -0.5}], ValueError, r"row 2 \(token 2\): .*null; got \{6: nan\}"),
+        (
+            [None, {5: -0.5}, {6: 0.25}],
+            ValueError,
+            r"row 2 .*: expected a log-probability, 0 or less .*; got \{6: 0.25\}",
+        ),
+        ([None, {5: INF}], ValueError, "expected a log-probability, 0 or less"),
+        ([None, {-5: -0.5}], ValueError, r"row 1 .*: expected a token id from 0 to 2\^31 - 1; got \{-5: -0.5\}"),
+        ([None, {2**31: -0.5}], ValueError, r"row 1 .*: expected a token id from 0"),
+        ([None, {2**70: -0.5}], ValueError, "expected a token id from 0 .*got .1180591620717411303424: -0.5"),
         (flat_with(start_indices=[]), ValueError, r"of one length; got \[\[0\], \[6\], \[20\], \[20\]\]"),
         (flat_with(logprobs=[-0.5]), ValueError, r"of one length; got \[\[6\], \[6\], \[20\], \[1\]\]"),
         (flat_with(end_indices=[0, 4, 8, 12, 16, 21]), ValueError, "<= end_indices <= 20, the entries"),
         (flat_with(end_indices=[0, 4, 3, 12, 16, 20]), ValueError, "start_indices <= end_indices"),
         (flat_with(end_indices=[4, 4, 8, 12, 16, 20]), ValueError, "row 0: expected None or no entries"),
         (flat_with(start_indices=[], end_indices=[]), ValueError, "expected a row for each token; got none"),
-        (flat_with(logprobs=[None] * 20), TypeError, "expected numbers in logprobs of a FlatLogprobs"),
-        (flat_with(logprobs=[NAN] * 20), ValueError, "the row of token 1 has NaN"),
+        (flat_with(logprobs=["-1"] * 20), TypeError, "log-probability, a number; got token id 6722 with .* '-1'"),
+        (flat_with(logprobs=-0.5), TypeError, "expected a list in logprobs of a FlatLogprobs; got float"),
+        (
+            flat_with(logprobs=[NAN] * 20),
+            ValueError,
+            r"row 1 .*: expected a log-probability or null; got token id 6722 .* nan",
+        ),
         (TENSORS._replace(logprobs=TENSORS.logprobs[:, 1:]), ValueError, r"got \[5, 4\] and \[5, 3\]"),
         (TENSORS._replace(logprobs=TENSORS.logprobs.int()), TypeError, "logprobs of floats; got torch.int32 and"),
         (TENSORS._replace(logprob_token_ids=TENSORS.logprobs), TypeError, "logprob_token_ids of integers"),
         (LogprobsTensors(torch.ones(4).int(), torch.zeros(4), None), ValueError, r"\[T - 1, K \+ 1\]; got \[4\]"),
         (LogprobsTensors(torch.ones(4, 0).int(), torch.zeros(4, 0), None), ValueError, r"got \[4, 0\]"),
-        (TENSORS._replace(logprobs=-TENSORS.logprobs), ValueError, "row of token 1: expected log-probabilities"),
-        (TENSORS._replace(logprob_token_ids=-TENSORS.logprob_token_ids), ValueError, "row of token 1: expected token"),
+        (TENSORS._replace(logprobs=-TENSORS.logprobs), ValueError, "expected a log-probability, 0 or less"),
+        (
+            TENSORS._replace(logprob_token_ids=-TENSORS.logprob_token_ids),
+            ValueError,
+            r"row 0 \(token 1\): .*; got token id -6722 with",
+        ),
     ],
 )
 def test_vllm_refuses(given, error, expected):
     with pytest.raises(error, match=expected):
-        topk_from_vllm(given)
+        topk_from_vllm(given, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -629,41 +772,46 @@ def test_vllm_refuses(given, error, expected):
     [
         (None, None, {}, TypeError, "input_top_logprobs: expected SGLang's list of rows; got NoneType"),
         ([], None, {}, ValueError, "expected a row for each token; got none; a request needs logprob_start_len=0"),
-        (DICTS, None, {}, TypeError, "row 1: expected None or a list; got {6722.*topk_from_vllm takes vLLM's dicts"),
+        (DICTS, None, {}, TypeError, r"row 1 .*: .* or a list; got {6722.*topk_from_vllm takes vLLM's"),
         (INPUT_TOP_LOGPROBS[1:], None, {}, ValueError, "row 0: .*rows from a later token need start=logprob_start_len"),
-        ([None, [[-0.5, "4"]]], None, {}, TypeError, r"row 1: expected entries \[logprob, token id, text\]"),
-        ([None, [[-0.5]]], None, {}, TypeError, "row 1: expected entries"),
-        ([None, [-0.5, 4]], None, {}, TypeError, r"row 1: expected entries .*got \[-0.5, 4\]"),
-        ([None, [[None, 4, None]]], None, {}, TypeError, "row 1: expected entries"),
+        ([None, [[-0.5, "4"]]], None, {}, TypeError, r"row 1 .*: expected a token id, an integer; got \[-0.5, '4'\]"),
+        ([None, [[-0.5]]], None, {}, TypeError, r"row 1 .*: expected entries"),
+        ([None, [-0.5, 4]], None, {}, TypeError, r"row 1 .*: expected entries \[logprob, token id, text\]; got -0.5"),
         (
             [None, [[-0.5, 4, None]], [[NAN, 5, None]]],
             None,
             {},
             ValueError,
-            "input_top_logprobs: the row of token 2 has",
+            r"input_top_logprobs: row 2 .* null; got \[nan, 5, None\]",
         ),
-        ([None, [[NAN, 5]]], None, {"start": 3}, ValueError, "the row of token 4 has NaN"),
-        ([None, [[0.5, 4]]], None, {}, ValueError, "the row of token 1: expected log-probabilities, 0 or less"),
-        ([None, [[-0.5, -4]]], None, {}, ValueError, "the row of token 1: expected token ids"),
+        ([None, [[NAN, 5]]], None, {"start": 3}, ValueError, r"row 1 \(token 4\): expected a log-probability or null"),
+        ([None, [[0.5, 4]]], None, {}, ValueError, r"row 1 .*: expected a log-probability, 0 or less"),
+        ([None, [[-0.5, -4]]], None, {}, ValueError, r"row 1 .*: expected a token id"),
         ([None, [[-0.5, 4]]], {}, {}, TypeError, "input_token_logprobs: expected SGLang's list of rows; got dict"),
         ([None, [[-0.5, 4]]], [[None, 3]], {}, ValueError, "expected the 2 rows of input_top_logprobs; got 1"),
-        ([None, [[-0.5, 4]]], [[None, 3], None], {}, TypeError, "input_token_logprobs: row 1: expected .*got None"),
-        ([None, [[-0.5, 4]]], [[None, 3], ["x", 4]], {}, TypeError, "input_token_logprobs: row 1: expected"),
+        ([None, [[-0.5, 4]]], [[None, 3], 7], {}, TypeError, r"input_token_logprobs: row 1 .*: expected .*got 7"),
+        ([None, [[-0.5, 4]]], [[None, 3], ["x", 4]], {}, TypeError, r"input_token_logprobs: row 1 .*got \['x', 4\]"),
         (
             [None, [[-0.5, 4]]],
             [[None, 3], [NAN, 4]],
             {},
             ValueError,
-            "input_token_logprobs: the row of token 1 has NaN",
+            r"input_token_logprobs: row 1 .*null; got \[nan, 4\]",
         ),
-        ([None, [[-0.5, 4]]], [[None, 3], [0.5, 6]], {}, ValueError, "the row of token 1: expected log-probabilities"),
+        (
+            [None, [[-0.5, 4]]],
+            [[None, 3], [0.5, 6]],
+            {},
+            ValueError,
+            r"row 1 .*: expected a log-probability, 0 or less",
+        ),
         ([None], None, {"start": -1}, ValueError, "start: expected the request's logprob_start_len, 0 or more; got -1"),
         ([None], None, {"start": None}, ValueError, "start: .*got None"),
     ],
 )
 def test_sglang_refuses(top, own, options, error, expected):
     with pytest.raises(error, match=expected):
-        topk_from_sglang(top, own, **options)
+        topk_from_sglang(top, own, **options, strict=True)
 
 
 @each_form

@@ -1,6 +1,7 @@
 """Teachers on disk, for offline distillation: the top k of each token, written once and read in every epoch.
 
     python -m kdkernels.cache write --model FOLDER --text FILE... --output DIRECTORY --k 64 [--samples 32]
+    python -m kdkernels.cache write --model FOLDER --tokens FILE --output DIRECTORY    # input_ids, labels, mask, ...
     python -m kdkernels.cache info DIRECTORY      # the contents, and the bytes per token next to other formats
     python -m kdkernels.cache verify DIRECTORY    # compares every checksum
 
@@ -10,24 +11,26 @@ a memory-mapped Dataset::
     cache = TopKCache(directory)
     for batch in torch.utils.data.DataLoader(cache, batch_size=8, shuffle=True, num_workers=2):
         logits = student(batch["input_ids"]).logits
-        labels = kdkernels.next_token_labels(batch["input_ids"])
+        labels = kdkernels.next_token_labels(batch["input_ids"])  # or of batch["labels"], if the cache has them
         loss = kdkernels.fused_kl(logits, cache.teacher(batch), labels=labels, temperature=cache.settings.temperature)
 
 Row t of the teacher is its output at token t: the prediction of token t + 1, which is also the label of row t from
-`next_token_labels`. The last row predicts a token that is not in the sequence.
+`next_token_labels`. The last row predicts a token that is not in the sequence. Labels, a mask and document ids may be
+stored beside the teacher. They belong to tokens and are not shifted: `next_token_labels` shifts labels.
 
 The top k alone are a biased teacher: the student learns the total probability of the other classes and nothing more
 about them, and falls behind in long runs. With `samples`, that many of the k entries are drawn from the classes past
 the most probable ones (`sampled_log_probs`). This teacher is unbiased for kl: the expectation of a row's gradient is
-the whole teacher's gradient. It is biased for the other divergences, for which the top k may be better.
+the whole teacher's gradient. It is biased for the other divergences, for which the top k may be better; the loss warns
+of it once.
 
 A row holds packed indices (`kdkernels.cache.packing`), fp16 log-probabilities and an fp16 log-probability of the tail.
 Rounding to fp16 changes a probability by at most 0.05 % from 1/7 up, and 0.4 % from 2e-7 up.
 
 Shards are safetensors files, not Parquet: all rows have one size, so a mapped file gives a slice without decoding other
 rows, and users of transformers already have the package. A writer that is killed loses only the sequences that no shard
-held yet. The next writer's `sequences` says where to continue, and the files come out as they would have without the
-kill.
+held yet: at most a minute of work, or one batch. The next writer's `sequences` says where to continue, and each
+sequence comes out as it would have without the kill. docs/cache.md describes the files and what they guarantee.
 """
 
 import hashlib
@@ -37,6 +40,7 @@ import json
 import operator
 import os
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,7 +56,7 @@ except ImportError as error:
 from ..distributions import HAVE_TAIL_MASS, LinearLogits, SparseLogProbs
 from ..teachers.extract import sampled_log_probs, topk_log_probs
 from . import packing, shards
-from .writer import CacheWriter, default_sequences_per_shard
+from .writer import CacheWriter, named_shards, pack_column
 
 
 class TopKCache(torch.utils.data.Dataset):
@@ -60,13 +64,18 @@ class TopKCache(torch.utils.data.Dataset):
 
     An item is a dict of plain tensors, which the default collate function batches: input_ids int64 [T], indices int32
     [T, K], ascending, log_probs fp16 [T, K] (-inf in the unused entries of a row) and, with tail "bucket" or "uniform",
-    tail_log_prob fp16 [T]. `teacher` makes the distribution of a batch of items. Each worker process maps the files
-    again.
+    tail_log_prob fp16 [T]; and the columns that `settings.columns` names: labels int64 [T], mask bool [T], document_ids
+    int64 [T]. `teacher` makes the distribution of a batch of items. Each worker process maps the files again.
+
+    Reading an item raises ValueError, with the file's path, if the file was truncated, replaced, changed or deleted
+    since this object compared it with the manifest. A file that is truncated during a read kills the process
+    (docs/cache.md).
 
     Args:
         directory: the directory of a `CacheWriter`, finished or still writing. The dataset has the shards that the
             manifest names when this object is made.
-        verify: whether to compare the checksums too, which reads all of the files once.
+        verify: whether to compare the checksums too, which reads all of the files once, and again each file that
+            changes later.
 
     Raises:
         ValueError: if there is no cache, or a cache of another version; for a damaged shard, with its path.
@@ -75,10 +84,10 @@ class TopKCache(torch.utils.data.Dataset):
     def __init__(self, directory: str | os.PathLike, *, verify: bool = True):
         self.directory = Path(directory).absolute()
         self.settings, self.shards = manifest_of(self.directory)
-        for shard in self.shards:
-            shards.check_shard(self.directory, shard, self.settings, checksum=verify)
+        self._readers = [
+            shards.ShardReader(self.directory, shard, self.settings, checksum=verify) for shard in self.shards
+        ]
         self._ends = list(itertools.accumulate(shard.sequences for shard in self.shards))
-        self._files = {}
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -87,15 +96,15 @@ class TopKCache(torch.utils.data.Dataset):
         index = range(len(self))[operator.index(index)]
         number = bisect_right(self._ends, index)
         row = index - (self._ends[number - 1] if number else 0)
-        if number not in self._files:
-            self._files[number] = shards.open_shard(self.directory / self.shards[number].name)
-        file, settings = self._files[number], self.settings
-        item = {name: file.get_slice(name)[row : row + 1][0] for name in settings.layout(1)}
-        item["input_ids"] = item["input_ids"].astype(np.int64)
+        reader, settings = self._readers[number], self.settings
+        item = {name: array[0] for name, array in reader.read(slice(row, row + 1)).items()}
+        for name in ("input_ids", "labels", "document_ids"):
+            if name in item:
+                item[name] = item[name].astype(np.int64)
         try:
             item["indices"] = packing.unpack(item["indices"], settings.vocab_size, settings.k)
-        except ValueError as error:  # opened without verify, or damaged since then
-            raise ValueError(f"{self.directory / self.shards[number].name}, sequence {row}: {error}") from error
+        except ValueError as error:  # opened without verify
+            raise ValueError(f"{reader.path}, sequence {row}: {error}") from error
         return {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in item.items()}
 
     def teacher(self, batch: dict[str, Tensor], tail: str | None = None) -> SparseLogProbs:
@@ -124,15 +133,13 @@ class TopKCache(torch.utils.data.Dataset):
             tail=tail,
             tail_log_prob=tail_log_prob if tail in HAVE_TAIL_MASS else None,
             source_temperature=self.settings.temperature,
+            drawn=self.settings.samples > 0,
         )
-
-    def __getstate__(self):
-        return self.__dict__ | {"_files": {}}  # maps cannot be pickled
 
 
 @torch.no_grad()
 def write_teacher(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Callable[[], torch.nn.Module],
     blocks: Tensor,
     directory: str | os.PathLike,
     *,
@@ -143,6 +150,9 @@ def write_teacher(
     vocab_size: int | None = None,
     tokenizer_hash: str | None = None,
     teacher: str | None = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
     sequences_per_shard: int | None = None,
     progress: bool = True,
 ) -> TopKCache:
@@ -152,7 +162,9 @@ def write_teacher(
     come from hidden states and are never stored whole. Otherwise they are the model's own.
 
     Args:
-        model: a causal language model of transformers, or a module with the same call and result.
+        model: a causal language model of transformers, or a module with the same call and result; or a function that
+            loads it. The function is called after the settings and the text were compared with those of an existing
+            cache, and only if sequences are missing.
         blocks: int64 [sequences, T].
         samples: how many of the k entries are drawn from the classes past the k - samples most probable. The cache then
             has the tail "truncate", an unbiased teacher for kl; divergences that are infinite without teacher mass
@@ -161,18 +173,38 @@ def write_teacher(
         directory, k, temperature, tokenizer_hash, teacher: see `CacheWriter`.
         batch: sequences per forward.
         vocab_size: the number of classes that count, if the model's logits are padded; None: all.
+        labels, mask, document_ids: what the cache stores for each token besides, [sequences, T]: see `CacheWriter`. The
+            model does not see them.
         sequences_per_shard: rounded up to whole batches, so that a resumed run has the same batches and, on the same
-            machine, gives the same bits.
+            machine, gives the same bits. None: about 64 MiB or 60 seconds, in whole batches.
 
     Raises:
-        ValueError, RuntimeError: those of `CacheWriter`; and if the sequences on disk are not the first ones of
-            `blocks`.
+        TypeError, ValueError, RuntimeError: those of `CacheWriter`; and if the sequences on disk are not the first ones
+            of `blocks`, with the same labels, mask and document ids.
     """
     if blocks.dim() != 2 or blocks.dtype != torch.int64 or blocks.numel() == 0:
         raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
     if batch < 1:
         raise ValueError(f"batch: expected at least 1; got {batch}")
     tqdm = import_extra("tqdm").tqdm
+    columns = {"labels": labels, "mask": mask, "document_ids": document_ids}
+    columns = {name: column for name, column in columns.items() if column is not None}
+    settings = {
+        "k": k,
+        "length": blocks.shape[1],
+        "temperature": float(temperature),
+        "tokenizer_hash": tokenizer_hash,
+        "teacher": teacher,
+        "samples": samples,
+        "tail": "truncate" if samples else "bucket",
+        "columns": tuple(columns),
+    }
+    tokens = {"input_ids": blocks} | columns
+    named = _compare(Path(directory), tokens, vocab_size, settings)
+    if not isinstance(model, torch.nn.Module):
+        if sum(shard.sequences for shard in named) == len(blocks):
+            return TopKCache(directory, verify=False)
+        model = model()
     device = next(model.parameters()).device
     were_training = [module for module in model.modules() if module.training]
     model.eval()
@@ -180,35 +212,41 @@ def write_teacher(
         logits_of, width = _logits_of(model, blocks[:1, :8].to(device))
         if vocab_size is not None and vocab_size > width:  # raises before the writer makes a file
             raise ValueError(f"vocab_size: expected at most {width}, the classes of the model; got {vocab_size}")
-        settings = {
-            "vocab_size": width if vocab_size is None else vocab_size,
-            "k": k,
-            "length": blocks.shape[1],
-            "temperature": float(temperature),
-            "tokenizer_hash": tokenizer_hash,
-            "teacher": teacher,
-            "samples": samples,
-            "tail": "truncate" if samples else "bucket",
-        }
-        if sequences_per_shard is None:
-            sequences_per_shard = default_sequences_per_shard(shards.Settings(**settings))
-        sequences_per_shard = -(-sequences_per_shard // batch) * batch
+        settings["vocab_size"] = width if vocab_size is None else vocab_size
+        if sequences_per_shard is not None:
+            sequences_per_shard = -(-sequences_per_shard // batch) * batch
         with CacheWriter(directory, **settings, sequences_per_shard=sequences_per_shard) as writer:
-            _check_text(writer, blocks)
+            if writer.shards != named:  # another writer has added shards since the comparison
+                _check_text(writer.directory, tokens, writer.settings, writer.shards)
             done = writer.sequences * blocks.shape[1]
             bar = tqdm(
                 total=blocks.numel(), initial=done, desc="teacher", unit="token", unit_scale=True, disable=not progress
             )
             with bar:
                 for first in range(writer.sequences, len(blocks), batch):
-                    ids = blocks[first : first + batch]
+                    ids, *others = (x[first : first + batch] for x in tokens.values())
                     logits = logits_of(ids.to(device))
-                    writer.append(ids, _teacher_of(logits, writer.settings, first))
+                    found = _teacher_of(logits, writer.settings, first)
+                    writer.append(ids, found, **dict(zip(columns, others, strict=True)))
                     bar.update(ids.numel())
     finally:
         for module in were_training:
             module.training = True
     return TopKCache(directory, verify=False)
+
+
+def _compare(directory: Path, tokens: dict[str, Tensor], vocab_size: int | None, settings: dict) -> list[shards.Shard]:
+    """The shards that the directory has already. Raises unless they fit the settings and the text. A vocab_size of None
+    fits any."""
+    existing = shards.read_manifest(directory)
+    if vocab_size is None:  # the model's, which is not known yet
+        vocab_size = 2**31 if existing is None else existing[0].vocab_size
+    expected = shards.Settings(vocab_size=vocab_size, **settings)
+    for name in expected.columns:
+        pack_column(name, tokens[name], tokens["input_ids"], expected)
+    named = named_shards(directory, expected) or []
+    _check_text(directory, tokens, expected, named)
+    return named
 
 
 def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first: int) -> SparseLogProbs:
@@ -251,6 +289,7 @@ def report(directory: str | os.PathLike) -> str:
     kept = f"top {settings.k - settings.samples}"
     if settings.samples:
         kept += f" and {settings.samples} draws of the rest"
+    beside = "".join(f", {name}" for name in settings.columns)
     limit = "" if settings.vocab_size <= 131_072 else "; this vocabulary is past its limit"
     lines = {
         "cache": f"{directory}: {sequences:,} sequences of {settings.length:,} tokens in {len(named)} shard(s)",
@@ -258,7 +297,7 @@ def report(directory: str | os.PathLike) -> str:
         f"temperature {settings.temperature:g}, tail {settings.tail}",
         "tokenizer": settings.tokenizer_hash or "not named",
         "bytes a token": f"{settings.row_bytes} = {settings.index_bytes} of indices + {2 * settings.k} of fp16 "
-        f"log-probs{tail}; 4 more for the token id",
+        f"log-probs{tail}; {settings.other_bytes} more for the token id{beside}",
         "bits an index": f"{bits:.2f} ({by_itself} if each index were packed alone)",
         "on disk": f"{size:,} bytes" + (f", {size / tokens:.1f} a token" if tokens else ""),
         "DistillKit": "344 bytes a token at k = 128, 127 at k = 50 (18 bits an index; most log-probs by a polynomial)",
@@ -299,22 +338,23 @@ def _logits_of(model, sample: Tensor):
     return (head if same else whole), logits.shape[-1]
 
 
-def _check_text(writer: CacheWriter, blocks: Tensor) -> None:
-    """Raises unless the sequences on disk are the first ones of `blocks`."""
-    if writer.sequences > len(blocks):
-        raise ValueError(
-            f"{writer.directory}: expected at most the text's {len(blocks)} sequences; got {writer.sequences}"
-        )
-    ids, first = blocks.cpu().numpy(), 0
-    for shard in writer.shards:
+def _check_text(
+    directory: Path, tokens: dict[str, Tensor], settings: shards.Settings, named: list[shards.Shard]
+) -> None:
+    """Raises unless the sequences on disk are the first ones of `tokens`: the ids and the columns."""
+    count, first = sum(shard.sequences for shard in named), 0
+    if count > len(tokens["input_ids"]):
+        raise ValueError(f"{directory}: expected at most the text's {len(tokens['input_ids'])} sequences; got {count}")
+    for shard in named:
         last = first + shard.sequences
-        stored = shards.open_shard(writer.directory / shard.name).get_tensor("input_ids")
-        differ = (stored != ids[first:last]).any(axis=1)
-        if differ.any():
-            raise ValueError(
-                f"{writer.directory} holds another text: expected the first {writer.sequences} sequences of this one; "
-                f"sequence {first + int(differ.argmax())} differs"
-            )
+        stored = shards.ShardReader(directory, shard, settings, checksum=False).read(slice(None), tokens)
+        for name, array in stored.items():
+            differ = (array != tokens[name][first:last].cpu().numpy()).any(axis=1)
+            if differ.any():
+                raise ValueError(
+                    f"{directory} holds {'another text' if name == 'input_ids' else f'other {name}'}: expected the "
+                    f"first {count} sequences of this one; sequence {first + int(differ.argmax())} differs"
+                )
         first = last
 
 

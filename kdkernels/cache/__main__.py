@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(options.directory)
         print(report(options.directory))
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         sys.exit(f"kdkernels.cache: {error}")
     return 0
 
@@ -31,7 +32,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     write = commands.add_parser("write", help="run a model over a text, or continue an earlier run")
     write.add_argument("--model", required=True, help="a name or folder that transformers loads")
     write.add_argument("--gguf-file", help="the GGUF file in the model's folder")
-    write.add_argument("--text", required=True, nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
+    source = write.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="UTF-8 files, in this order")
+    source.add_argument(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="a safetensors file of input_ids [sequences, T] int64 and, to be stored too, labels and document_ids "
+        "(int64) and mask (bool) of that shape",
+    )
+    write.add_argument(
+        "--document-ids", action="store_true", help="with --text: store the number of each token's file too, from 0"
+    )
     write.add_argument("--output", required=True, type=Path, metavar="DIRECTORY", dest="directory")
     write.add_argument("--k", type=int, default=64, help="classes kept for each token (default 64)")
     write.add_argument(
@@ -45,32 +57,46 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--length",
         type=int,
         default=1024,
-        help="tokens of a sequence; tokens at the end of the text that fill no sequence are left out (default 1024)",
+        help="with --text: tokens of a sequence; tokens at the end that fill no sequence are left out (default 1024)",
     )
     write.add_argument("--batch", type=int, default=4, help="sequences per forward (default 4)")
     write.add_argument("--vocab-size", type=int, help="classes that count, if the model's logits are padded")
-    write.add_argument("--sequences-per-shard", type=int, help="default: about 64 MiB per shard")
+    write.add_argument(
+        "--sequences-per-shard", type=int, help="default: a shard ends at 64 MiB, or after a minute of the model's work"
+    )
     write.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     write.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, purpose in (("info", "describe a cache, with its bytes per token"), ("verify", "compare every checksum")):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("directory", type=Path)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.command == "write" and options.document_ids and not options.text:
+        parser.error("--document-ids: expected --text; a file of --tokens has its own document_ids")
+    return options
 
 
 def _write(options: argparse.Namespace) -> None:
     transformers = import_extra("transformers")
     loading = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, **loading)
-    blocks = _blocks(tokenizer, options.text, options.length)
-    if loading and hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights packed
-        loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=getattr(torch, options.dtype), **loading
-    )
+    if options.tokens:
+        columns = _tokens(options.tokens)
+    else:
+        columns = _blocks(tokenizer, options.text, options.length)
+        if not options.document_ids:
+            del columns["document_ids"]
+
+    def model():
+        if loading and hasattr(transformers, "GgufConfig"):  # newer versions can keep the weights packed
+            loading["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        dtype = getattr(torch, options.dtype)
+        return transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, **loading).to(
+            options.device
+        )
+
     write_teacher(
-        model.to(options.device),
-        blocks,
+        model,
+        columns.pop("input_ids"),
         options.directory,
         k=options.k,
         samples=options.samples,
@@ -80,17 +106,35 @@ def _write(options: argparse.Namespace) -> None:
         tokenizer_hash=tokenizer_hash(tokenizer),
         sequences_per_shard=options.sequences_per_shard,
         teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
+        **columns,
     )
 
 
-def _blocks(tokenizer, paths: list[Path], length: int) -> Tensor:
-    """The files' tokens [sequences, length], one file after the other, with the end-of-text token between them."""
+def _blocks(tokenizer, paths: list[Path], length: int) -> dict[str, Tensor]:
+    """The files' tokens [sequences, length], one file after the other, with the end-of-text token between them, and the
+    number of each token's file."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     texts = [tokenizer(path.read_text(encoding="utf-8")).input_ids + end for path in paths]
     ids = torch.cat([torch.tensor(text, dtype=torch.int64) for text in texts])
+    files = torch.arange(len(texts)).repeat_interleave(torch.tensor([len(text) for text in texts]))
     if len(ids) < length:
         raise ValueError(f"text: expected at least {length} tokens, one sequence; got {len(ids)}")
-    return ids[: len(ids) // length * length].view(-1, length)
+    whole = len(ids) // length * length
+    return {"input_ids": ids[:whole].view(-1, length), "document_ids": files[:whole].view(-1, length)}
+
+
+def _tokens(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of --tokens."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file; got {error}") from error
+    if "input_ids" not in tensors or not set(tensors) <= {"input_ids", *shards.COLUMNS}:
+        raise ValueError(
+            f"{path}: expected input_ids and, if they are to be stored, {', '.join(shards.COLUMNS)}; got "
+            f"{', '.join(sorted(tensors)) or 'no tensor'}"
+        )
+    return tensors
 
 
 def _verify(directory: Path) -> int:

@@ -2,7 +2,7 @@
 
 A file appears whole or not at all: it is written under a temporary name, flushed to the disk and renamed. Then the
 manifest, replaced as a whole, names the shard. So every file that the manifest names exists, whenever the writer is
-killed. A file that it does not name is a leftover.
+killed. A file that it does not name is a leftover. docs/cache.md describes the format.
 """
 
 import hashlib
@@ -26,9 +26,12 @@ try:
 except ImportError:  # Windows has no fcntl
     fcntl = None
 
-FORMAT, VERSION = "kdkernels top-k cache", 2
+FORMAT, VERSION = "kdkernels top-k cache", 3
 MANIFEST, LOCK = "manifest.json", "writer.lock"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
+# What a cache may hold beside the teacher, one number for each token: the dtype on disk by its names in safetensors and
+# numpy.
+COLUMNS = {"labels": ("I32", np.int32), "mask": ("BOOL", np.bool_), "document_ids": ("I32", np.int32)}
 _LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
 
 
@@ -44,8 +47,13 @@ class Settings:
     tokenizer_hash: str | None = None
     teacher: str | None = None
     samples: int = 0
+    columns: tuple[str, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "columns", tuple(self.columns))
+        if not set(self.columns) <= set(COLUMNS) or len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns: expected some of {', '.join(COLUMNS)}; got {', '.join(map(str, self.columns))}")
+        object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in self.columns))
         for name, least in (("vocab_size", 1), ("k", 1), ("length", 1), ("samples", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -82,6 +90,11 @@ class Settings:
         return self.index_bytes + 2 * self.k + 2 * self.has_tail_mass
 
     @property
+    def other_bytes(self) -> int:
+        """Bytes of a token besides its teacher: its id and the columns."""
+        return 4 + sum(np.dtype(COLUMNS[name][1]).itemsize for name in self.columns)
+
+    @property
     def has_tail_mass(self) -> bool:
         return self.tail in HAVE_TAIL_MASS
 
@@ -93,7 +106,9 @@ class Settings:
             "indices": ("U8", [*leading, self.index_bytes]),
             "log_probs": ("F16", [*leading, self.k]),
         }
-        return tensors | {"tail_log_prob": ("F16", leading)} if self.has_tail_mass else tensors
+        if self.has_tail_mass:
+            tensors["tail_log_prob"] = ("F16", leading)
+        return tensors | {name: (COLUMNS[name][0], leading) for name in self.columns}
 
     def differences(self, other: "Settings") -> str:
         """The settings that differ from those of `other`, with both values; empty if all are equal."""
@@ -133,7 +148,15 @@ def read_manifest(directory: Path) -> tuple[Settings, list[Shard]] | None:
         raise ValueError(f"{path} is damaged: {error}") from error
     version = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if version != (FORMAT, VERSION):
-        raise ValueError(f"{path}: expected a {FORMAT} of version {VERSION}; got {version}")
+        raise ValueError(
+            f"{path}: expected a {FORMAT} of version {VERSION}; got {version}; write the cache again, into an empty "
+            "directory"
+        )
+    if (digest := manifest_digest(manifest)) != manifest.get("sha256"):
+        raise ValueError(
+            f"{path} is damaged, or was edited: expected entries of the SHA-256 {manifest.get('sha256')!r}, which the "
+            f"file names; got {digest}; restore the file from a copy, or write the cache again, into an empty directory"
+        )
     try:
         names = {field.name for field in fields(Settings)}
         if set(manifest["settings"]) != names:
@@ -146,7 +169,14 @@ def read_manifest(directory: Path) -> tuple[Settings, list[Shard]] | None:
 def write_manifest(directory: Path, settings: Settings, shards: list[Shard]) -> None:
     manifest = {"format": FORMAT, "version": VERSION, "settings": asdict(settings)}
     manifest["shards"] = [asdict(shard) for shard in shards]
+    manifest["sha256"] = manifest_digest(manifest)
     _write_whole(directory / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def manifest_digest(manifest: dict) -> str:
+    """SHA-256 of all entries but "sha256" itself. White space and the order of the entries do not count."""
+    entries = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) -> Shard:
@@ -158,9 +188,44 @@ def write_shard(directory: Path, number: int, tensors: dict[str, np.ndarray]) ->
     return Shard(name, len(tensors["input_ids"]), len(data), hashlib.sha256(data).hexdigest())
 
 
-def open_shard(path: Path):
-    """The memory-mapped file: get_slice(name)[a:b] reads only those rows, as numpy arrays."""
-    return safetensors.safe_open(path, framework="numpy")
+class ShardReader:
+    """A shard whose file was compared with the manifest; maps the file when it is first read.
+
+    Before each read it compares the file's size and times with those at the last comparison. If they differ, the file
+    is compared with the manifest again, so a file that was truncated, replaced or deleted since then raises.
+    """
+
+    def __init__(self, directory: Path, shard: Shard, settings: Settings, *, checksum: bool):
+        self.path = directory / shard.name
+        self._compared = (directory, shard, settings, checksum)
+        self._compare()
+
+    def read(self, rows: slice, names=None) -> dict[str, np.ndarray]:
+        """The named tensors of these sequences, or all tensors.
+
+        Raises:
+            ValueError: with the file's path, for a file that cannot be read or differs from the manifest.
+        """
+        try:
+            if _identity(self.path) != self._identity:
+                self._compare()
+            if self._file is None:
+                self._file = _open(self.path)
+            return {name: self._file.get_slice(name)[rows] for name in names or self._compared[2].layout(1)}
+        except FileNotFoundError:
+            raise ValueError(_lacks(self.path, self._compared[1])) from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{self.path} cannot be read: {error}") from error
+
+    def _compare(self) -> None:
+        directory, shard, settings, checksum = self._compared
+        self._file = self._identity = None
+        before = _identity(self.path) if self.path.exists() else None  # so a change during the comparison shows later
+        check_shard(directory, shard, settings, checksum=checksum)
+        self._identity = before
+
+    def __getstate__(self):
+        return self.__dict__ | {"_file": None}  # a map cannot be pickled
 
 
 def check_shard(directory: Path, shard: Shard, settings: Settings, *, checksum: bool) -> None:
@@ -170,19 +235,22 @@ def check_shard(directory: Path, shard: Shard, settings: Settings, *, checksum: 
         ValueError: with the file's path, what was expected and what came.
     """
     path = directory / shard.name
-    if not path.exists():
-        raise ValueError(f"{path}: expected {shard.bytes:,} bytes, as {MANIFEST} says; got no such file")
-    if (size := path.stat().st_size) != shard.bytes:
-        raise ValueError(f"{path} is damaged: expected {shard.bytes:,} bytes, as {MANIFEST} says; got {size:,}")
     try:
-        with open_shard(path) as file:
+        if (size := path.stat().st_size) != shard.bytes:
+            raise ValueError(f"{path} is damaged: expected {shard.bytes:,} bytes, as {MANIFEST} says; got {size:,}")
+        with _open(path) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
             layout = {name: (part.get_dtype(), list(part.get_shape())) for name, part in slices.items()}
+        digest = _sha256(path) if checksum else shard.sha256
+    except FileNotFoundError:
+        raise ValueError(_lacks(path, shard)) from None
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: expected a safetensors header; got {error}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     if layout != (expected := settings.layout(shard.sequences)):
         raise ValueError(f"{path} is damaged: expected the tensors {expected}; got {layout}")
-    if checksum and (digest := _sha256(path)) != shard.sha256:
+    if digest != shard.sha256:
         raise ValueError(f"{path} is damaged: expected SHA-256 {shard.sha256}, as {MANIFEST} says; got {digest}")
 
 
@@ -239,3 +307,18 @@ def _sha256(path: Path) -> str:
         while data := file.read(2**20):
             digest.update(data)
         return digest.hexdigest()
+
+
+def _open(path: Path):
+    """The memory-mapped file: get_slice(name)[a:b] reads only those rows, as numpy arrays."""
+    return safetensors.safe_open(path, framework="numpy")
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written, truncated or replaced."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _lacks(path: Path, shard: Shard) -> str:
+    return f"{path}: expected {shard.bytes:,} bytes, as {MANIFEST} says; got no such file"

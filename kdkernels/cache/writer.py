@@ -1,6 +1,8 @@
 """Writes a cache of teachers: checks and packs sequences, and puts them into shards; see `kdkernels.cache`."""
 
 import os
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,9 @@ from torch import Tensor
 from ..distributions import SparseLogProbs
 from . import packing, shards
 
-SHARD_BYTES = 64 * 2**20  # approximate; small enough that a killed writer loses little
+# A shard of the default size ends at whichever comes first, so that a killed writer loses at most a minute of work.
+SHARD_BYTES = 64 * 2**20  # approximate
+SHARD_SECONDS = 60
 
 
 class CacheWriter:
@@ -21,7 +25,10 @@ class CacheWriter:
     ...         writer.append(ids, kdkernels.topk_log_probs(model(ids).logits, 64))
 
     Appended sequences are on disk once their shard is full, or after `close`. If an exception leaves the with-block,
-    the sequences that no shard holds are not written; the next writer's `sequences` says where to continue.
+    the sequences that no shard holds are not written; the next writer's `sequences` says where to continue. A shard of
+    the default size ends with the `append` that fills 64 MiB, or with the last one that fits into 60 seconds since the
+    shard before it, if the next takes as long as this one. So a kill loses at most a minute of the teacher's work, or
+    one batch if a batch takes longer.
 
     Args:
         directory: made if it does not exist.
@@ -35,7 +42,11 @@ class CacheWriter:
         teacher: a name for the model, stored for readers too.
         samples: how many of the K entries are drawn (`sampled_log_probs`), with tail "truncate"; stored for readers
             too.
-        sequences_per_shard: None: about 64 MiB.
+        columns: what each sequence has besides, one number a token: some of "labels" (below V; negative for tokens
+            without one), "mask" (bool) and "document_ids" (int32's range). The cache stores them as they are, without
+            a shift.
+        sequences_per_shard: fixes the shards, so that the same sequences give the same files. None: about 64 MiB or 60
+            seconds, as above; the sequences are the same, but how many of them a file has depends on the time.
 
     Raises:
         ValueError: for a directory with a cache of other settings (the message names those that differ), a damaged
@@ -55,24 +66,28 @@ class CacheWriter:
         tokenizer_hash: str | None = None,
         teacher: str | None = None,
         samples: int = 0,
+        columns: Iterable[str] = (),
         sequences_per_shard: int | None = None,
     ):
         self.directory = Path(directory)
         self.settings = shards.Settings(
-            vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher, samples
+            vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher, samples, tuple(columns)
         )
+        self._sized_by_time = sequences_per_shard is None
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(self.settings)
         if sequences_per_shard < 1:
             raise ValueError(f"sequences_per_shard: expected at least 1; got {sequences_per_shard}")
         self.sequences_per_shard = sequences_per_shard
         self._pending: list[dict[str, np.ndarray]] = []  # one dict per sequence
+        self._last_shard = self._last_append = time.monotonic()
 
-        self._named_shards()  # raises before the writer makes a file
+        named_shards(self.directory, self.settings)  # raises before the writer makes a file
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = shards.lock(self.directory)
         try:
-            self.shards = self._named_shards()  # again: another writer may have added shards before the lock
+            # Again: another writer may have added shards before the lock.
+            self.shards = named_shards(self.directory, self.settings)
             if self.shards is None:
                 self.shards = []
                 shards.write_manifest(self.directory, self.settings, self.shards)
@@ -86,13 +101,14 @@ class CacheWriter:
         """The number of sequences: those on disk, and those appended since."""
         return sum(shard.sequences for shard in self.shards) + len(self._pending)
 
-    def append(self, input_ids: Tensor, teacher: SparseLogProbs) -> None:
+    def append(self, input_ids: Tensor, teacher: SparseLogProbs, **columns: Tensor) -> None:
         """Adds sequences with their teachers.
 
         Args:
             input_ids: integers [B, T].
             teacher: [B, T, up to K]; row t is the teacher's prediction of token t + 1. This function sorts each row by
                 index and pads it to K entries.
+            columns: the columns of the settings, each [B, T]: labels and document_ids int64 or int32, mask bool.
 
         Raises:
             TypeError, ValueError: for arguments that do not fit the settings; for indices out of range or repeated
@@ -103,9 +119,16 @@ class CacheWriter:
             raise ValueError(f"{self.directory}: expected an open writer; this one was closed")
         if len(input_ids) == 0:
             return
-        self._pending += pack_sequences(input_ids, teacher, self.settings)
-        while len(self._pending) >= self.sequences_per_shard:
-            self._write_shard(self.sequences_per_shard)
+        self._pending += pack_sequences(input_ids, teacher, columns, self.settings)
+        if not self._sized_by_time:
+            while len(self._pending) >= self.sequences_per_shard:
+                self._write_shard(self.sequences_per_shard)
+            return
+        now = time.monotonic()
+        at_next_append = now - self._last_shard + now - self._last_append
+        if len(self._pending) >= self.sequences_per_shard or at_next_append > SHARD_SECONDS:
+            self._write_shard(len(self._pending))
+        self._last_append = now
 
     def close(self) -> None:
         """Writes the sequences that no shard holds yet, and frees the lock for another writer."""
@@ -123,38 +146,44 @@ class CacheWriter:
             self._lock.close()
         self.close()
 
-    def _named_shards(self) -> list[shards.Shard] | None:
-        """The manifest's shards; None without a manifest. Raises for other settings, or if a shard's file does not
-        fit."""
-        if (manifest := shards.read_manifest(self.directory)) is None:
-            if shards.has_shards(self.directory):
-                raise ValueError(f"{self.directory} has shards but no {shards.MANIFEST}; expected both, or neither")
-            return None
-        settings, named = manifest
-        if differences := settings.differences(self.settings):
-            raise ValueError(f"{self.directory} holds a cache of other settings: {differences}")
-        for shard in named:
-            shards.check_shard(self.directory, shard, settings, checksum=False)
-        return named
-
     def _write_shard(self, sequences: int) -> None:
         tensors = {name: np.stack([one[name] for one in self._pending[:sequences]]) for name in self._pending[0]}
         named = [*self.shards, shards.write_shard(self.directory, len(self.shards), tensors)]
         shards.write_manifest(self.directory, self.settings, named)
         self.shards = named
         del self._pending[:sequences]
+        self._last_shard = time.monotonic()
+
+
+def named_shards(directory: Path, expected: shards.Settings) -> list[shards.Shard] | None:
+    """The manifest's shards; None without a manifest. Raises for other settings, or if a shard's file does not fit."""
+    if (manifest := shards.read_manifest(directory)) is None:
+        if shards.has_shards(directory):
+            raise ValueError(f"{directory} has shards but no {shards.MANIFEST}; expected both, or neither")
+        return None
+    settings, named = manifest
+    if differences := settings.differences(expected):
+        raise ValueError(f"{directory} holds a cache of other settings: {differences}")
+    for shard in named:
+        shards.check_shard(directory, shard, settings, checksum=False)
+    return named
 
 
 def default_sequences_per_shard(settings: shards.Settings) -> int:
     """As many sequences as fit `SHARD_BYTES`, and at least one."""
-    return max(1, SHARD_BYTES // (settings.length * (settings.row_bytes + 4)))
+    return max(1, SHARD_BYTES // (settings.length * (settings.row_bytes + settings.other_bytes)))
 
 
 def pack_sequences(
-    input_ids: Tensor, teacher: SparseLogProbs, settings: shards.Settings
+    input_ids: Tensor, teacher: SparseLogProbs, columns: dict[str, Tensor], settings: shards.Settings
 ) -> list[dict[str, np.ndarray]]:
     """The tensors of each sequence as a shard stores them; raises as `CacheWriter.append` says."""
     _check_shapes(input_ids, teacher, settings)
+    if set(columns) != set(settings.columns):
+        raise ValueError(
+            f"columns: expected {', '.join(settings.columns) or 'none'}, as this cache has; got "
+            f"{', '.join(columns) or 'none'}"
+        )
     entries, leading = teacher.indices.shape[-1], tuple(input_ids.shape)
     missing = ((0, 0), (0, settings.k - entries))
     indices, log_probs = packing.sort_rows(
@@ -172,7 +201,27 @@ def pack_sequences(
     }
     if tail is not None:
         tensors["tail_log_prob"] = packing.to_half(tail)
+    for name in settings.columns:
+        tensors[name] = pack_column(name, columns[name], input_ids, settings)
     return [{name: array[i] for name, array in tensors.items()} for i in range(len(ids))]
+
+
+def pack_column(name: str, column: Tensor, input_ids: Tensor, settings: shards.Settings) -> np.ndarray:
+    """The column as a shard stores it. Raises for another shape, another dtype, and values that do not fit."""
+    dtypes = (torch.bool,) if name == "mask" else (torch.int64, torch.int32)
+    if not isinstance(column, Tensor) or column.dtype not in dtypes:
+        got = column.dtype if isinstance(column, Tensor) else type(column).__name__
+        hint = "; pass mask.bool()" if name == "mask" and isinstance(column, Tensor) else ""
+        expected = "a bool tensor" if name == "mask" else "an int64 or int32 tensor"
+        raise TypeError(f"{name}: expected {expected}; got {got}{hint}")
+    if column.shape != input_ids.shape:
+        raise ValueError(f"{name}: expected the shape {list(input_ids.shape)} of the ids; got {list(column.shape)}")
+    values, limits = _as_numpy(column), np.iinfo(np.int32)
+    if name != "mask":
+        _refuse(name, "expected within int32's range", values, (values < limits.min) | (values > limits.max))
+    if name == "labels":
+        _refuse(name, f"expected below vocab_size, {settings.vocab_size}", values, values >= settings.vocab_size)
+    return values.astype(shards.COLUMNS[name][1])
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:
@@ -205,6 +254,11 @@ def _check_shapes(input_ids: Tensor, teacher: SparseLogProbs, settings: shards.S
         raise ValueError(
             f"teacher: expected source_temperature {settings.temperature}, the temperature of this cache; got "
             f"{teacher.source_temperature}"
+        )
+    if teacher.drawn and not settings.samples:
+        raise ValueError(
+            "samples: expected the number of drawn entries for a teacher of sampled_log_probs, so that readers know of "
+            "them; got 0"
         )
 
 

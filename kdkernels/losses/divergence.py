@@ -1,5 +1,8 @@
 """The losses between two distributions over one vocabulary: `fused_divergence`, `fused_kl`, `fused_js`."""
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -148,6 +151,8 @@ def fused_divergence(
     chunking = options.resolve_chunking(heads, student=student, teacher=teacher)
     if isinstance(teacher, SparseLogProbs):
         options.check_tail(divergence, teacher, rows)
+        if teacher.drawn and not divergence.is_linear_in_teacher and not torch.compiler.is_compiling():
+            _warn_of_draws(divergence.name)
         chunking = chunking or options.whole_rows()
     backend = backends.select(backend, student, teacher)
     # A divergence without a parameter is given a number that it does not read.
@@ -215,6 +220,16 @@ def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
         raise ValueError(f"labels: expected int64 of shape [..., T]; got {labels.dtype} of {list(labels.shape)}")
     last = torch.full_like(labels[..., :1], ignore_index)
     return torch.cat([labels[..., 1:], last], dim=-1)
+
+
+@functools.cache  # it warns once for each divergence
+def _warn_of_draws(name: str):
+    warnings.warn(
+        f"the teacher's entries were drawn at random, which biases {name}: its gradient is not linear in the teacher; "
+        "kl is unbiased, and topk_log_probs makes a teacher without draws",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _gradient_dtype(student: Tensor | LinearLogits, chunking: Chunking) -> torch.dtype:

@@ -92,8 +92,8 @@ def sampled_log_probs(
     draws n classes from g with replacement. Class c, drawn n_c times, gets the target n_c / n * p_c / g_c, whose
     expectation is p_c. Under the "truncate" tail the gradient of kl is M q - t, with M the sum of t; its expectation is
     the gradient of the whole teacher, so it is unbiased too. The other divergences are not linear in the teacher, so
-    samples bias them. At equal temperatures the targets are counts divided by n, and M is 1. Memory besides the result
-    stays within `kdkernels.chunk_budget`. The result has no gradient.
+    samples bias them; the loss warns of it once. At equal temperatures the targets are counts divided by n, and M is 1.
+    Memory besides the result stays within `kdkernels.chunk_budget`. The result has no gradient.
 
     With `exact`, that many of the most probable classes get the target p_c, and g covers only the other classes. The
     teacher is still unbiased, and has less variance, since only the tail is drawn. At equal temperatures the drawn
@@ -150,6 +150,7 @@ def sampled_log_probs(
         log_probs.view(*leading, entries),
         tail="truncate",
         source_temperature=float(temperature),
+        drawn=True,
     )
 
 
