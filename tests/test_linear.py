@@ -365,19 +365,6 @@ def test_rows_that_are_dropped_cost_no_product(backend, monkeypatch):
     assert rows_of_products(chunk_rows=7) == ({2 * kept, kept} if device == "cpu" else {200, 100})
 
 
-def peak_bytes(call) -> int:
-    """Peak of the bytes that a call allocates, on top of the memory in use before it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    del result
-    return peak
-
-
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peak_memory_is_the_budget_and_the_gradients(dtype, gradient):

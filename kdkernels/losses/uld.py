@@ -1,5 +1,7 @@
 """Universal Logit Distillation: a loss between vocabularies of different sizes."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,12 @@ from ..families.rows import Rows
 from ..families.uld import Uld
 from . import options
 from .options import LossOutput
+from .signatures import check_keywords, shows_keywords
 
-STATISTICS = ("divergence", "error_bound")
+STATISTICS = ("divergence", "error_bound", "kept")
 
 
+@shows_keywords()
 def fused_uld(
     student: Tensor,
     teacher: Tensor,
@@ -34,6 +38,7 @@ def fused_uld(
     statistics: tuple[str, ...] = (),
     gradient: str = "auto",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | LossOutput:
     """Universal Logit Distillation: the distance between the sorted probabilities of two vocabularies.
 
@@ -72,9 +77,9 @@ def fused_uld(
             both sides have there, which the statistic "error_bound" gives. The gradient is that of the K ranks' sum: s
             = 0 for other classes. Among equal logits at the boundary, the smaller indices belong to the K. None: all
             ranks.
-        statistics: any of "divergence" (ULD, or the sum over K ranks) and "error_bound" (0 without topk): detached, in
-            the leading shape, in the loss's dtype; 0 for rows that are dropped or have no weight (row_weight or
-            1 - lambda is 0).
+        statistics: any of "divergence" (ULD, or the sum over K ranks), "error_bound" (0 without topk) and "kept" (as in
+            `fused_divergence`): detached, in the leading shape, in the loss's dtype; 0 for dropped rows. The first two
+            are 0 for rows without weight too (row_weight or 1 - lambda is 0).
         gradient: as in `fused_divergence`: "forward" computes the gradient together with the loss and keeps it,
             "backward" keeps the inputs and compares them again.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
@@ -96,6 +101,7 @@ def fused_uld(
 
     Source: arXiv:2402.12030 (ULD loss, for any pair of tokenizers); ties and topk are this package's.
     """
+    check_keywords(fused_uld, unknown)
     sizes = _check_logits(student, teacher, student_vocab_size, teacher_vocab_size)
     options.check_choice("gradient", gradient, options.GRADIENTS)
     options.check_statistics(statistics, labels, STATISTICS)
@@ -120,7 +126,7 @@ def fused_uld(
     loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
     if not statistics:
         return loss
-    values = dict(zip(STATISTICS, detached, strict=True))
+    values = dict(zip(STATISTICS, (*detached, options.kept_statistic(given, teacher, loss)), strict=True))
     return LossOutput(loss, {name: values[name].reshape(leading) for name in statistics})
 
 
