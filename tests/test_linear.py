@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from memory import peak_bytes
 from strategies import DTYPES, LEADING, row_options
 from torch.utils.checkpoint import checkpoint
 from truth import BACKENDS, DIVERGENCES, device_of, opcheck, undecided_signs

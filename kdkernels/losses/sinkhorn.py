@@ -261,8 +261,9 @@ def fused_sinkhorn_kd(
         The loss in fp32 (fp64 if a side is fp64). The gradient has the student's dtype. A cloud without rows has loss 0
         and gradient 0. A NaN, or a row of -inf alone, makes its cloud NaN.
 
-    Memory besides the gradient: [B, B] per cloud. Backward reads the logits again, so neither side may change before
-    it.
+    Memory besides the gradient: some matrices [B, B] per cloud. "sqeuclidean" and "dot" also take the probabilities of
+    some columns at a time, within `kdkernels.chunk_budget`. Backward reads the logits again, so neither side may change
+    before it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_divergence`.

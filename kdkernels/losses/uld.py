@@ -86,7 +86,8 @@ def fused_uld(
             PyTorch, twice differentiable).
 
     Memory besides the gradient: on a CPU, for each thread, 25 bytes (fp64: 49) per class of the larger vocabulary plus
-    1.3 MB (1.6); on a GPU, the sort of some rows at a time, within `kdkernels.chunk_budget`.
+    1.32 MB (1.6); on a GPU, the sort of some rows at a time, within `kdkernels.chunk_budget`. With topk: the K largest
+    of each row and the probabilities of some rows, within the budget (on a CPU at most 2 MiB).
 
     Returns:
         The loss in fp32 (fp64 if a side is fp64), or a `LossOutput` if `statistics` names any. The gradient has the

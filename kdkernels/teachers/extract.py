@@ -142,15 +142,18 @@ def sampled_log_probs(
         chunking = chunking._replace(compact_rows=False)
     kernels = backends.kernels(backends.select(backend, logits, logits))
     entries = exact + samples
-    # A chunk holds, besides its logits: a copy of them, both distributions, and the proposal in fp64, of whose size
-    # torch.multinomial allocates one tensor for a single sample and two on a GPU; the classes and targets of the
-    # entries, before and after sorting and merging.
+    # A chunk holds, besides its logits: a copy of them, both distributions, and the proposal in fp64; the classes and
+    # targets of the entries, before and after sorting and merging. torch.multinomial allocates as much as the proposal
+    # for a single sample, twice as much on a GPU, and else the sums of one row.
     proposals = 3 if logits.device.type != "cpu" else 2 if samples == 1 else 1
-    row_bytes = vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize)
+    own = {
+        "row_bytes": vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize),
+        "fixed_bytes": vocab_size * 8,
+    }
     indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
     log_probs = torch.full((row_scale.shape[0], entries), -torch.inf, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, row_bytes):
+        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, **own):
             kept = (row_scale[chunk] != 0)[:, None]
             x = torch.where(kept, x.flatten(0, 1)[:, :vocab_size].to(dtype), 0)
             classes, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
