@@ -50,7 +50,7 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def part(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
-    """The largest error as a fraction of the allowed error; inf if either side alone has an infinity or a NaN."""
+    """The largest error as a fraction of the allowed error; inf for a NaN, and for an infinity of one side alone."""
     error = torch.where(got == want, 0, (got.double() - want).abs() / allowed)
     return float(error.nan_to_num(torch.inf, torch.inf).max())
 

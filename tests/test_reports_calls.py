@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import sys
 import typing
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from truth import BACKENDS, device_of
 
 import kdkernels
-from kdkernels import CATALOGUE, Divergence, LinearLogits, fused_divergence, fused_js, fused_kl, fused_uld
+from kdkernels import CATALOGUE, Divergence, LinearLogits, fused_divergence, fused_js, fused_kl, fused_uld, selftest
 from kdkernels.losses.divergence import DivergenceOptions
 
 ROWS, VOCAB = 6, 23
@@ -301,3 +302,47 @@ def test_log_probabilities_are_logits(backend, gradient):
     torch.testing.assert_close(of_logits, leaf.detach().exp() - p, rtol=1e-5, atol=1e-6)
     (of_log_probs,) = torch.autograd.grad(F.kl_div(leaf, p, reduction="sum"), leaf)
     torch.testing.assert_close(of_log_probs, -p)
+
+
+# ---- the self-test
+
+
+def self_checks():
+    yield selftest.Check("rows", "kl", torch.float32, (5, 7), (0.1, 0.2, 0.3))
+    yield selftest.Check("rows", "js", torch.float16, (5, 1000), (0.5, float("inf"), 0.0))
+    yield selftest.Check("rows", "tv", torch.float16, (5, 1000), (1.7e308, 0.5, 0.0))
+    yield selftest.Check("top k", "top k, bucket", torch.float32, (5, 7), (0.1, 0.2, 0.3), "extraction")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_selftest_prints_a_line_a_family(verbose, capsys):
+    """A line for each family, and each wrong check; --verbose prints all. No error is printed as 309 digits."""
+    assert not selftest.report("cpu", self_checks(), verbose)
+    lines = capsys.readouterr().out.splitlines()
+    families = [line for line in lines if " checks, largest error " in line]
+    assert families[0].startswith("cpu      rows         3 checks, largest error inf (js, float16)")
+    assert "WRONG: 2" in families[0] and "WRONG" not in families[1] and len(families) == 2
+    wrong = [line for line in lines if line.endswith("  WRONG")]
+    assert len(wrong) == 2 and " js " in wrong[0] and "gradient     inf" in wrong[0] and "loss 1.7e+308" in wrong[1]
+    assert len(lines) == (6 if verbose else 4) and max(map(len, lines)) < 120
+    assert any("extraction    0.30" in line for line in lines) == verbose
+    assert selftest.report("cpu", (check for check in self_checks() if not check.is_wrong), verbose)
+
+
+def test_the_selftest_counts_nan_and_overflow_as_wrong():
+    inf, nan = float("inf"), float("nan")
+    want = torch.tensor([1.0, inf, -2.0], dtype=torch.float64)
+    assert selftest.part(want.float(), want, 1e-5) == 0
+    for bad in ([nan, inf, -2.0], [1.0, nan, -2.0], [1.0, 2.0, -2.0], [inf, inf, -2.0], [1.0, -inf, -2.0]):
+        assert selftest.part(torch.tensor(bad, dtype=torch.float16), want, 1e-5) == inf
+    assert selftest.part(torch.tensor([1.0, inf, -2.5]), want, 1.0) == 0.5
+
+
+@pytest.mark.parametrize(("arguments", "verbose"), [([], False), (["--verbose"], True)])
+@pytest.mark.parametrize("right", [True, False])
+def test_the_selftest_passes_its_arguments_on_and_exits_with_the_result(arguments, verbose, right, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["selftest", "--device", "cpu", *arguments])
+    monkeypatch.setattr(selftest, "check", lambda *given: given == ("cpu", verbose) and right)
+    with pytest.raises(SystemExit) as ended:
+        selftest.main()
+    assert ended.value.code == (0 if right else 1)

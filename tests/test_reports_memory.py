@@ -68,8 +68,8 @@ def uld(dtype, topk):
 
 
 def sinkhorn_kd(dtype, cost, gradient):
-    """2 clouds. At most 10 matrices [B, B] exist at a time; the implicit gradient solves in fp64. l1 and l2 keep tiles of
-    the rows.
+    """2 clouds. At most 10 matrices [B, B] exist at a time; the implicit gradient solves in fp64. The costs l1 and l2
+    take tiles of the rows.
     """
     student, teacher = (draw(2, ROWS, VOCAB, dtype=dtype, grad=grad) for grad in (True, False))
     matrices = 2 * ROWS * ROWS * (10 * size(dtype) + 64 * (gradient == "implicit"))
