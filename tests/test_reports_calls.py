@@ -197,7 +197,7 @@ def test_meta_tensors_are_named():
         ("student", lambda: fused_divergence(head, real)),
         ("student", lambda: fused_uld(meta, real)),
         ("student", lambda: kdkernels.fused_sinkhorn_kd(meta, meta)),
-        ("class_cost", lambda: kdkernels.fused_class_ot(real, real, cost.to("meta"))),
+        ("student", lambda: kdkernels.fused_class_ot(meta, meta, cost)),
         ("cost", lambda: kdkernels.fused_sinkhorn(cost.to("meta"), epsilon=0.1)),
         ("logits", lambda: kdkernels.topk_log_probs(meta, 3)),
         ("logits", lambda: kdkernels.sampled_log_probs(head, 3)),

@@ -102,7 +102,6 @@ def check_dense(name: str, x: Tensor):
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
     _check_dtype(name, x)
-    _check_has_data(name, x)
     if x.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor; got layout {x.layout}")
 
@@ -112,7 +111,7 @@ def _check_dtype(name: str, x: Tensor | LinearLogits):
         raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
 
 
-def _check_has_data(name: str, x: Tensor | LinearLogits):
+def check_has_data(name: str, x: Tensor | LinearLogits):
     if x.device.type == "meta":
         raise ValueError(
             f"{name}: expected a tensor with data; got one on the device meta, which holds shapes alone (offloading, "
@@ -123,9 +122,10 @@ def _check_has_data(name: str, x: Tensor | LinearLogits):
 def check_stored_or_head(name: str, x: Tensor | LinearLogits):
     if not isinstance(x, Tensor):
         _check_dtype(name, x)
-        _check_has_data(name, x)
+        check_has_data(name, x)
         return
     check_dense(name, x)
+    check_has_data(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:

@@ -306,6 +306,7 @@ def fused_sinkhorn_kd(
 
 def _check_cost(name: str, cost: Tensor):
     options.check_dense(name, cost)
+    options.check_has_data(name, cost)
     if cost.dim() < 2 or 0 in cost.shape[-2:]:
         raise ValueError(f"{name}: expected costs of shape [..., n, m], n and m at least 1; got {list(cost.shape)}")
 
