@@ -6,6 +6,7 @@ in csrc/divergences.h and backends/triton/table.py, and its value in backends/re
 """
 
 import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -138,13 +139,38 @@ CATALOGUE: dict[str, Entry] = {
     ),
 }
 
+# The names that papers and other packages (DistiLLM, TRL, Liger, ROLL, verl, speculators, SciPy) give to the entries.
+# They are no aliases: the error for such a name says the entry's name.
+_NAMES_ELSEWHERE = {
+    "kl": "forward_kl forward_kld fkl fkld kl_div kldiv kld kl_divergence kullback_leibler",
+    "reverse_kl": "backward_kl reverse_kld reverse_kl_div reverse_kl_divergence rkl rkld",
+    "mixed_kl": "symmetric_kl sym_kl",
+    "js": "jsd gjs gjsd generalized_js generalized_jsd jensen_shannon jensenshannon js_distance js_div js_divergence",
+    "skew_kl": "skl sfkl skew_forward_kl skewed_kl skewed_forward_kl",
+    "skew_reverse_kl": "srkl skewed_reverse_kl",
+    "tv": "tvd tv_distance total_variation total_variation_distance",
+    "hellinger": "hellinger_distance hellinger_squared squared_hellinger",
+    "alpha": "alpha_divergence alpha_div amari amari_alpha",
+    "chi_square": "chi2 chi_2 chisq chisquare chi_squared chi_square_divergence pearson pearson_chi2",
+}
+_ENTRY_OF = {theirs: ours for ours, names in _NAMES_ELSEWHERE.items() for theirs in names.split()}
+# Names of what is no entry, and its relation to the entries.
+_RELATED = {
+    "akl": "'mixed_kl' with a weight for each row; here all rows have one weight",
+    "adaptive_kl": "'mixed_kl' with a weight for each row; here all rows have one weight",
+    "jeffreys": "2 times 'mixed_kl' at weight 0.5",
+    "ce": "'kl' plus the teacher's entropy, a constant; hard_weight=1 gives the cross-entropy of the labels",
+    "cross_entropy": "'kl' plus the teacher's entropy, a constant; hard_weight=1 gives the cross-entropy of the labels",
+    "soft_cross_entropy": "'kl' plus the teacher's entropy, a constant",
+}
+
 
 class Divergence:
     """A divergence with its parameter: `Divergence("skew_kl", alpha=0.1)`, `Divergence("tv")`.
 
     The parameter is a run-time number: a change between calls recompiles nothing. Raises ValueError for an unknown name
-    (with the nearest known one), an unknown parameter, and a parameter outside its range; TypeError for a parameter
-    that is no number.
+    (with the entry's own name for a name of another package, else with the nearest known one), an unknown parameter,
+    and a parameter outside its range; TypeError for a parameter that is no number.
     """
 
     __slots__ = ("name", "parameter")
@@ -152,7 +178,7 @@ class Divergence:
     def __init__(self, name: str, **parameters: float):
         entry = CATALOGUE.get(name) if isinstance(name, str) else None
         if entry is None:
-            raise ValueError(f"unknown divergence {name!r}{_nearest(name)}; known: {', '.join(CATALOGUE)}")
+            raise ValueError(f"unknown divergence {name!r}{_advice(name)}; known: {', '.join(CATALOGUE)}")
         for given in parameters:
             if given != entry.parameter:
                 takes = f"the parameter {entry.parameter!r}" if entry.parameter else "no parameter"
@@ -164,11 +190,15 @@ class Divergence:
 
     @staticmethod
     def gkd(beta: float) -> "Divergence":
-        """GKD's family: "kl" at beta = 0, "reverse_kl" at beta = 1, and "js" with that beta between them.
+        """GKD's family, for beta in [0, 1]: "kl" at 0, "reverse_kl" at 1, and "js" with that beta between them.
 
-        The family is not continuous at its ends: js tends to 0 there (trainers that offer 0 and 1 jump in the same
-        way).
+        This is the convention of GKD and of TRL's, Liger's and ms-swift's `beta`: the mixture of js is m = beta p +
+        (1 - beta) q with the teacher's p. The family is not continuous at its ends: js tends to 0 there, for TRL and
+        the others too. Raises TypeError unless beta is a number, ValueError outside [0, 1].
         """
+        _check_number("gkd", "beta", beta)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"gkd: beta must be in [0, 1]; got {beta}")
         if beta == 0:
             return Divergence("kl")
         if beta == 1:
@@ -221,14 +251,28 @@ class Divergence:
         return hash((self.name, self.parameter))
 
 
-def _nearest(name) -> str:
-    near = difflib.get_close_matches(str(name), CATALOGUE, n=1, cutoff=0.5)
-    return f", did you mean {near[0]!r}?" if near else ""
+def _advice(name) -> str:
+    """What an unknown name means, for an error: by the names of other packages, else by the spelling."""
+    plain = re.sub(r"[\W_]+", "_", str(name).lower()).strip("_")
+    if plain in _RELATED:
+        return f": {name!r} is {_RELATED[plain]}"
+    if plain in _ENTRY_OF or plain in CATALOGUE:
+        ours = _ENTRY_OF.get(plain, plain)
+        return f": {name!r} is called {ours!r} here, {CATALOGUE[ours].formula}"
+    near = difflib.get_close_matches(plain, [*CATALOGUE, *_ENTRY_OF], n=1, cutoff=0.5)
+    if not near:
+        return ""
+    called = f", which is called {_ENTRY_OF[near[0]]!r} here" if near[0] in _ENTRY_OF else ""
+    return f", did you mean {near[0]!r}{called}?"
+
+
+def _check_number(name: str, parameter: str, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {parameter} must be a float; got {type(value).__name__}")
 
 
 def _check_parameter(name: str, entry: Entry, value: float):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: {entry.parameter} must be a float; got {type(value).__name__}")
+    _check_number(name, entry.parameter, value)
     inside = entry.low <= value <= entry.high if entry.closed else entry.low < value < entry.high
     if inside and all(abs(value - x) >= _MARGIN for x in entry.excluded):
         return

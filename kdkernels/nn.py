@@ -4,12 +4,14 @@ import inspect
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from . import divergences
 from .distributions import LinearLogits, SparseLogProbs
 from .losses.class_ot import fused_class_ot
-from .losses.divergence import fused_divergence
+from .losses.divergence import DivergenceOptions, fused_divergence
 from .losses.options import LossOutput
+from .losses.signatures import unknown_keyword
 from .losses.sinkhorn import SinkhornOutput, fused_sinkhorn, fused_sinkhorn_divergence, fused_sinkhorn_kd
 from .losses.uld import fused_uld
 
@@ -27,9 +29,9 @@ class _Loss(torch.nn.Module):
         super().__init__()
         parameters = inspect.signature(self.function).parameters.values()
         known = [parameter.name for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; known: {', '.join(known)}")
+        for name in options:
+            if name not in known:
+                raise unknown_keyword(type(self).__name__, name, known)
         self.options = options
 
     def _call(self, *tensors, **options):
@@ -50,19 +52,22 @@ class Divergence(_Loss):
 
     function = staticmethod(fused_divergence)
 
-    def __init__(self, divergence: str | divergences.Divergence = "kl", **options):
+    def __init__(self, divergence: str | divergences.Divergence = "kl", **options: Unpack[DivergenceOptions]):
         super().__init__(**options)
         if not isinstance(divergence, divergences.Divergence):
             divergence = divergences.Divergence(divergence)
         self.divergence = divergence
 
     @staticmethod
-    def gkd(beta: float, **options) -> "Divergence":
-        """kl at beta = 0, reverse_kl at 1, js between: `kdkernels.Divergence.gkd`."""
+    def gkd(beta: float, **options: Unpack[DivergenceOptions]) -> "Divergence":
+        """The module for beta in [0, 1]: kl at 0, reverse_kl at 1, js between, as `kdkernels.Divergence.gkd`."""
         return Divergence(divergences.Divergence.gkd(beta), **options)
 
     def forward(
-        self, student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, **options
+        self,
+        student: Tensor | LinearLogits,
+        teacher: Tensor | LinearLogits | SparseLogProbs,
+        **options: Unpack[DivergenceOptions],
     ) -> Tensor | LossOutput:
         return self._call(student, teacher, self.divergence, **options)
 

@@ -1,12 +1,14 @@
 """`python -m kdkernels.selftest [--device cuda]`: checks every kernel of every backend here against the fp64 reference.
 
-Prints one table. The exit code is 1 if a kernel is wrong, or if no kernel could be checked. It needs torch alone, so it
-runs wherever the package is installed.
+Prints a line for each backend and family, and each wrong check; --verbose prints every check. The exit code is 1 if a
+kernel is wrong, or if no kernel could be checked. It needs torch alone, so it runs wherever the package is installed.
 """
 
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -45,6 +47,12 @@ def tolerance(dtype: torch.dtype) -> float:
     to the dtype (backward rounds a gradient kept from the forward call again when it scales the gradient).
     """
     return {torch.float32: 1e-5, torch.bfloat16: 1.01 * 2.0**-8, torch.float16: 1.01 * 2.0**-10}[dtype]
+
+
+def part(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
+    """The largest error as a fraction of the allowed error; inf for a NaN, and for an infinity of one side alone."""
+    error = torch.where(got == want, 0, (got.double() - want).abs() / allowed)
+    return float(error.nan_to_num(torch.inf, torch.inf).max())
 
 
 def one_call(student, teacher, divergence, options, backend, gradient):
@@ -130,14 +138,14 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
     for gradient in ("forward", "backward"):
         got = one_call(student, teacher, divergence, options, backend, gradient)
         result = (
-            ((got[0] - want[0]).abs() / (1e-5 + 1e-6 * want[0].abs() + steep)).max(),
-            ((got[1].double() - want[1]).abs() / allowed).nan_to_num(torch.inf).max(),
+            part(got[0], want[0], 1e-5 + 1e-6 * want[0].abs() + steep),
+            part(got[1], want[1], allowed),
             max(
-                ((got[2][s] - want[2][s]).abs() / (1e-4 + 1e-5 * want[2][s].abs() + steep_statistic.get(s, 0))).max()
+                part(got[2][s], want[2][s], 1e-4 + 1e-5 * want[2][s].abs() + steep_statistic.get(s, 0))
                 for s in STATISTICS
             ),
         )
-        worst = [max(a, float(b)) for a, b in zip(worst, result, strict=True)]
+        worst = [max(a, b) for a, b in zip(worst, result, strict=True)]
     return tuple(worst)
 
 
@@ -181,8 +189,8 @@ def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, ba
         got = one_call(tensors, backend=backend, gradient=gradient, chunk_rows=rows // 3, logits_dtype=logits_dtype)
         for i, (x, y, z) in enumerate(zip(got, want, eager, strict=True)):
             eager_error = 0 if logits_dtype else 1.5 * (z - y).norm()
-            part = (x - y).norm() / (eager_error + 2 * rounding * y.norm())
-            worst[min(i, 1)] = max(worst[min(i, 1)], float(part.nan_to_num(torch.inf)))
+            error = part((x - y).norm(), torch.zeros(()), eager_error + 2 * rounding * y.norm())
+            worst[min(i, 1)] = max(worst[min(i, 1)], error)
     return tuple(worst)
 
 
@@ -199,7 +207,7 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     want = topk_log_probs(whole.double(), k, backend="reference", temperature=2.0, **options)
     got = topk_log_probs(whole, k, backend=backend, temperature=2.0, **options)
     extraction = max(
-        float(((x - y).nan_to_num(0).abs() / (1e-5 + 1e-6 * y.nan_to_num(0, 0, 0).abs())).max())
+        part(x, y, 1e-5 + 1e-6 * y.abs())
         for x, y in ((got.log_probs, want.log_probs), (got.tail_log_prob, want.tail_log_prob))
     )
     teacher = SparseLogProbs(
@@ -219,11 +227,8 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     allowed = tolerance(dtype) * right[1].abs().amax(-1, keepdim=True) + 4e-6
     for gradient in ("forward", "backward"):
         result = one_call(student, backend, gradient)
-        errors = (
-            ((result[0] - right[0]).abs() / (1e-5 + 1e-6 * right[0].abs())).max(),
-            ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
-        )
-        worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
+        errors = part(result[0], right[0], 1e-5 + 1e-6 * right[0].abs()), part(result[1], right[1], allowed)
+        worst = [max(a, b) for a, b in zip(worst, errors, strict=True)]
     return (*worst, extraction)
 
 
@@ -251,11 +256,7 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
     # The reference's softmax gives a masked class the derivative 0 * -inf, which is NaN.
     right = want[1].nan_to_num(0)
     allowed = tolerance(dtype) * right.abs().amax(-1, keepdim=True) + 4e-7
-    errors = (
-        ((got[0] - want[0]).abs() / (1e-5 + 1e-6 * want[0].abs())).max(),
-        ((got[1].double() - right).abs() / allowed).nan_to_num(torch.inf).max(),
-    )
-    return tuple(float(x) for x in errors)
+    return part(got[0], want[0], 1e-5 + 1e-6 * want[0].abs()), part(got[1], right, allowed)
 
 
 def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
@@ -290,11 +291,8 @@ def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend:
     worst = [0.0, 0.0]
     for gradient in ("forward", "backward"):
         result = one_call(student, teacher, temperature, backend, gradient)
-        errors = (
-            ((result[0] - right[0]).abs() / 1e-5).max(),
-            ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
-        )
-        worst = [max(a, float(b)) for a, b in zip(worst, errors, strict=True)]
+        errors = part(result[0], right[0], 1e-5), part(result[1], right[1], allowed)
+        worst = [max(a, b) for a, b in zip(worst, errors, strict=True)]
     return tuple(worst)
 
 
@@ -314,11 +312,8 @@ def sinkhorn_kd_errors(cost: str, dtype: torch.dtype, shape: tuple[int, int, int
 
     right, result = one_call(student.double(), teacher.double(), "reference"), one_call(student, teacher, backend)
     allowed = tolerance(dtype) * right[1].abs().amax((1, 2), keepdim=True) + 4e-6
-    errors = (
-        ((result[0] - right[0]).abs() / (1e-5 * right[0].abs() + 1e-6 * shape[1])).max(),
-        ((result[1].double() - right[1]).abs() / allowed).nan_to_num(torch.inf).max(),
-    )
-    return tuple(float(x) for x in errors)
+    loss = part(result[0], right[0], 1e-5 * right[0].abs() + 1e-6 * shape[1])
+    return loss, part(result[1], right[1], allowed)
 
 
 def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], device: str, backend: str):
@@ -340,14 +335,88 @@ def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], 
     right = one_call(cost.double(), a.double(), b.double(), "reference")
     result = one_call(cost, a, b, backend)
     rounding = 1e-6 * (4 + 1 / epsilon)
-    errors = (
-        ((result[0] - right[0]).abs() / (rounding * right[0].abs())).max(),
-        ((result[1] - right[1]).abs() / (4 * rounding * right[1].abs().amax((1, 2), keepdim=True))).max(),
-    )
-    return tuple(float(x) for x in errors)
+    allowed = 4 * rounding * right[1].abs().amax((1, 2), keepdim=True)
+    return part(result[0], right[0], rounding * right[0].abs()), part(result[1], right[1], allowed)
 
 
-def check(device: str) -> bool:
+class Check(NamedTuple):
+    """One comparison with the reference: its errors as fractions of the allowed errors; 1 or more is wrong."""
+
+    family: str
+    case: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    errors: tuple[float, ...]
+    third: str = "statistics"  # the name of a third error; the first two are of loss and gradient
+
+    @property
+    def largest(self) -> float:
+        return max(self.errors)
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.largest >= 1
+
+    def __str__(self):
+        named = zip(("loss", "gradient", self.third), self.errors, strict=False)
+        errors = "".join(f"  {name} {shown(error):>7}" for name, error in named)
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.case:17} {dtype:9} {self.shape[0]:5} x {self.shape[1]:<7}{errors}" + "  WRONG" * self.is_wrong
+
+
+def shown(error: float) -> str:
+    return f"{error:.2f}" if error < 1000 else f"{error:.1e}"
+
+
+def checks(backend: str, device: str) -> Iterator[Check]:
+    """The checks of a backend's kernels, family by family."""
+    on_gpu = device != "cpu"
+    shapes = GPU_SHAPES if on_gpu else INTERPRETED_SHAPES if backend == "triton" else SHAPES
+    for divergence, dtype, shape in itertools.product(CATALOGUE, DTYPES, shapes):
+        yield Check("rows", divergence, dtype, shape, errors(divergence, dtype, shape, device, backend))
+    for dtype in DTYPES:
+        for logits_dtype in (None,) if dtype == torch.float32 else (None, torch.float32):
+            shape = GPU_HEAD_SHAPE if on_gpu else HEAD_SHAPE
+            name = "head, fp32 logits" if logits_dtype else "head"
+            yield Check("heads", name, dtype, shape, head_errors(dtype, shape, device, backend, logits_dtype))
+    for tail, dtype, shape in itertools.product(TAILS, DTYPES, shapes):
+        found = topk_errors(tail, dtype, shape, device, backend)
+        yield Check("top k", f"top k, {tail}", dtype, shape, found, "extraction")
+    for dtype, shape in itertools.product(DTYPES, shapes):
+        yield Check("uld", "uld", dtype, shape, uld_errors(dtype, shape, device, backend))
+    for cost, dtype in itertools.product(transport.COSTS, DTYPES):
+        shape = GPU_CLOUD_SHAPE if on_gpu else CLOUD_SHAPE
+        found = sinkhorn_kd_errors(cost, dtype, shape, device, backend)
+        yield Check("sinkd", f"sinkd, {cost}", dtype, shape[1:], found)
+    for gradient, epsilon in itertools.product(transport.GRADIENTS, (0.1, 0.01)):
+        shape = GPU_PROBLEM_SHAPE if on_gpu else PROBLEM_SHAPE
+        found = sinkhorn_errors(gradient, epsilon, shape, device, backend)
+        yield Check("sinkhorn", f"{gradient} at {epsilon}", torch.float32, shape[1:], found)
+
+
+def class_ot_checks(device: str) -> Iterator[Check]:
+    shape = CLASS_OT_SHAPE if device == "cpu" else GPU_CLASS_OT_SHAPE
+    for gradient, dtype in itertools.product(class_ot.GRADIENTS, DTYPES):
+        yield Check("class ot", f"ot, {gradient}", dtype, shape, class_ot_errors(gradient, dtype, shape, device))
+
+
+def report(backend: str, found: Iterator[Check], verbose: bool) -> bool:
+    """Prints a line for each family, and its wrong checks (all checks if `verbose`); returns whether all are right."""
+    right = True
+    for family, members in itertools.groupby(found, lambda check: check.family):
+        largest, count, wrong = None, 0, 0
+        for check in members:
+            count, wrong = count + 1, wrong + check.is_wrong
+            largest = check if largest is None or check.largest > largest.largest else largest
+            if verbose or check.is_wrong:
+                print(f"{backend:8} {check}")
+        of_case = f"{shown(largest.largest)} ({largest.case}, {str(largest.dtype).removeprefix('torch.')})"
+        print(f"{backend:8} {family:9} {count:4} checks, largest error {of_case}" + f"  WRONG: {wrong}" * (wrong > 0))
+        right &= not wrong
+    return right
+
+
+def check(device: str, verbose: bool = False) -> bool:
     x = torch.empty(1, 1, device=device)
     served = []
     for name in backends.NAMES:
@@ -361,45 +430,9 @@ def check(device: str) -> bool:
         print("only the reference serves here: nothing was checked")
         return False
     print(f"\nerrors on {device}, as fractions of the allowed error (1.00 fails)")
-    print(
-        f"{'backend':8} {'divergence':17} {'dtype':9} {'N':>5} {'V':>7} {'loss':>6} {'gradient':>9} {'statistics':>11}"
-    )
-    print(f"{'':>66} or extraction, for a top k")
-    right = True
-
-    def show(backend: str, case: str, dtype: torch.dtype, shape: tuple[int, ...], result: tuple[float, ...]):
-        """Prints a row of the table; an error of 1 or more, or NaN, is wrong."""
-        nonlocal right
-        is_wrong = not all(e < 1 for e in result)
-        right &= not is_wrong
-        columns = [f"{x:{width}.2f}" for x, width in zip(result, (6, 9, 11), strict=False)]
-        columns += ["" if is_wrong else " " * 11] * (len(result) == 2)
-        print(f"{backend:8} {case:17} {str(dtype)[6:]:9} {shape[0]:5} {shape[1]:7}", *columns, "  WRONG" * is_wrong)
-
-    on_gpu = device != "cpu"
+    right = report("torch", class_ot_checks(device), verbose)
     for backend in served:
-        shapes = GPU_SHAPES if on_gpu else INTERPRETED_SHAPES if backend == "triton" else SHAPES
-        for divergence, dtype, shape in itertools.product(CATALOGUE, DTYPES, shapes):
-            show(backend, divergence, dtype, shape, errors(divergence, dtype, shape, device, backend))
-        for dtype in DTYPES:
-            for logits_dtype in (None,) if dtype == torch.float32 else (None, torch.float32):
-                shape = GPU_HEAD_SHAPE if on_gpu else HEAD_SHAPE
-                name = "head, fp32 logits" if logits_dtype else "head"
-                show(backend, name, dtype, shape, head_errors(dtype, shape, device, backend, logits_dtype))
-        for tail, dtype, shape in itertools.product(TAILS, DTYPES, shapes):
-            show(backend, f"top k, {tail}", dtype, shape, topk_errors(tail, dtype, shape, device, backend))
-        for dtype, shape in itertools.product(DTYPES, shapes):
-            show(backend, "uld", dtype, shape, uld_errors(dtype, shape, device, backend))
-        for cost, dtype in itertools.product(transport.COSTS, DTYPES):
-            shape = GPU_CLOUD_SHAPE if on_gpu else CLOUD_SHAPE
-            show(backend, f"sinkd, {cost}", dtype, shape[1:], sinkhorn_kd_errors(cost, dtype, shape, device, backend))
-        for gradient, epsilon in itertools.product(transport.GRADIENTS, (0.1, 0.01)):
-            shape = GPU_PROBLEM_SHAPE if on_gpu else PROBLEM_SHAPE
-            result = sinkhorn_errors(gradient, epsilon, shape, device, backend)
-            show(backend, f"{gradient} at {epsilon}", torch.float32, shape[1:], result)
-    for gradient, dtype in itertools.product(class_ot.GRADIENTS, DTYPES):
-        shape = GPU_CLASS_OT_SHAPE if on_gpu else CLASS_OT_SHAPE
-        show("torch", f"ot, {gradient}", dtype, shape, class_ot_errors(gradient, dtype, shape, device))
+        right &= report(backend, checks(backend, device), verbose)
     print("\nall right" if right else "\nWRONG: see above")
     return right
 
@@ -408,7 +441,9 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m kdkernels.selftest", description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"where to run (default here: {default})")
-    sys.exit(0 if check(parser.parse_args().device) else 1)
+    parser.add_argument("--verbose", action="store_true", help="print every check, not the wrong ones alone")
+    arguments = parser.parse_args()
+    sys.exit(0 if check(arguments.device, arguments.verbose) else 1)
 
 
 if __name__ == "__main__":

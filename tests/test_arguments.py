@@ -172,7 +172,7 @@ def test_losses_that_take_logits_alone_say_so(loss, side):
 
 def test_devices_that_differ():
     with pytest.raises(ValueError, match="one device; got cpu and meta"):
-        fused_kl(logits(), logits().to("meta"))
+        fused_kl(logits(), kdkernels.SparseLogProbs(LABELS[:, None].to("meta"), logits(ROWS, 1).to("meta")))
     with pytest.raises(ValueError, match=r"mask.*device"):
         fused_kl(logits(), logits(), mask=torch.ones(ROWS, dtype=torch.bool, device="meta"))
 

@@ -42,7 +42,7 @@ def test_class_that_is_minus_infinity_on_both_sides_contributes_nothing(divergen
 def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, value):
     """A non-finite row_weight or grad_output changes no other row, with and without labels.
 
-    normalizer=0 makes loss and gradients non-finite.
+    A normalizer of 0 in a tensor makes loss and gradients non-finite.
     """
     device = device_of(backend)
     student, teacher = torch.randn(3, 50, device=device), torch.randn(3, 50, device=device)
@@ -57,7 +57,7 @@ def test_a_row_scale_that_is_not_finite_stays_in_its_row(backend, gradient, valu
         ):
             torch.testing.assert_close(got.gradient[[0, 2]], want.gradient[[0, 2]])
             assert not got.gradient[1].isfinite().any()
-        whole = run(student, teacher, "js", reduction="mean", normalizer=0, **options)
+        whole = run(student, teacher, "js", reduction="mean", normalizer=torch.zeros((), device=device), **options)
         assert not whole.loss.isfinite() and not whole.gradient.isfinite().any()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from memory import peak_bytes
 from strategies import DTYPES, LEADING, row_options
 from torch.utils.checkpoint import checkpoint
 from truth import BACKENDS, DIVERGENCES, device_of, opcheck, undecided_signs
@@ -363,19 +364,6 @@ def test_rows_that_are_dropped_cost_no_product(backend, monkeypatch):
     assert rows_of_products(compact_rows=True, chunk_rows=7) == {2 * kept, kept}
     assert rows_of_products(compact_rows=False, chunk_rows=7) == {200, 100}
     assert rows_of_products(chunk_rows=7) == ({2 * kept, kept} if device == "cpu" else {200, 100})
-
-
-def peak_bytes(call) -> int:
-    """Peak of the bytes that a call allocates, on top of the memory in use before it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    del result
-    return peak
 
 
 @pytest.mark.parametrize("gradient", ["forward", "backward"])

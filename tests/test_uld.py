@@ -581,7 +581,7 @@ def test_module_is_the_function():
         (ValueError, "topk: expected from 1 to 9, the larger vocabulary; got 10", {"topk": 10}),
         (ValueError, "topk: expected from 1 to 7, the larger", {"topk": 8, "student_vocab_size": 4}),
         (TypeError, "topk: expected int; got bool", {"topk": True}),
-        (ValueError, "statistics: unknown name 'tv'; known: divergence, error_bound", {"statistics": ("tv",)}),
+        (ValueError, "statistics: unknown name 'tv'; known: divergence, error_bound, kept", {"statistics": ("tv",)}),
         (TypeError, "statistics: expected a tuple of names, as in", {"statistics": "divergence"}),
         (ValueError, "gradient: expected 'auto' or 'forward' or 'backward'", {"gradient": "both"}),
         (ValueError, "reduction: .* got 'batchmean'", {"reduction": "batchmean"}),

@@ -73,7 +73,8 @@ class Kernel(NamedTuple):
         # A GPU did not check the costs' range: if it is too wide, every row becomes NaN. 1.001: the CPU's check rounds
         # differently.
         fits = (most - least) / epsilon <= 1.001 * RANGE[dtype]
-        return Kernel(plain, (cost - least).mul_(plain), torch.where(fits, least, torch.nan), epsilon)
+        times_cost = cost - least if cost is class_cost else cost.sub_(least)
+        return Kernel(plain, times_cost.mul_(plain), torch.where(fits, least, torch.nan), epsilon)
 
     def columns(self, u: Tensor) -> Tensor:
         """K^T u of each row."""
@@ -117,7 +118,7 @@ def class_ot(problem: ClassOT, wanted: list[bool]):
     slopes = new(rows if wanted else 0, classes, dtype=slope_dtype, device=device)
 
     gradient = problem.gradient if wanted else None
-    vectors = {"unrolled": 2 * problem.iterations + 10, "implicit": 20}.get(gradient, 10)
+    vectors = {"unrolled": 2 * problem.iterations + 12, "implicit": 21, "envelope": 12}.get(gradient, 10)
     count = rows if kept_rows is None else kept_rows.shape[0]
     with _whole_products(device.type, working):
         for chunk in slices(count, vectors * classes * working.itemsize, problem.chunk_budget):

@@ -215,11 +215,19 @@ def topk_log_probs(kernels, problem: TopK):
 
 
 def logits_in_chunks(
-    kernels, source: LogitsSource, options: RowOptions, vocab_size: int, chunking: Chunking, row_bytes: int = 0
+    kernels,
+    source: LogitsSource,
+    options: RowOptions,
+    vocab_size: int,
+    chunking: Chunking,
+    *,
+    row_bytes: int = 0,
+    fixed_bytes: int = 0,
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows, their logits [1, n, columns]) a chunk at a time; the next chunk overwrites the logits of a head.
 
-    `row_bytes`: the caller's own bytes for each row of a chunk, which count against the budget too.
+    `row_bytes` and `fixed_bytes`: the caller's own bytes for each row of a chunk and for the chunk itself, which count
+    against the budget too.
     """
     row_scale = options.row_scale
     kept_rows = _kept_rows(row_scale, chunking.compact_rows)
@@ -229,6 +237,7 @@ def logits_in_chunks(
     else:
         chunked = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
     chunked.row_bytes += row_bytes
+    chunked.fixed_bytes += fixed_bytes
     size = _chunk_size(count, chunking, [chunked])
     chunked.allocate(size, chunks=-(-count // size), all_rows_written=True)
     for chunk in _chunks(count, size, kept_rows):

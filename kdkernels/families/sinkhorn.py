@@ -258,15 +258,15 @@ def sinkhorn_kd_gradient(kernels, problem: SinkhornKD, grad_costs: Tensor, dot: 
 def _probabilities(clouds: Clouds, floats: Floats, budget: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(columns, the student's and the teacher's probabilities in these columns), 0 in dropped rows.
 
-    Four tensors of a chunk's columns fit the budget.
+    Three tensors of a chunk's columns fit the budget: the two and one of the caller, who may overwrite all.
     """
     row_mass = clouds.row_mass
 
     def probabilities(logits: Tensor, maximum: Tensor, log_sum: Tensor) -> Tensor:
-        x = logits.to(row_mass.dtype) - maximum[..., None]
-        return torch.where(row_mass[..., None] == 0, 0, torch.exp(x / clouds.temperature - log_sum[..., None]))
+        x = logits.to(row_mass.dtype, copy=True).sub_(maximum[..., None])
+        return x.div_(clouds.temperature).sub_(log_sum[..., None]).exp_().masked_fill_(row_mass[..., None] == 0, 0)
 
-    column_bytes = 4 * row_mass.dtype.itemsize * max(row_mass.numel(), 1)
+    column_bytes = 3 * row_mass.dtype.itemsize * max(row_mass.numel(), 1)
     for columns in slices(clouds.vocab_size, column_bytes, budget):
         yield (
             columns,
@@ -287,8 +287,9 @@ def product_costs(clouds: Clouds, floats: Floats, budget: int):
     for _, p, q in _probabilities(clouds, floats, budget):
         products += p @ q.transpose(1, 2)
         if clouds.cost == "sqeuclidean":
-            p_squares += (p * p).sum(2, keepdim=True)
-            q_squares += (q * q).sum(2)[:, None]
+            p_squares += p.square_().sum(2, keepdim=True)
+            q_squares += q.square_().sum(2)[:, None]
+        del p, q  # before the next chunk's are made
     if clouds.cost == "dot":
         costs, moments = 1 - products, -products
     else:
@@ -301,9 +302,15 @@ def product_gradient(kernels, clouds: Clouds, floats: Floats, grad_costs: Tensor
     student, row_mass = clouds.student, clouds.row_mass
     gradient = kernels.empty(*student.shape, dtype=student.dtype, device=student.device)
     gradient[..., clouds.vocab_size :] = 0
-    row_sums = grad_costs.sum(2)[..., None]
+    row_sums, dropped = grad_costs.sum(2)[..., None], row_mass[..., None] == 0
     for columns, p, q in _probabilities(clouds, floats, budget):
-        g = -(grad_costs @ q) if clouds.cost == "dot" else 2 * (row_sums * p - grad_costs @ q)
-        slope = p * (g - dot[..., None]) / clouds.temperature
-        gradient[..., columns] = torch.where(row_mass[..., None] == 0, 0, slope)
+        g = grad_costs @ q
+        if clouds.cost == "dot":
+            g.neg_()
+        else:
+            torch.mul(row_sums, p, out=q).sub_(g)
+            g.copy_(q).mul_(2)
+        slope = g.sub_(dot[..., None]).mul_(p).div_(clouds.temperature)
+        gradient[..., columns] = slope.masked_fill_(dropped, 0)
+        del p, q, g, slope  # before the next chunk's are made
     return gradient

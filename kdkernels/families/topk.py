@@ -193,20 +193,21 @@ def sampled(
     proposal_temperature: float,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """Classes [n, exact + samples] int32, each once, and the logarithms of their targets.
+    """Classes [n, exact + samples] int32, each once, and the logarithms of their targets. Overwrites the logits.
 
     The `exact` most probable classes have their probabilities; the others are drawn:
     `teachers.extract.sampled_log_probs`.
     """
     log_probs = torch.log_softmax(logits / temperature, -1)
     certain, certain_classes = log_probs.topk(exact, dim=-1)
-    others = logits.scatter(-1, certain_classes, -torch.inf)
+    others = logits.scatter_(-1, certain_classes, -torch.inf)
     nothing = torch.isneginf(others).all(-1, keepdim=True)  # no class remains to be drawn
-    log_proposal = torch.log_softmax(torch.where(nothing, 0, others) / proposal_temperature, -1)
+    log_proposal = torch.log_softmax(others.masked_fill_(nothing, 0).div_(proposal_temperature), -1)
     broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
     # In fp64, since multinomial sums over all classes. multinomial refuses NaN, so a broken row gets ones.
-    proposal = torch.where(broken, 1.0, log_proposal.double().exp())
+    proposal = log_proposal.to(torch.float64, copy=True).exp_().masked_fill_(broken, 1.0)
     drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator)
+    del proposal
     targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
     targets = torch.cat([certain, torch.where(nothing, -torch.inf, targets)], -1)
     targets = torch.where(broken, torch.nan, targets)

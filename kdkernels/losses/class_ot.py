@@ -1,5 +1,7 @@
 """Optimal transport between classes: distillation with a cost for every pair of classes."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from ..families.class_ot import GRADIENTS, NO_LABEL, ClassOT
 from ..families.linear import current_budget
 from ..families.options import compute_dtype
 from . import options
+from .signatures import check_keywords, shows_keywords
 
 
+@shows_keywords()
 def fused_class_ot(
     student: Tensor,
     teacher: Tensor,
@@ -27,6 +31,7 @@ def fused_class_ot(
     reduction: str = "mean",
     normalizer: int | float | Tensor | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """The cost of moving softmax(student / T) to softmax(teacher / T), where moving mass from class c to class d costs
     M[c, d]: Wasserstein distillation of logits, by Sinkhorn's iterations.
@@ -100,6 +105,7 @@ def fused_class_ot(
 
     Source: arXiv:2412.08139, WKD-L (its code adds 1e-8 to both denominators, which takes mass from the plan).
     """
+    check_keywords(fused_class_ot, unknown)
     _check(student, teacher, class_cost)
     epsilon = options.positive_number("epsilon", epsilon, student.device, torch.float64)
     options.check_int("iterations", iterations, 1)

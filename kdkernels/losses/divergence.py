@@ -2,9 +2,11 @@
 
 import functools
 import warnings
+from typing import NoReturn
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict, Unpack  # torch requires it; Python 3.10's typing has no Unpack
 
 from .. import backends
 from ..autograd import CHUNKED_ROWS, ROWS, run
@@ -15,8 +17,32 @@ from ..families.rows import ROW_STATISTICS, ROW_TOP1, Rows
 from ..families.topk import Sparse
 from . import options
 from .options import LossOutput
+from .signatures import check_keywords, shows_keywords
 
 
+class DivergenceOptions(TypedDict, total=False):
+    """The keywords of `fused_divergence`, by which editors complete the calls of functions that pass them on."""
+
+    temperature: float | Tensor
+    temperature_squared: bool
+    mask: Tensor | None
+    row_weight: Tensor | None
+    labels: Tensor | None
+    ignore_index: int
+    hard_weight: float | Tensor
+    loss_cap: float | Tensor | None
+    reduction: str
+    normalizer: int | float | Tensor | None
+    vocab_size: int | None
+    statistics: tuple[str, ...]
+    gradient: str
+    chunk_rows: int | None
+    compact_rows: bool | None
+    logits_dtype: torch.dtype | None
+    backend: str
+
+
+@shows_keywords()
 def fused_divergence(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits | SparseLogProbs,
@@ -39,6 +65,7 @@ def fused_divergence(
     compact_rows: bool | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | LossOutput:
     """A divergence between softmax(teacher / T) and softmax(student / T) for each row, with its gradient.
 
@@ -54,7 +81,10 @@ def fused_divergence(
     Args:
         student: logits [..., V], unnormalised; fp32, bf16, fp16 or fp64. Any leading dimensions; the last dimension has
             stride 1. Slices such as ``logits[:, :-1]`` need no copy. Gets the gradient. Or a `LinearLogits`: its hidden
-            states, weight and bias get gradients, and its logits are never stored.
+            states, weight and bias get gradients, and its logits are never stored. Log-probabilities are logits too, on
+            either side: pass them without exp(), and pass probabilities as log(). The student's gradient is then still
+            that of logits, through this call's softmax: q - p for kl at T = 1, where `F.kl_div` gives the
+            log-probabilities -p. If a log_softmax made them, its input gets the same gradient from both.
         teacher: logits [..., V] of the same leading shape, or a `LinearLogits`; the dtype may differ. Or a
             `SparseLogProbs` of that leading shape: the top k of a teacher, or samples. Must not require grad.
         divergence: a name of the catalogue (kl, reverse_kl, mixed_kl, js, skew_kl, skew_reverse_kl, tv, hellinger,
@@ -80,19 +110,21 @@ def fused_divergence(
             tokens). If data parallelism averages gradients over W ranks (DDP, FSDP), divide that number by W, unless
             the trainer multiplies the loss by W (as transformers does for ``compute_loss_func``). Use reduction="sum"
             if the trainer divides (Megatron). For a mean of sequence means pass ``row_weight = 1 / length`` of the
-            row's sequence and ``normalizer = sequences``. The value in a tensor is not checked.
+            row's sequence and ``normalizer = sequences``. A number 0 raises on a CPU if a row is kept; the value in a
+            tensor is not checked.
         vocab_size: the number of classes that count. Columns past it are padding in either tensor, and have gradient 0.
             The two widths may differ with vocab_size; without it, different widths raise.
         statistics: names of row statistics, computed by the same sweeps: detached, in the leading shape, 0 for dropped
             rows. In the loss's dtype: divergence (D alone), cross_entropy (of the label, at temperature 1), tv,
             student_entropy, teacher_entropy, student_max_log_prob, teacher_max_log_prob, student_label_log_prob,
-            teacher_label_log_prob, student_lse, teacher_lse (log-sum-exp of logits / T). All but cross_entropy are at
-            temperature T. In int64: student_top1, teacher_top1 (the smallest index among equals). With a
-            `SparseLogProbs`, the student's statistics cover all classes. tv and teacher_entropy cover the compared
-            distributions (under "bucket" the entries and one more class). teacher_top1 and teacher_max_log_prob cover
-            the entries. teacher_label_log_prob is the tail's whole log-probability if no entry is the label.
-            teacher_lse is the log of the teacher's mass. "uniform" has the statistics of the whole teacher that it
-            represents.
+            teacher_label_log_prob, student_lse, teacher_lse (log-sum-exp of logits / T), kept. All but cross_entropy
+            are at temperature T. kept is 1 for each row that "mean" counts, so its sum is the number of kept rows: mask
+            and labels drop rows, and so does a `SparseLogProbs` without entries in the row (not under "bucket"). In
+            int64: student_top1, teacher_top1 (the smallest index among equals). With a `SparseLogProbs`, the student's
+            statistics cover all classes. tv and teacher_entropy cover the compared distributions (under "bucket" the
+            entries and one more class). teacher_top1 and teacher_max_log_prob cover the entries. teacher_label_log_prob
+            is the tail's whole log-probability if no entry is the label. teacher_lse is the log of the teacher's mass.
+            "uniform" has the statistics of the whole teacher that it represents.
         gradient: "forward" computes the gradient together with the loss, and keeps one tensor of the student's shape;
             "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward" for
             reduction="none" and for fp16 students (whose small gradients would become 0 before a loss scaler sees
@@ -137,6 +169,7 @@ def fused_divergence(
 
     Sources of the divergences: `kdkernels.divergences.CATALOGUE`.
     """
+    check_keywords(fused_divergence, unknown)
     if not isinstance(divergence, Divergence):
         divergence = Divergence(divergence)
     vocab_size = options.check_logits(student, teacher, vocab_size)
@@ -159,7 +192,7 @@ def fused_divergence(
     parameter = 1.0 if divergence.parameter is None else divergence.parameter
     parameters = options.number(parameter, student.device, rows.row_scale.dtype)
 
-    loss_terms = (rows, divergence.name, parameters, vocab_size, bool(statistics))
+    loss_terms = (rows, divergence.name, parameters, vocab_size, any(name != "kept" for name in statistics))
     if chunking is None:
         family, dtype = ROWS, student.dtype
         problem = Rows(*options.as_outer_inner(student, teacher), *loss_terms)
@@ -178,34 +211,46 @@ def fused_divergence(
     loss = loss.reshape(leading) if reduction == "none" else loss
     if not statistics:
         return loss
-    return LossOutput(loss, {name: _statistic(name, row_statistics, top1, leading) for name in statistics})
+    found = {name: _statistic(name, row_statistics, top1, leading) for name in statistics if name != "kept"}
+    if "kept" in statistics:
+        found["kept"] = options.kept_statistic(given, teacher, loss)
+    return LossOutput(loss, {name: found[name] for name in statistics})
 
 
+_KEYWORDS = frozenset(DivergenceOptions.__annotations__)
+
+
+@shows_keywords(fused_divergence)
 def fused_kl(
-    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, **row_options
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits | SparseLogProbs,
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor | LossOutput:
     """KL(p‖q) = Σ p log(p/q), p = softmax(teacher / T), q = softmax(student / T): Hinton's distillation loss.
 
     The gradient with respect to the student's logits is (q − p) / T (times T**2 with temperature_squared=True).
-    `fused_divergence` documents the row options, shapes, returned values and errors. Source: arXiv:1503.02531.
+    `fused_divergence` documents the options, shapes, returned values and errors. Source: arXiv:1503.02531.
     """
-    return fused_divergence(student, teacher, "kl", **row_options)
+    check_keywords(fused_kl, options, _KEYWORDS)
+    return fused_divergence(student, teacher, "kl", **options)
 
 
+@shows_keywords(fused_divergence)
 def fused_js(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits | SparseLogProbs,
     *,
     beta: float = 0.5,
-    **row_options,
+    **options: Unpack[DivergenceOptions],
 ) -> Tensor | LossOutput:
     """Generalised Jensen-Shannon divergence β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q (GKD, arXiv:2306.13649, Eq. 1).
 
     p is the teacher's and q the student's distribution. 0 < beta < 1: at 0 and 1 the divergence is 0 everywhere, so
-    these values raise; `Divergence.gkd(beta)` gives kl and reverse_kl there. `fused_divergence` documents the row
-    options, shapes, returned values and errors.
+    these values raise. A trainer whose beta may be 0 or 1 passes `Divergence.gkd(beta)` to `fused_divergence`: kl at 0,
+    reverse_kl at 1. `fused_divergence` documents the options, shapes, returned values and errors.
     """
-    return fused_divergence(student, teacher, Divergence("js", beta=beta), **row_options)
+    check_keywords(fused_js, options, _KEYWORDS)
+    return fused_divergence(student, teacher, Divergence("js", beta=beta), **options)
 
 
 def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -1,8 +1,8 @@
 """The row options: checks the caller's arguments and turns them into the few tensors that every kernel takes.
 
 Mask, labels, row weights, reduction and normalizer fold into one row_scale, on the device and without synchronisation.
-This module reads no tensor's values (a 0-d temperature, epsilon or tolerance on a CPU excepted). The operators read
-values on a CPU, where that costs no synchronisation.
+This module reads no tensor's values, except on a CPU: of a 0-d temperature, epsilon or tolerance, and of the kept rows
+for a normalizer of 0. The operators read values on a CPU, where that costs no synchronisation.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from torch import Tensor
 from ..distributions import LinearLogits, SparseLogProbs, gathered, is_sharded
 from ..divergences import Divergence
 from ..families.linear import Chunking, LogitsSource, current_budget, product_dtype
-from ..families.options import STORAGE_DTYPES, RowOptions, compute_dtype
+from ..families.options import STORAGE_DTYPES, RowOptions, bad_values_raise, compute_dtype
 from ..families.rows import ROW_STATISTICS, ROW_TOP1
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
-STATISTICS = (*ROW_STATISTICS, *ROW_TOP1)
+STATISTICS = (*ROW_STATISTICS, *ROW_TOP1, "kept")
 NEED_LABELS = ("cross_entropy", "student_label_log_prob", "teacher_label_log_prob")
 
 
@@ -111,11 +111,21 @@ def _check_dtype(name: str, x: Tensor | LinearLogits):
         raise TypeError(f"{name}: expected dtype {_one_of(STORAGE_DTYPES)}; got {x.dtype}")
 
 
+def check_has_data(name: str, x: Tensor | LinearLogits):
+    if x.device.type == "meta":
+        raise ValueError(
+            f"{name}: expected a tensor with data; got one on the device meta, which holds shapes alone (offloading, "
+            "or a model made under torch.device('meta'), leaves such tensors); load it to a device first"
+        )
+
+
 def check_stored_or_head(name: str, x: Tensor | LinearLogits):
     if not isinstance(x, Tensor):
         _check_dtype(name, x)
+        check_has_data(name, x)
         return
     check_dense(name, x)
+    check_has_data(name, x)
     if x.dim() == 0:
         raise ValueError(f"{name}: expected logits of shape [..., vocabulary]; got a 0-d tensor")
     if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel() > 0:
@@ -298,14 +308,7 @@ def resolve(
     if given.loss_cap is not None:
         loss_cap = _number_or_per_row("loss_cap", given.loss_cap, _check_cap, leading, device, dtype)
 
-    keep = None if given.mask is None else given.mask.reshape(-1)
-    if isinstance(teacher, SparseLogProbs) and teacher.tail != "bucket":
-        named = ((teacher.indices >= 0) & ~torch.isneginf(teacher.log_probs)).any(-1).reshape(-1)
-        keep = named if keep is None else keep & named
-    if labels is not None:
-        labelled = labels != given.ignore_index
-        keep = labelled if keep is None else keep & labelled
-    row_scale = _row_scale(leading.numel(), device, dtype, keep, given)
+    row_scale = _row_scale(leading.numel(), device, dtype, _kept_rows(given, teacher), given)
     return RowOptions(
         row_scale,
         temperature,
@@ -314,6 +317,26 @@ def resolve(
         temperature_squared=given.temperature_squared,
         loss_cap=loss_cap,
     )
+
+
+def _kept_rows(given: GivenRowOptions, teacher: Tensor | LinearLogits | SparseLogProbs) -> Tensor | None:
+    """[rows] bool: the rows that no option drops and whose teacher is known; None if the call can drop no row."""
+    keep = None if given.mask is None else given.mask.reshape(-1)
+    if isinstance(teacher, SparseLogProbs) and teacher.tail != "bucket":
+        named = ((teacher.indices >= 0) & ~torch.isneginf(teacher.log_probs)).any(-1).reshape(-1)
+        keep = named if keep is None else keep & named
+    if given.labels is not None:
+        labelled = given.labels.reshape(-1) != given.ignore_index
+        keep = labelled if keep is None else keep & labelled
+    return keep
+
+
+def kept_statistic(given: GivenRowOptions, teacher: Tensor | LinearLogits | SparseLogProbs, loss: Tensor) -> Tensor:
+    """The statistic "kept": 1 for a kept row, else 0, in the loss's dtype and the leading shape."""
+    keep, leading = _kept_rows(given, teacher), teacher.shape[:-1]
+    if keep is None:
+        return torch.ones(leading, dtype=loss.dtype, device=loss.device)
+    return keep.reshape(leading).to(loss.dtype)
 
 
 def check_reduction(reduction: str):
@@ -342,7 +365,12 @@ def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOpt
         scale = torch.full((rows,), 1 / max(denominator, 1), dtype=dtype, device=device)
     else:
         scale = torch.ones(rows, dtype=dtype, device=device) / denominator
-    return scale if keep is None else torch.where(keep, scale, 0)
+    scale = scale if keep is None else torch.where(keep, scale, 0)
+    if isinstance(given.normalizer, (int, float)) and given.normalizer == 0 and bad_values_raise(device):
+        kept = int((scale != 0).sum())
+        if kept:
+            raise ValueError(f"normalizer: expected > 0, since this call keeps rows; got 0, and {kept} kept rows")
+    return scale
 
 
 def _normalizer(normalizer, device, dtype):
@@ -355,7 +383,7 @@ def _normalizer(normalizer, device, dtype):
     _check_number("normalizer", normalizer)
     if not 0 <= normalizer < float("inf"):
         raise ValueError(f"normalizer: expected finite and not negative; got {normalizer}")
-    # A normalizer of 0 means 0 kept rows. row_scale sets all rows to 0 then, whatever the division by 0 gives.
+    # A normalizer of 0 means that no rank keeps a row; row_scale is 0 then, whatever the division by 0 gives.
     return torch.ones((), dtype=dtype, device=device) * normalizer
 
 
@@ -427,7 +455,8 @@ def check_per_row(name: str, x, leading, device, dtype: torch.dtype | None = Non
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor; got {type(x).__name__}")
     if dtype is not None and x.dtype != dtype:
-        raise TypeError(f"{name}: expected dtype {dtype}; got {x.dtype}")
+        cast = {torch.bool: "bool", torch.int64: "long"}[dtype]
+        raise TypeError(f"{name}: expected dtype {dtype}; got {x.dtype}; pass {name}.{cast}()")
     if dtype is None:
         _check_real(name, x)
     if x.shape != leading:

@@ -1,6 +1,7 @@
 """Optimal transport: Sinkhorn's iterations for batches of problems, the Sinkhorn divergence, and SinKD."""
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from ..families.linear import current_budget
 from ..families.options import compute_dtype
 from ..families.sinkhorn import Clouds, Sinkhorn, SinkhornKD, Solution
 from . import options
+from .signatures import check_keywords, shows_keywords
 
 VALUES = ("transport", "entropic")
 
@@ -40,6 +42,7 @@ class SinkhornOutput:
     plan: Tensor | None
 
 
+@shows_keywords()
 def fused_sinkhorn(
     cost: Tensor,
     a: Tensor | None = None,
@@ -52,6 +55,7 @@ def fused_sinkhorn(
     gradient: str = "implicit",
     plan: bool = False,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> SinkhornOutput:
     """Entropic optimal transport of many problems at once, by Sinkhorn's iterations, with gradients of cost and masses.
 
@@ -105,6 +109,7 @@ def fused_sinkhorn(
     POT's value for its regularisation "KL"; POT's "entropy" has sum P log P in place of KL. Source: arXiv:1306.0895;
     the unrolled and implicit derivatives follow from the formulas above.
     """
+    check_keywords(fused_sinkhorn, unknown)
     _check_cost("cost", cost)
     options.check_choice("value", value, VALUES)
     options.check_choice("gradient", gradient, transport.GRADIENTS)
@@ -143,6 +148,7 @@ def fused_sinkhorn(
     )
 
 
+@shows_keywords()
 def fused_sinkhorn_divergence(
     cost_xy: Tensor,
     cost_xx: Tensor,
@@ -155,6 +161,7 @@ def fused_sinkhorn_divergence(
     tolerance: float | Tensor | None = None,
     gradient: str = "implicit",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """The debiased Sinkhorn divergence W(x, y) - W(x, x) / 2 - W(y, y) / 2 of entropic values W.
 
@@ -177,6 +184,7 @@ def fused_sinkhorn_divergence(
 
     Source: arXiv:1810.08278.
     """
+    check_keywords(fused_sinkhorn_divergence, unknown)
     for name, x in (("cost_xy", cost_xy), ("cost_xx", cost_xx), ("cost_yy", cost_yy)):
         _check_cost(name, x)
     leading, (n, m) = cost_xy.shape[:-2], cost_xy.shape[-2:]
@@ -203,6 +211,7 @@ def fused_sinkhorn_divergence(
     return entropic(cost_xy, a, b) - 0.5 * entropic(cost_xx, a, a) - 0.5 * entropic(cost_yy, b, b)
 
 
+@shows_keywords()
 def fused_sinkhorn_kd(
     student: Tensor,
     teacher: Tensor,
@@ -216,6 +225,7 @@ def fused_sinkhorn_kd(
     reduction: str = "sum",
     vocab_size: int | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor:
     """SinKD: the cost of transporting a batch's student distributions to its teacher distributions.
 
@@ -251,14 +261,16 @@ def fused_sinkhorn_kd(
         The loss in fp32 (fp64 if a side is fp64). The gradient has the student's dtype. A cloud without rows has loss 0
         and gradient 0. A NaN, or a row of -inf alone, makes its cloud NaN.
 
-    Memory besides the gradient: [B, B] per cloud. Backward reads the logits again, so neither side may change before
-    it.
+    Memory besides the gradient: some matrices [B, B] per cloud. "sqeuclidean" and "dot" also take the probabilities of
+    some columns at a time, within `kdkernels.chunk_budget`. Backward reads the logits again, so neither side may change
+    before it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `fused_divergence`.
 
     Source: arXiv:2402.17110; mass, rounds and "unrolled" are those of its code.
     """
+    check_keywords(fused_sinkhorn_kd, unknown)
     sides = {"student": student, "teacher": teacher}
     for name, x in sides.items():
         options.check_is_tensor(name, x)
@@ -294,6 +306,7 @@ def fused_sinkhorn_kd(
 
 def _check_cost(name: str, cost: Tensor):
     options.check_dense(name, cost)
+    options.check_has_data(name, cost)
     if cost.dim() < 2 or 0 in cost.shape[-2:]:
         raise ValueError(f"{name}: expected costs of shape [..., n, m], n and m at least 1; got {list(cost.shape)}")
 

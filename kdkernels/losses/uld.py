@@ -1,5 +1,7 @@
 """Universal Logit Distillation: a loss between vocabularies of different sizes."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -11,10 +13,12 @@ from ..families.rows import Rows
 from ..families.uld import Uld
 from . import options
 from .options import LossOutput
+from .signatures import check_keywords, shows_keywords
 
-STATISTICS = ("divergence", "error_bound")
+STATISTICS = ("divergence", "error_bound", "kept")
 
 
+@shows_keywords()
 def fused_uld(
     student: Tensor,
     teacher: Tensor,
@@ -34,6 +38,7 @@ def fused_uld(
     statistics: tuple[str, ...] = (),
     gradient: str = "auto",
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> Tensor | LossOutput:
     """Universal Logit Distillation: the distance between the sorted probabilities of two vocabularies.
 
@@ -72,16 +77,17 @@ def fused_uld(
             both sides have there, which the statistic "error_bound" gives. The gradient is that of the K ranks' sum: s
             = 0 for other classes. Among equal logits at the boundary, the smaller indices belong to the K. None: all
             ranks.
-        statistics: any of "divergence" (ULD, or the sum over K ranks) and "error_bound" (0 without topk): detached, in
-            the leading shape, in the loss's dtype; 0 for rows that are dropped or have no weight (row_weight or
-            1 - lambda is 0).
+        statistics: any of "divergence" (ULD, or the sum over K ranks), "error_bound" (0 without topk) and "kept" (as in
+            `fused_divergence`): detached, in the leading shape, in the loss's dtype; 0 for dropped rows. The first two
+            are 0 for rows without weight too (row_weight or 1 - lambda is 0).
         gradient: as in `fused_divergence`: "forward" computes the gradient together with the loss and keeps it,
             "backward" keeps the inputs and compares them again.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
             PyTorch, twice differentiable).
 
     Memory besides the gradient: on a CPU, for each thread, 25 bytes (fp64: 49) per class of the larger vocabulary plus
-    1.3 MB (1.6); on a GPU, the sort of some rows at a time, within `kdkernels.chunk_budget`.
+    1.32 MB (1.6); on a GPU, the sort of some rows at a time, within `kdkernels.chunk_budget`. With topk: the K largest
+    of each row and the probabilities of some rows, within the budget (on a CPU at most 2 MiB).
 
     Returns:
         The loss in fp32 (fp64 if a side is fp64), or a `LossOutput` if `statistics` names any. The gradient has the
@@ -96,6 +102,7 @@ def fused_uld(
 
     Source: arXiv:2402.12030 (ULD loss, for any pair of tokenizers); ties and topk are this package's.
     """
+    check_keywords(fused_uld, unknown)
     sizes = _check_logits(student, teacher, student_vocab_size, teacher_vocab_size)
     options.check_choice("gradient", gradient, options.GRADIENTS)
     options.check_statistics(statistics, labels, STATISTICS)
@@ -120,7 +127,7 @@ def fused_uld(
     loss = row_loss.reshape(leading) if reduction == "none" else row_loss.sum()
     if not statistics:
         return loss
-    values = dict(zip(STATISTICS, detached, strict=True))
+    values = dict(zip(STATISTICS, (*detached, options.kept_statistic(given, teacher, loss)), strict=True))
     return LossOutput(loss, {name: values[name].reshape(leading) for name in statistics})
 
 

@@ -1,5 +1,7 @@
 """Makes sparse teachers from logits: the top k, or samples."""
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
@@ -8,9 +10,11 @@ from ..distributions import LinearLogits, SparseLogProbs
 from ..families.linear import TopK, logits_in_chunks
 from ..families.topk import sampled
 from ..losses import options
+from ..losses.signatures import check_keywords, shows_keywords
 
 
 @torch.no_grad()
+@shows_keywords()
 def topk_log_probs(
     logits: Tensor | LinearLogits,
     k: int,
@@ -22,6 +26,7 @@ def topk_log_probs(
     compact_rows: bool | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> SparseLogProbs:
     """The k most probable classes of each row, and the probability of all others: the entries that a cache of a teacher
     keeps.
@@ -49,6 +54,7 @@ def topk_log_probs(
     Raises:
         TypeError, ValueError: for arguments that do not fit. RuntimeError: if the backend cannot serve the call.
     """
+    check_keywords(topk_log_probs, unknown)
     vocab_size, rows, source, chunking = _checked(
         logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     )
@@ -71,6 +77,7 @@ def topk_log_probs(
 
 
 @torch.no_grad()
+@shows_keywords()
 def sampled_log_probs(
     logits: Tensor | LinearLogits,
     samples: int,
@@ -85,6 +92,7 @@ def sampled_log_probs(
     compact_rows: bool | None = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    **unknown: NoReturn,
 ) -> SparseLogProbs:
     """An unbiased sparse teacher: samples of each row, weighted by their importance (Sparse Logit Sampling).
 
@@ -120,6 +128,7 @@ def sampled_log_probs(
 
     Source: arXiv:2503.16870.
     """
+    check_keywords(sampled_log_probs, unknown)
     vocab_size, rows, source, chunking = _checked(
         logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     )
@@ -133,13 +142,18 @@ def sampled_log_probs(
         chunking = chunking._replace(compact_rows=False)
     kernels = backends.kernels(backends.select(backend, logits, logits))
     entries = exact + samples
-    # A chunk holds, besides its logits: both distributions, and the proposal in fp64 for the sampler; the classes and
-    # targets of the entries, before and after sorting and merging.
-    row_bytes = vocab_size * (3 * dtype.itemsize + 2 * 8) + entries * 8 * (8 + dtype.itemsize)
+    # A chunk holds, besides its logits: a copy of them, both distributions, and the proposal in fp64; the classes and
+    # targets of the entries, before and after sorting and merging. torch.multinomial allocates as much as the proposal
+    # for a single sample, twice as much on a GPU, and else the sums of one row.
+    proposals = 3 if logits.device.type != "cpu" else 2 if samples == 1 else 1
+    own = {
+        "row_bytes": vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize),
+        "fixed_bytes": vocab_size * 8,
+    }
     indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
     log_probs = torch.full((row_scale.shape[0], entries), -torch.inf, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, row_bytes):
+        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, **own):
             kept = (row_scale[chunk] != 0)[:, None]
             x = torch.where(kept, x.flatten(0, 1)[:, :vocab_size].to(dtype), 0)
             classes, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
