@@ -35,9 +35,10 @@ class RowOptions(NamedTuple):
         return self.loss_cap is not None
 
     def soft_factor(self) -> Tensor:
-        """[rows]: the factor of a row's divergence in its loss."""
+        """[rows]: the factor of a row's divergence in its loss; 0 for a skipped row, which may have any options."""
         factor = self.row_scale if self.hard_weight is None else self.row_scale * (1 - self.hard_weight)
-        return factor * self.temperature**2 if self.temperature_squared else factor
+        factor = factor * self.temperature**2 if self.temperature_squared else factor
+        return torch.where(self.row_scale == 0, 0, factor)
 
     def scaled(self, grad_loss: Tensor) -> "RowOptions":
         """The options for row losses times `grad_loss`. A skipped row stays skipped, whatever its gradient is."""
