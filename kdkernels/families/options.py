@@ -15,6 +15,18 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
+def has_fp64(device: torch.device) -> bool:
+    """Whether the device computes in fp64. Apple's GPUs do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    """The device for steps in fp64: this one, or the CPU if this one has no fp64."""
+    return device if has_fp64(device) else torch.device("cpu")
+
+
 class RowOptions(NamedTuple):
     """The options of each row. Tensors are contiguous, in the compute dtype unless named otherwise."""
 
