@@ -156,10 +156,8 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "backend, dtype", [*((backend, torch.float16) for backend in BACKENDS), ("cpu", torch.float32),
-                       ("reference", torch.float32)]
-)  # fmt: skip
+@pytest.mark.parametrize("backend", ["cpu", "reference"])  # no other backend saves other tensors than "cpu"
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_inference_mode_makes_everything_but_the_student(name, dtype, backend):
     loss, make = OTHERS[name]
@@ -218,8 +216,8 @@ def test_implicit_gradients_take_the_budget_of_the_call(backend, kind, budgets):
 
     def loss():
         if kind == "problems":
-            return fused_sinkhorn(given, epsilon=0.1, gradient="implicit", backend=backend).value.sum()
-        return fused_sinkhorn_kd(given, 2 - given.detach(), gradient="implicit", backend=backend)
+            return fused_sinkhorn(given, epsilon=0.1, iterations=5, gradient="implicit", backend=backend).value.sum()
+        return fused_sinkhorn_kd(given, 2 - given.detach(), iterations=5, gradient="implicit", backend=backend)
 
     (want,) = torch.autograd.grad(loss(), given)
     budgets.clear()

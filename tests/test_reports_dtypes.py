@@ -136,17 +136,17 @@ def test_of_teachers_from_heads_of_all_dtypes(autocast, logits_dtype):
                 assert (got - want).abs().max() <= TOLERANCE[dtype] * 8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtypes", [(BF16, FP32), (FP32, BF16), (FP16, FP32), (FP16, BF16)], ids=str)
-def test_of_products_in_fp32_on_each_backend(backend, dtypes):
-    device = device_of(backend)
-    made, teacher = tensors(*dtypes, device=device), tensors(*dtypes, device=device)
+@pytest.mark.parametrize("backend", ["cuda", "triton", "reference"])
+def test_of_products_in_fp32_on_each_backend(backend):
+    made, teacher = (tensors(BF16, FP32, device=device_of(backend)) for _ in range(2))
     check_losses(made, teacher, FP32, backend, compact_rows=(None,), logits_dtype=FP32)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtypes", [(FP16, FP32), (FP32, FP16)], ids=["hidden", "weight"])
-@pytest.mark.parametrize("trained", ["all", "hidden", "weight", "bias"])
+@pytest.mark.parametrize(
+    "backend, trained",
+    [*(("cpu", name) for name in ("hidden", "weight", "bias")), *((name, "all") for name in BACKENDS)],
+)
 def test_fp16_in_a_gradient_decides_that_backward_finds_it(backend, dtypes, trained):
     """Under bf16 autocast the factors are in bf16, and only the tensor itself says that its gradient is in fp16."""
     device = device_of(backend)
