@@ -115,18 +115,21 @@ def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = Fals
     `mode` is "forward" or "backward". `definition` says whether the reference runs instead of the operator; None means
     that it runs if `backend` is "reference".
     """
-    tracked = problem.tracked()
+    tracked, fields = problem.tracked(), family.operator.fields
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked]
     if backend == "reference" if definition is None else definition:
+        if any(wanted):  # autograd saves the problem's tensors
+            values = [clone_if_inference(x) if isinstance(x, Tensor) else x for x in fields.flatten(problem)]
+            problem = fields.unflatten(values)
         with torch.autocast(tracked[0].device.type, enabled=False):
             loss, *detached = getattr(backends.kernels("reference"), family.name)(problem)
         return loss.sum() if reduce else loss, *detached
     for x in tracked:
         if x is not None:
             _refuse_transforms(x, backend)
-    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked]
     if any(wanted):
         return family.function.apply(problem, wanted, mode, reduce, backend, *tracked)
-    loss, *results = family.operator.flat(*family.operator.fields.flatten(problem), wanted, backend)
+    loss, *results = family.operator.flat(*fields.flatten(problem), wanted, backend)
     return loss.sum() if reduce else loss, *results[family.gradients + family.kept :]
 
 

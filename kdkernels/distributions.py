@@ -37,9 +37,10 @@ class LinearLogits:
     fit a memory budget (`kdkernels.chunk_budget`). A student's hidden, weight and bias get gradients if they require
     grad; the weight's gradient is summed over chunks in fp32. The products follow autocast's dtype when autocast is on,
     and each call then casts the whole weight once. Without autocast, hidden and weight must have one dtype when the
-    loss is called. The weight may be the sharded parameter of an FSDP2 module: once a call, the loss casts it to the
-    products' dtype and gathers it. A row that is NaN makes the weight's gradient NaN, since the gradient sums over all
-    rows.
+    loss is called, unless the loss has logits_dtype=torch.float32: a bf16 hidden and an fp32 weight, say, are then cast
+    to fp32, and each gets a gradient of its own dtype. fp64 goes with fp64 alone. The weight may be the sharded
+    parameter of an FSDP2 module: once a call, the loss casts it to the products' dtype and gathers it. A row that is
+    NaN makes the weight's gradient NaN, since the gradient sums over all rows.
 
     Args:
         hidden: the last hidden states [..., H], after the model's final norm; fp32, bf16, fp16 or fp64.

@@ -56,7 +56,7 @@ def _define(name: str, problem: type, arguments: str, results: int, implementati
 def _register(schema: str, implementation, fake):
     name = schema.split("(")[0]
     _library.define(schema)
-    for key in ("CPU", "CUDA"):
+    for key in ("CPU", "CUDA", "MPS", "XPU"):  # torch's products serve `class_ot` on any device
         _library.impl(name, implementation, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default

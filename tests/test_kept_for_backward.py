@@ -1,13 +1,23 @@
 """A call's tensors and settings that backward needs: backward finds them as they were when the call was made."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from truth import BACKENDS, device_of
 
 import kdkernels
-from kdkernels import LinearLogits, fused_divergence, fused_kl, fused_sinkhorn, fused_sinkhorn_kd, fused_uld
+from kdkernels import (
+    LinearLogits,
+    fused_class_ot,
+    fused_divergence,
+    fused_kl,
+    fused_sinkhorn,
+    fused_sinkhorn_divergence,
+    fused_sinkhorn_kd,
+    fused_uld,
+)
 from kdkernels.families import options, sinkhorn
 
 TEMPERATURE = 2.0
@@ -72,6 +82,95 @@ def test_an_fp16_student_learns_from_a_teacher_of_inference_mode(name, gradient,
         assert torch.equal(got, want) and want.any()
 
 
+def row_options(device):
+    """Options of four rows, as tensors."""
+    given = {
+        "temperature": 1 + torch.rand(4),
+        "mask": torch.tensor([True, True, False, True]),
+        "row_weight": 1 + torch.rand(4),
+        "labels": torch.randint(0, 50, (4,)),
+        "hard_weight": torch.rand(4).clamp(0.1, 0.9),
+    }
+    return {name: x.to(device) for name, x in given.items()}
+
+
+def with_options(device):
+    more = {"loss_cap": 100 + torch.rand(4, device=device), "normalizer": torch.tensor(3.0, device=device)}
+    return {"teacher": dense(device), **row_options(device), **more}
+
+
+def with_options_of_uld(device):
+    return {"teacher": dense(device), **row_options(device)}
+
+
+def frozen_head(device):
+    made = head(device)
+    return {"weight": made.weight.float(), "bias": made.bias.float(), "teacher": dense(device), **row_options(device)}
+
+
+def of_frozen_head(student, weight, bias, **given):
+    return fused_kl(LinearLogits(student.float(), weight, bias), **given)
+
+
+def class_costs(device):
+    given = row_options(device)
+    given["exclude_labels"] = given.pop("labels")
+    del given["hard_weight"]
+    cost, epsilon = torch.rand(50, 50, device=device), torch.tensor(0.5, device=device)
+    return {"teacher": dense(device), "class_cost": cost, "epsilon": epsilon, **given}
+
+
+def masses(device):
+    a, b = torch.rand(4, device=device), torch.rand(50, device=device)
+    epsilon, tolerance = (torch.tensor(x, device=device) for x in (1.0, 1e-3))
+    return {"a": a / a.sum(), "b": b / b.sum(), "epsilon": epsilon, "tolerance": tolerance}
+
+
+def sinkhorn_value(student, **given):
+    return fused_sinkhorn(student, iterations=5, **given).value
+
+
+def clouds(device):
+    temperature, epsilon = (torch.tensor(x, device=device) for x in (1.5, 0.2))
+    mask = torch.tensor([True, True, False, True], device=device)
+    return {"teacher": dense(device), "temperature": temperature, "epsilon": epsilon, "mask": mask}
+
+
+def three_costs(device):
+    given = masses(device)
+    del given["tolerance"]
+    return {"cost_xx": torch.rand(4, 4, device=device), "cost_yy": torch.rand(50, 50, device=device), **given}
+
+
+# (the loss of a student [4, 50] or [4, 6], the tensors that inference mode makes)
+OTHERS = {
+    "options of rows": (fused_kl, with_options),
+    "uld and a label term": (fused_uld, with_options_of_uld),
+    "a frozen head": (of_frozen_head, frozen_head),
+    "fused_class_ot": (fused_class_ot, class_costs),
+    "fused_sinkhorn": (sinkhorn_value, masses),
+    "fused_sinkhorn, unrolled": (partial(sinkhorn_value, gradient="unrolled"), masses),
+    "fused_sinkhorn_divergence": (partial(fused_sinkhorn_divergence, iterations=3), three_costs),
+    "fused_sinkhorn_kd": (partial(fused_sinkhorn_kd, iterations=3), clouds),
+    "fused_sinkhorn_kd, implicit": (partial(fused_sinkhorn_kd, gradient="implicit", cost="dot", iterations=3), clouds),
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])  # no other backend saves other tensors than "cpu"
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_inference_mode_makes_everything_but_the_student(name, dtype, backend):
+    loss, make = OTHERS[name]
+    with torch.inference_mode():
+        given = make(device_of(backend))
+    student = torch.randn(4, 6 if name == "a frozen head" else 50, device=device_of(backend), dtype=dtype)
+    found = []
+    for its in (given, {key: x.clone() for key, x in given.items()}):
+        leaf = student.clone().requires_grad_()
+        found.append(torch.autograd.grad(loss(leaf, backend=backend, **its), leaf)[0])
+    assert torch.equal(*found) and found[0].any()
+
+
 # ---- the chunk budget
 
 
@@ -117,8 +216,8 @@ def test_implicit_gradients_take_the_budget_of_the_call(backend, kind, budgets):
 
     def loss():
         if kind == "problems":
-            return fused_sinkhorn(given, epsilon=0.1, gradient="implicit", backend=backend).value.sum()
-        return fused_sinkhorn_kd(given, 2 - given.detach(), gradient="implicit", backend=backend)
+            return fused_sinkhorn(given, epsilon=0.1, iterations=5, gradient="implicit", backend=backend).value.sum()
+        return fused_sinkhorn_kd(given, 2 - given.detach(), iterations=5, gradient="implicit", backend=backend)
 
     (want,) = torch.autograd.grad(loss(), given)
     budgets.clear()

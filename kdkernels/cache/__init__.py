@@ -330,6 +330,8 @@ def _logits_of(model, sample: Tensor):
         made = head(sample)
     except (AttributeError, TypeError, ValueError):
         return whole, logits.shape[-1]
+    if made.hidden.dtype != made.weight.dtype and not torch.is_autocast_enabled(made.device.type):
+        return whole, logits.shape[-1]  # the model casts in its own forward
     product = made.scale * torch.nn.functional.linear(made.hidden, made.weight, made.bias)
     if made.softcap is not None:
         product = made.softcap * torch.tanh(product / made.softcap)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import RowOptions, bad_rows, bad_values_raise, check_values, per_row, rows_of, slices
+from .options import RowOptions, bad_rows, bad_values_raise, check_values, has_fp64, per_row, rows_of, slices
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
 NO_LABEL = torch.iinfo(torch.int64).min  # in exclude_labels: the row keeps all classes
@@ -45,7 +45,7 @@ class ClassOT(NamedTuple):
     row_scale: Tensor  # [rows]; 0 skips the row
     exclude_labels: Tensor | None  # [rows] int64: the class that the row leaves out, or NO_LABEL
     temperature: Tensor  # [rows] or [1]
-    epsilon: Tensor  # [1] fp64
+    epsilon: Tensor  # [1] in `widest_dtype`
     iterations: int
     gradient: str  # one of GRADIENTS
     chunk_budget: int  # bytes
@@ -151,18 +151,26 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def widest_dtype(device: torch.device) -> torch.dtype:
+    return torch.float64 if has_fp64(device) else torch.float32
+
+
 def working_dtype(class_cost: Tensor, epsilon: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that holds the kernel matrix of these costs: `dtype` or fp64. Raises if neither does. Reads values."""
+    """The dtype that holds the kernel matrix of these costs: `dtype` or the widest one. Raises if neither does. Reads
+    values.
+    """
     least, most = (x.item() for x in class_cost.aminmax())
     if not (-torch.inf < least and most < torch.inf):  # a NaN makes both NaN
         raise ValueError(f"class_cost: expected finite costs; got from {least} to {most}")
-    spread, largest = most - least, RANGE[torch.float64]
+    widest = widest_dtype(class_cost.device)
+    spread, largest = most - least, RANGE[widest]
     if spread / epsilon.item() > largest:
+        name = "fp64" if widest == torch.float64 else "fp32"
         raise ValueError(
             f"epsilon: expected at least {spread / largest:.3g}, the costs' range of {spread:.3g} over {largest:.0f}, "
-            f"so that fp64 holds exp(-cost / epsilon); got {epsilon.item():.3g}"
+            f"so that {name} holds exp(-cost / epsilon); got {epsilon.item():.3g}"
         )
-    return dtype if spread / epsilon.item() <= RANGE[dtype] else torch.float64
+    return dtype if spread / epsilon.item() <= RANGE[dtype] else widest
 
 
 def check_row_values(problem: ClassOT) -> None:

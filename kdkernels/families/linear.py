@@ -66,9 +66,11 @@ def current_budget() -> int:
     return _budget
 
 
-def product_dtype(dtype: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype of the factors in products of hidden states of `dtype`. Autocast casts every dtype but fp64."""
-    return dtype if autocast_dtype is None or dtype == torch.float64 else autocast_dtype
+def product_dtype(hidden: torch.dtype, weight: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of a product's factors: autocast's, which casts every dtype but fp64, or the dtype that holds both."""
+    if autocast_dtype is None or hidden == torch.float64:
+        return torch.promote_types(hidden, weight)
+    return autocast_dtype
 
 
 class LogitsSource(NamedTuple):
@@ -347,7 +349,7 @@ class _HeadLogits:
 
     def __init__(self, kernels, source: LogitsSource, wanted: NeedsGrad, classes: int, chunking: Chunking):
         self.kernels, self.source, self.wanted, self.classes = kernels, source, wanted, classes
-        self.dtype = product_dtype(source.data.dtype, chunking.autocast_dtype)
+        self.dtype = product_dtype(source.data.dtype, source.weight.dtype, chunking.autocast_dtype)
         halves = chunking.logits_dtype is not None and self.dtype in _HALVES
         self.logits_dtype = chunking.logits_dtype if halves else self.dtype
         self.weight = source.weight[:classes].to(self.dtype)

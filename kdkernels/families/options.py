@@ -15,6 +15,18 @@ def compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
+def has_fp64(device: torch.device) -> bool:
+    """Whether the device computes in fp64. Apple's GPUs do not, nor do some of Intel's."""
+    if device.type == "xpu":
+        return torch.xpu.get_device_properties(device).has_fp64
+    return device.type != "mps"
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    """The device for steps in fp64: this one, or the CPU if this one has no fp64."""
+    return device if has_fp64(device) else torch.device("cpu")
+
+
 class RowOptions(NamedTuple):
     """The options of each row. Tensors are contiguous, in the compute dtype unless named otherwise."""
 
@@ -35,9 +47,10 @@ class RowOptions(NamedTuple):
         return self.loss_cap is not None
 
     def soft_factor(self) -> Tensor:
-        """[rows]: the factor of a row's divergence in its loss."""
+        """[rows]: the factor of a row's divergence in its loss; 0 for a skipped row, which may have any options."""
         factor = self.row_scale if self.hard_weight is None else self.row_scale * (1 - self.hard_weight)
-        return factor * self.temperature**2 if self.temperature_squared else factor
+        factor = factor * self.temperature**2 if self.temperature_squared else factor
+        return torch.where(self.row_scale == 0, 0, factor)
 
     def scaled(self, grad_loss: Tensor) -> "RowOptions":
         """The options for row losses times `grad_loss`. A skipped row stays skipped, whatever its gradient is."""

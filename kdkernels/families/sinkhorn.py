@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import RowOptions, bad_values_raise, slices
+from .options import RowOptions, bad_values_raise, fp64_device, slices
 from .rows import softmaxes
 
 COSTS = ("l1", "l2", "sqeuclidean", "dot")
@@ -118,13 +118,14 @@ def implicit_gradient(problem: Sinkhorn, f: Tensor, g: Tensor):
     since the distance of P's second eigenvalue from 1 divides P's rounding error. A point without mass gets the x or y
     that its neighbours give it.
     """
-    inputs, matrix = (*problem[:3], f, g), problem.cost.shape[1] * problem.cost.shape[2]
+    cost, (problems, n, m) = problem.cost, problem.cost.shape
+    *inputs, epsilon = (x.to(fp64_device(cost.device)) for x in (*problem[:3], f, g, problem.epsilon))
     # About eight fp64 matrices of a problem exist at once.
     chunks = [
-        _implicit_of_chunk(*(x[chunk].double() for x in inputs), problem.epsilon.double())
-        for chunk in slices(max(problem.cost.shape[0], 1), 64 * matrix, problem.chunk_budget)
+        _implicit_of_chunk(*(x[chunk].double() for x in inputs), epsilon.double())
+        for chunk in slices(max(problems, 1), 64 * n * m, problem.chunk_budget)
     ]
-    return tuple(torch.cat(x).to(problem.cost.dtype) for x in zip(*chunks, strict=True))
+    return tuple(torch.cat(x).to(cost.dtype).to(cost.device) for x in zip(*chunks, strict=True))
 
 
 def _implicit_of_chunk(cost, a, b, f, g, epsilon):

@@ -1,8 +1,8 @@
 """Sparse teachers: validates and sorts the caller's entries into the form that the kernels take.
 
 Entries are sorted by class, without duplicates, so that a kernel can walk them alongside the logits. All of this code
-works on [rows, K], which is small compared to the logits, and waits for no device. A bad value raises on a CPU and
-makes its row NaN on a GPU.
+works on [rows, K], which is small compared to the logits, and waits for no device that has fp64. A bad value raises on
+a CPU and makes its row NaN on a GPU.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..distributions import HAVE_TAIL_MASS
 from ..divergences import CATALOGUE
-from .options import RowOptions
+from .options import RowOptions, fp64_device
 from .rows import ROW_STATISTICS
 
 # How far from 1 rounding may move a teacher's mass.
@@ -121,8 +121,9 @@ def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> t
 def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all: Tensor) -> tuple[Tensor, Tensor]:
     """The tail's log-probability [rows], and the rows whose mass is not 1. `names_all`: the rows that name every
     class."""
-    tolerance = _MASS_TOLERANCE[teacher.log_probs.dtype]
-    wide = log_probs.double()
+    tolerance, dtype, device = _MASS_TOLERANCE[teacher.log_probs.dtype], log_probs.dtype, log_probs.device
+    wide, kept, names_all = (x.to(fp64_device(device)) for x in (log_probs, kept, names_all))
+    wide = wide.double()
     largest, at = wide.max(-1, keepdim=True)
     others = wide.exp().scatter(-1, at, 0).sum(-1)
     left = -torch.expm1(largest[:, 0]) - others
@@ -130,10 +131,12 @@ def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all
         # A rest within the rounding of the log-probabilities counts as 0. A clamp would hide a NaN, so where() is used.
         units = 2 * torch.finfo(teacher.log_probs.dtype).eps
         rounding = units * torch.where(torch.isneginf(wide), 0, wide.exp() * wide.abs()).sum(-1)
-        tail_log_prob = torch.where((left < rounding) | names_all, 0, left).log().to(log_probs.dtype)
-        return tail_log_prob, kept & (left < -tolerance)
-    tail_log_prob = torch.where(kept, teacher.tail_log_prob.to(log_probs.dtype), 0)
-    return tail_log_prob, kept & ((left - tail_log_prob.double().exp()).abs() > tolerance)
+        tail_log_prob = torch.where((left < rounding) | names_all, 0, left).log().to(dtype)
+        bad = kept & (left < -tolerance)
+    else:
+        tail_log_prob = torch.where(kept, teacher.tail_log_prob.to(kept.device).to(dtype), 0)
+        bad = kept & ((left - tail_log_prob.double().exp()).abs() > tolerance)
+    return tail_log_prob.to(device), bad.to(device)
 
 
 def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, vocab_size: int):
@@ -161,10 +164,10 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
                 f"the teacher's log-probabilities, for tail={teacher.tail!r}; got {got:g} in row {row}; "
                 "'support' and 'renormalize' take any temperature"
             )
-        mass = log_probs.double().exp()[indices >= 0].sum().item()
+        mass = log_probs[indices >= 0].cpu().double().exp().sum().item()
         if teacher.tail_log_prob is None:
             raise ValueError(f"log_probs: expected a mass of at most 1; got {mass:.6g} in row {row}")
-        mass += teacher.tail_log_prob[row].double().exp().item()
+        mass += teacher.tail_log_prob[row].cpu().double().exp().item()
         raise ValueError(f"log_probs and tail_log_prob: expected a mass of 1 together; got {mass:.6g} in row {row}")
 
 
@@ -204,10 +207,7 @@ def sampled(
     nothing = torch.isneginf(others).all(-1, keepdim=True)  # no class remains to be drawn
     log_proposal = torch.log_softmax(others.masked_fill_(nothing, 0).div_(proposal_temperature), -1)
     broken = torch.isnan(log_probs).any(-1, keepdim=True) | torch.isnan(log_proposal).any(-1, keepdim=True)
-    # In fp64, since multinomial sums over all classes. multinomial refuses NaN, so a broken row gets ones.
-    proposal = log_proposal.to(torch.float64, copy=True).exp_().masked_fill_(broken, 1.0)
-    drawn = torch.multinomial(proposal, samples, replacement=True, generator=generator)
-    del proposal
+    drawn = _drawn(log_proposal, broken, samples, generator)
     targets = (log_probs.gather(-1, drawn) - log_proposal.gather(-1, drawn)) - math.log(samples)
     targets = torch.cat([certain, torch.where(nothing, -torch.inf, targets)], -1)
     targets = torch.where(broken, torch.nan, targets)
@@ -216,6 +216,20 @@ def sampled(
     indices, order = torch.where(torch.isneginf(targets), classes, indices).sort(-1)
     indices, targets = _merged(indices, targets.gather(-1, order), classes, add=True)
     return torch.where(indices < classes, indices, -1).to(torch.int32), targets
+
+
+def _drawn(log_proposal: Tensor, broken: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
+    """Classes [n, samples], drawn with replacement. In fp64, since multinomial sums over all classes.
+
+    multinomial refuses NaN, so every class of a broken row [n, 1] has the same probability.
+    """
+    device = log_proposal.device
+    place = fp64_device(device)
+    proposal = log_proposal.to(place).to(torch.float64, copy=True).exp_().masked_fill_(broken.to(place), 1.0)
+    if proposal.device != device:  # a generator that follows from the device's own
+        seed = torch.randint(2**31 - 1, (1,), generator=generator, device=device).item()
+        generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(proposal, samples, replacement=True, generator=generator).to(device)
 
 
 def fill_uniform(entries: Entries, temperature: Tensor, vocab_size: int, out: Tensor) -> None:

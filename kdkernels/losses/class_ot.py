@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import CLASS_OT, run
-from ..families.class_ot import GRADIENTS, NO_LABEL, ClassOT
+from ..families.class_ot import GRADIENTS, NO_LABEL, ClassOT, widest_dtype
 from ..families.linear import current_budget
 from ..families.options import compute_dtype
 from . import options
@@ -99,7 +99,7 @@ def fused_class_ot(
             costs with a range of more than 600 epsilon (the message names the smallest epsilon that works). On a GPU
             such a value makes its row NaN (bad costs: all rows), and so does a range of more than 80 epsilon unless
             class_cost is fp64. `kdkernels.checks(True)` makes a GPU raise too, for a synchronisation, and switch to
-            fp64 like a CPU.
+            fp64 like a CPU. A device without fp64 takes a range of at most 80 epsilon.
         RuntimeError: if the backend cannot serve the call; in backward, for second derivatives; under torch.func's
             transforms and forward-mode AD.
 
@@ -107,7 +107,7 @@ def fused_class_ot(
     """
     check_keywords(fused_class_ot, unknown)
     _check(student, teacher, class_cost)
-    epsilon = options.positive_number("epsilon", epsilon, student.device, torch.float64)
+    epsilon = options.positive_number("epsilon", epsilon, student.device, widest_dtype(student.device))
     options.check_int("iterations", iterations, 1)
     options.check_choice("gradient", gradient, GRADIENTS)
     dtype = torch.float64 if class_cost.dtype == torch.float64 else compute_dtype(student, teacher)

@@ -12,7 +12,7 @@ from .. import backends
 from ..autograd import CHUNKED_ROWS, ROWS, run
 from ..distributions import LinearLogits, SparseLogProbs
 from ..divergences import Divergence
-from ..families.linear import ChunkedRows, Chunking, LogitsSource, product_dtype
+from ..families.linear import ChunkedRows, Chunking, LogitsSource
 from ..families.rows import ROW_STATISTICS, ROW_TOP1, Rows
 from ..families.topk import Sparse
 from . import options
@@ -127,18 +127,21 @@ def fused_divergence(
             "uniform" has the statistics of the whole teacher that it represents.
         gradient: "forward" computes the gradient together with the loss, and keeps one tensor of the student's shape;
             "backward" keeps only row sums and the inputs, and sweeps again in backward. "auto" is "backward" for
-            reduction="none" and for fp16 students (whose small gradients would become 0 before a loss scaler sees
-            them), else "forward". A call without grad computes no gradient. "forward" rounds the gradient to the
-            student's dtype a second time if a factor multiplies the loss before backward. With a `LinearLogits`,
-            "forward" computes all gradients together with the loss; "backward" keeps the inputs and repeats the
-            products, which reduction="none" needs for a student's head.
+            reduction="none", and if a gradient is in fp16 (whose small gradients would become 0 before a loss scaler
+            sees them): that of a tensor that requires grad, or of the logits of a head; else "forward". A call without
+            grad computes no gradient. "forward" rounds the gradient to the student's dtype a second time if a factor
+            multiplies the loss before backward. With a `LinearLogits`, "forward" computes all gradients together with
+            the loss; "backward" keeps the inputs and repeats the products, which reduction="none" needs for a student's
+            head.
         chunk_rows: for `LinearLogits`: the number of rows whose logits exist at a time. None: as many as `chunk_budget`
             holds.
         compact_rows: for `LinearLogits`: whether the products leave out dropped rows. On a GPU that takes a
             synchronisation to count the rows. None: True on a CPU, else False.
-        logits_dtype: for `LinearLogits`: torch.float32 makes fp32 logits from 16-bit hidden states and weights. None:
-            the dtype of the factors, to which a model rounds its own logits too. Rounding the logits then causes most
-            of the gradient's error; fp32 costs twice the memory per row, and on a CPU several times the time.
+        logits_dtype: for `LinearLogits`: torch.float32 makes fp32 logits from 16-bit hidden states and weights. Outside
+            autocast hidden states and weight may then have different dtypes, fp64 excepted: their products are in fp32,
+            and each gradient has its own tensor's dtype. None: the dtype of the factors, to which a model rounds its
+            own logits too. Rounding the logits then causes most of the gradient's error; fp32 costs twice the memory
+            per row, and on a CPU several times the time.
         backend: "auto" or one of "cpu" (C++), "cuda" (CUDA C++, NVIDIA GPUs), "triton" (GPUs), "reference" (plain
             PyTorch, twice differentiable).
 
@@ -194,17 +197,18 @@ def fused_divergence(
 
     loss_terms = (rows, divergence.name, parameters, vocab_size, any(name != "kept" for name in statistics))
     if chunking is None:
-        family, dtype = ROWS, student.dtype
+        family, dtypes = ROWS, [student.dtype]
         problem = Rows(*options.as_outer_inner(student, teacher), *loss_terms)
     else:
-        family, dtype = CHUNKED_ROWS, _gradient_dtype(student, chunking)
-        problem = ChunkedRows(*_sources(student, teacher, chunking, rows.row_scale.dtype), *loss_terms, chunking)
+        sources = _sources(student, teacher, chunking, rows.row_scale.dtype)
+        family, dtypes = CHUNKED_ROWS, options.gradient_dtypes(sources[0], chunking)
+        problem = ChunkedRows(*sources, *loss_terms, chunking)
     if gradient == "forward" and reduction == "none" and isinstance(student, LinearLogits):
         raise ValueError(
             "gradient='forward' computes one gradient of the weight, but reduction='none' needs to scale it for each "
             "row; expected gradient='backward' or 'auto'"
         )
-    mode = options.gradient_mode(gradient, reduction, dtype)
+    mode = options.gradient_mode(gradient, reduction, dtypes)
     loss, row_statistics, top1 = run(family, problem, backend, mode, reduce=reduction != "none")
 
     leading = student.shape[:-1]
@@ -275,11 +279,6 @@ def _warn_of_draws(name: str):
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def _gradient_dtype(student: Tensor | LinearLogits, chunking: Chunking) -> torch.dtype:
-    """The dtype of the logits' gradient."""
-    return product_dtype(student.dtype, chunking.autocast_dtype) if isinstance(student, LinearLogits) else student.dtype
 
 
 def _sources(

@@ -171,14 +171,15 @@ def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
     device = next(iter(heads.values())).device.type
     autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     for name, x in heads.items():
-        # Autocast casts every dtype but fp64. A sharded weight is cast when it is gathered.
-        cast = autocast_dtype is not None and torch.float64 not in (x.hidden.dtype, x.weight.dtype)
-        cast = cast or is_sharded(x.weight)
-        if x.hidden.dtype != x.weight.dtype and not cast:
-            raise TypeError(
-                f"{name}: expected hidden and weight of one dtype outside autocast; "
-                f"got {x.hidden.dtype} and {x.weight.dtype}"
-            )
+        dtypes = (x.hidden.dtype, x.weight.dtype)
+        # Autocast and products in fp32 cast every dtype but fp64. A sharded weight is cast when it is gathered.
+        casts = (autocast_dtype is not None or given.logits_dtype is not None) and torch.float64 not in dtypes
+        if dtypes[0] != dtypes[1] and not casts and not is_sharded(x.weight):
+            if torch.float64 in dtypes:
+                expected = "fp64 in both hidden and weight, or in neither"
+            else:
+                expected = "hidden and weight of one dtype outside autocast, or logits_dtype=torch.float32"
+            raise TypeError(f"{name}: expected {expected}; got {dtypes[0]} and {dtypes[1]}")
     compact_rows = device == "cpu" if given.compact_rows is None else given.compact_rows
     return Chunking(autocast_dtype, given.logits_dtype, given.chunk_rows or 0, current_budget(), compact_rows)
 
@@ -192,18 +193,27 @@ def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:
     """The tensors of a side. Gathers a sharded weight; the data keeps its shape [..., columns]."""
     if isinstance(x, Tensor):
         return LogitsSource(x, None, None, 1.0, None)
-    dtype = product_dtype(x.hidden.dtype, chunking.autocast_dtype)
+    dtype = product_dtype(x.hidden.dtype, x.hidden.dtype, chunking.autocast_dtype)  # of a sharded weight
     bias = None if x.bias is None else gathered(x.bias, dtype)
     return LogitsSource(x.hidden, gathered(x.weight, dtype), bias, x.scale, x.softcap)
 
 
-def gradient_mode(gradient: str, reduction: str, dtype: torch.dtype) -> str:
-    """The mode for `gradient`. "auto" is "backward" for losses per row, since scaling a kept gradient rounds it once
-    more, and for fp16, in which a small gradient would become 0 before a loss scaler sees it; else "forward".
+def gradient_mode(gradient: str, reduction: str, dtypes: list[torch.dtype]) -> str:
+    """The mode for `gradient`, from the dtypes of the gradients. "auto" is "backward" for losses per row, since scaling
+    a kept gradient rounds it once more, and for fp16, in which a small gradient would become 0 before a loss scaler
+    sees it; else "forward".
     """
     if gradient != "auto":
         return gradient
-    return "backward" if reduction == "none" or dtype == torch.float16 else "forward"
+    return "backward" if reduction == "none" or torch.float16 in dtypes else "forward"
+
+
+def gradient_dtypes(student: LogitsSource, chunking: Chunking) -> list[torch.dtype]:
+    """The dtypes of the gradients of a student's tensors, and of the logits that a head makes."""
+    dtypes = [x.dtype for x in student[:3] if x is not None and x.requires_grad]
+    if student.weight is not None:
+        dtypes.append(product_dtype(student.data.dtype, student.weight.dtype, chunking.autocast_dtype))
+    return dtypes
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]):

@@ -115,7 +115,7 @@ def fused_uld(
     )
     rows = options.resolve(student, teacher, given)
     backend = backends.select(backend, student, teacher)
-    mode = options.gradient_mode(gradient, reduction, student.dtype)
+    mode = options.gradient_mode(gradient, reduction, [student.dtype])
 
     views = options.as_outer_inner(student, teacher)
     problem = Uld(*views, _row_scale_of_uld(rows), rows.temperature, topk, *sizes, current_budget())
