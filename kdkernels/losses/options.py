@@ -305,7 +305,7 @@ def resolve(
     if labels is not None:
         labelled = labels != given.ignore_index
         keep = labelled if keep is None else keep & labelled
-    row_scale = _row_scale(leading.numel(), device, dtype, keep, given)
+    row_scale = resolve_row_scale(leading.numel(), device, dtype, keep, given)
     return RowOptions(
         row_scale,
         temperature,
@@ -325,7 +325,7 @@ def check_reduction(reduction: str):
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
+def resolve_row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
     """where(keep, weight / denominator, 0) as [rows]."""
     if given.normalizer is not None:
         if given.reduction != "mean":
