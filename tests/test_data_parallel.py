@@ -122,6 +122,7 @@ def check_summed(rank, model, ranks):
     want = of_one_process(model, ranks)[1]
     shards = whole(copy.deepcopy(model))
     shards.set_gradient_divide_factor(1.0)
+    shards.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies first
     accumulate(shards, ranks[rank], from_logits, gradients="summed")
     assert distance(gradients(shards), want) <= ALLOWED
 
