@@ -394,7 +394,7 @@ OF_TRANSFORMERS = {
     "Gemma2": {"final_logit_softcapping": 0.5},
     "Cohere": {"logit_scale": 0.0625},
     "Granite": {"logits_scaling": 8.0},
-    "MiniCPM3": {"logits_scaling": 4.0, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4,
+    "MiniCPM3": {"dim_model_base": 4, "q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4,
                  "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 2},
     "GPT2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16},
     "T5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2},
