@@ -179,8 +179,7 @@ def student_side(student, batch, as_head: bool = False):
     with torch.autocast("cpu", torch.bfloat16):
         if not as_head:
             return student(batch, use_cache=False).logits
-        hidden = student.model(batch, use_cache=False).last_hidden_state
-        return kdkernels.LinearLogits.from_module(hidden, student.lm_head, student.config)
+        return kdkernels.LinearLogits.from_model(student, batch, use_cache=False)
 
 
 @torch.no_grad()
@@ -189,8 +188,7 @@ def teacher_side(teacher, blocks, chosen, as_head: bool = False):
     batch = blocks[chosen]
     if not as_head:
         return teacher(batch, use_cache=False).logits
-    hidden = teacher.model(batch, use_cache=False).last_hidden_state
-    return kdkernels.LinearLogits.from_module(hidden, teacher.lm_head, teacher.config)
+    return kdkernels.LinearLogits.from_model(teacher, batch, use_cache=False)
 
 
 def cached_teacher(teacher, tokenizer, blocks, options):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
+from .distributions import is_freed
 from .ops import Operator
 
 # Absent from some torch versions; without it a gradient is never scaled in place.
@@ -75,6 +76,8 @@ def _function(family: Family) -> type[torch.autograd.Function]:
                 ctx.values = [None if saved else x for x, saved in zip(values, is_tensor, strict=True)]
                 ctx.is_tensor = is_tensor
             ctx.call = wanted, mode, backend, [None if x is None else x.dtype for x in tracked]
+            if not torch.compiler.is_compiling():
+                ctx.shapes = [x.shape for x in tracked if x is not None], [x.shape for x in ctx.to_save]
             ctx.mark_non_differentiable(*detached)
             return loss.sum() if reduce else loss, *detached
 
@@ -82,14 +85,16 @@ def _function(family: Family) -> type[torch.autograd.Function]:
         def backward(ctx, grad_loss, *_):
             wanted, mode, backend, dtypes = ctx.call
             _refuse_second_derivatives(backend)
+            saved = list(ctx.saved_tensors)
+            if not torch.compiler.is_compiling():
+                _refuse_emptied(ctx, saved)
             if mode == "forward":
-                row_scale, *gradients = ctx.saved_tensors
+                row_scale, *gradients = saved
                 gradients = [
                     _scaled(x, row_scale, grad_loss, i == 0, backend) if wanted[i] else None
                     for i, x in enumerate(gradients)
                 ]
             else:
-                saved = list(ctx.saved_tensors)
                 tensors, kept = saved[: sum(ctx.is_tensor)], saved[sum(ctx.is_tensor) :]
                 tensors.reverse()
                 pairs = zip(ctx.values, ctx.is_tensor, strict=True)
@@ -174,6 +179,27 @@ def _refuse_second_derivatives(backend: str):
         raise RuntimeError(
             f"second derivatives: the {backend!r} backend has first derivatives only; "
             'backend="reference" is twice differentiable (transport with gradient="unrolled" only)'
+        )
+
+
+def _refuse_emptied(ctx, saved: list[Tensor]):
+    """Raises where a tensor of the loss lost its shape or its memory between the loss and its backward.
+
+    New numbers behind `.data` are not looked for: torch.nn.Linear uses them too, and a wrapper that gathers a parameter
+    for backward again puts the same numbers at a new address.
+    """
+    tracked_shapes, saved_shapes = ctx.shapes
+    leaves = [getattr(node, "variable", None) for node, _ in ctx.next_functions]
+    lost = [(x, shape) for x, shape in zip(leaves, tracked_shapes, strict=True) if x is not None and x.shape != shape]
+    lost += [(x, shape) for x, shape in zip(saved, saved_shapes, strict=True) if x.shape != shape or is_freed(x)]
+    if lost:
+        x, shape = lost[0]
+        came = f"shape {list(x.shape)}" if x.shape != shape else "a tensor whose memory was freed"
+        raise RuntimeError(
+            f"backward: expected the tensor of shape {list(shape)} that the loss was computed with; got {came}, as "
+            "a wrapper leaves a parameter that it shards; run backward while the parameter is gathered: inside "
+            "`with deepspeed.zero.GatheredParameters([weight]):` under DeepSpeed ZeRO-3, or with the loss inside "
+            "the wrapped model's forward"
         )
 
 

@@ -1,4 +1,4 @@
-"""Distributions that a loss accepts in place of a tensor of logits. A leaf module.
+"""Distributions that a loss accepts in place of a tensor of logits.
 
 `LinearLogits` stands for logits, and has their leading shape, dtype, device and requires_grad. `SparseLogProbs` stands
 for a teacher's log-probabilities.
@@ -10,17 +10,21 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor
 
+from .heads import check_linear, check_number, head_of, input_of_head, scale_and_cap, unwrapped
+
 _REGISTER = (
     "call the loss inside a method of the model that torch.distributed.fsdp.register_fsdp_forward_method(model, "
     "'method') names, so that its parameters are gathered first"
 )
+_GATHER = (
+    f"{_REGISTER}; under DeepSpeed ZeRO-3 compute the loss and its backward inside `with "
+    "deepspeed.zero.GatheredParameters([weight]):`"
+)
 
-# Settings in a transformers config that multiply, divide or cap the logits.
-_MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-_DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
-_CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Models that scale by other rules: T5's family by its width if weights are tied, MPT's own code by logit_scale.
-_BY_OTHER_RULES = ("longt5", "mpt", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
+_OFFLOADED = (
+    "a tensor on meta has no numbers: offloading (Accelerate's cpu_offload or a device_map with 'cpu' or 'disk') moves "
+    "them away between forwards; keep the head on its device, or pass the model's logits to the loss"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,14 @@ class LinearLogits:
     to fp32, and each gets a gradient of its own dtype. fp64 goes with fp64 alone. The weight may be the sharded
     parameter of an FSDP2 module: once a call, the loss casts it to the products' dtype and gathers it. A row that is
     NaN makes the weight's gradient NaN, since the gradient sums over all rows.
+
+    A weight alone does not show its adapter: for a head with LoRA pass ``head.base_layer.weight +
+    head.get_delta_weight(adapter)``, whose gradient reaches the adapter; the base layer's weight alone would leave the
+    adapter out. `from_module` and `from_model` refuse such a head.
+
+    With gradient="backward" a loss reads hidden and weight again in backward. A weight that was emptied, freed or
+    reshaped between loss and backward raises, as does a change in place. New numbers behind ``weight.data`` do not:
+    backward uses them, as torch.nn.Linear does, since sharding wrappers put the same numbers at a new address there.
 
     Args:
         hidden: the last hidden states [..., H], after the model's final norm; fp32, bf16, fp16 or fp64.
@@ -80,12 +92,12 @@ class LinearLogits:
         if weight.dim() != 2 or (weight.numel() == 0 and hidden.shape[-1] > 0):
             hint = ""
             if weight.dim() == 1 or weight.numel() == 0:
-                hint = f"; for a parameter that is sharded outside of its module's forward, {_REGISTER}"
+                hint = f"; for a parameter that is sharded outside of its module's forward, {_GATHER}"
             raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}]; got {list(weight.shape)}{hint}")
-        if _is_freed(weight):
+        if is_freed(weight):
             raise ValueError(
                 f"weight: expected a tensor with its memory; the memory of this weight {list(weight.shape)} was freed, "
-                f"as FSDP does after a forward; {_REGISTER}"
+                f"as FSDP does after a forward; {_GATHER}"
             )
         if weight.shape[1] != hidden.shape[-1]:
             raise ValueError(
@@ -98,12 +110,13 @@ class LinearLogits:
             raise TypeError(f"bias: expected the weight's dtype {weight.dtype}; got {bias.dtype}")
         for name, x in (("weight", weight), ("bias", bias)):
             if x is not None and x.device != hidden.device:
-                raise ValueError(f"{name}: expected on the hidden states' device {hidden.device}; got {x.device}")
-        _check_number("scale", self.scale)
+                hint = f"; {_OFFLOADED}" if x.device.type == "meta" else ""
+                raise ValueError(f"{name}: expected on the hidden states' device {hidden.device}; got {x.device}{hint}")
+        check_number("scale", self.scale)
         if not -math.inf < self.scale < math.inf or self.scale == 0:
             raise ValueError(f"scale: expected finite and not 0; got {self.scale}")
         if self.softcap is not None:
-            _check_number("softcap", self.softcap)
+            check_number("softcap", self.softcap)
             if not 0 < self.softcap < math.inf:
                 raise ValueError(f"softcap: expected finite and > 0, or None; got {self.softcap}")
 
@@ -122,13 +135,49 @@ class LinearLogits:
 
         Raises:
             TypeError: for a head that is more than a linear map: a head wrapped by PEFT, whose weight is the base
-                layer's alone, a quantised head, or a head with its own forward. Also for a config that is no config.
+                layer's alone (the class's docstring has the weight with LoRA), a quantised head, or a head with its own
+                forward. Also for a config that is no config.
             ValueError: if the config does not decide the scale: T5's family and MPT. Also if the scale or cap stands in
                 the config of a text model inside another model: many such models (Llava around Cohere, say) ignore it.
         """
-        _check_linear(lm_head)
-        scale, softcap = _scale_and_cap(config)
+        check_linear(lm_head)
+        scale, softcap = scale_and_cap(config)
         return cls(hidden, lm_head.weight, lm_head.bias, scale=scale, softcap=softcap)
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, *args, **inputs) -> "LinearLogits":
+        """Calls a model without computing its logits, and makes it from the head's input and the head.
+
+        ::
+
+            with torch.no_grad():
+                teacher = LinearLogits.from_model(teacher_model, input_ids=ids).detach()
+            student = LinearLogits.from_model(model, input_ids=ids)
+            fused_kl(student, teacher, labels=next_token_labels(labels)).backward()
+
+        The call is ``model(*args, **inputs)`` with the head's forward replaced: the head takes its input and returns
+        logits of no class. `model` is the one that trains, wrapped or not (DDP, FSDP2, PEFT, torch.compile, activation
+        checkpointing). Its own forward runs, and the gradient of the loss passes through its output, so wrappers gather
+        parameters and reduce gradients as if the loss were inside. (`from_module` with hidden states from
+        ``ddp.module.model`` bypasses DDP: no gradient is reduced, and no error says so.) Inside the wrappers, the model
+        has ``get_output_embeddings()``, which returns its head, and ``config``, whose settings scale and cap the logits
+        as in `from_module`; a scale of the head's input needs no setting (T5). Hooks of the head run.
+
+        Pass labels to the loss and not to the model. If the model casts inside its own forward (Accelerate's mixed
+        precision), call the loss under the same autocast. Calls from several threads take turns at a head.
+
+        Raises:
+            TypeError, ValueError: as `from_module`, before the model runs, and as the constructor, after that (a head
+                that is offloaded, or sharded by DeepSpeed ZeRO-3). Also for labels among the inputs.
+            RuntimeError: if the model does not call its head, or calls it more than once; if its output lacks the
+                head's logits, or the head ran inside a checkpoint with use_reentrant=True; inside a function that
+                torch.compile traces whole: compile the model instead.
+        """
+        inner = unwrapped(model)
+        head = head_of(inner)
+        scale, softcap = scale_and_cap(getattr(inner, "config", None), at_head=True)
+        hidden = input_of_head(model, head, args, inputs)
+        return cls(hidden, head.weight, head.bias, scale=scale, softcap=softcap)
 
     @property
     def shape(self) -> torch.Size:
@@ -253,7 +302,7 @@ class SparseLogProbs:
             raise ValueError(
                 f"tail_log_prob: expected the leading shape {list(indices.shape[:-1])}; got {list(tail_log_prob.shape)}"
             )
-        _check_number("source_temperature", self.source_temperature)
+        check_number("source_temperature", self.source_temperature)
         if not 0 < self.source_temperature < math.inf:
             raise ValueError(f"source_temperature: expected finite and > 0; got {self.source_temperature}")
 
@@ -304,7 +353,7 @@ def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
 
 
-def _is_freed(x: Tensor) -> bool:
+def is_freed(x: Tensor) -> bool:
     """Whether the tensor's memory was freed, as FSDP frees a module's parameters after its forward."""
     if torch.compiler.is_compiling() or is_sharded(x):
         return False
@@ -312,66 +361,3 @@ def _is_freed(x: Tensor) -> bool:
         return x.numel() > 0 and x.untyped_storage().size() == 0
     except NotImplementedError:  # torch.func's wrappers have no storage
         return False
-
-
-def _check_number(name: str, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, a constant of the model; got {type(value).__name__}")
-
-
-def _check_linear(lm_head):
-    if hasattr(lm_head, "base_layer"):
-        raise TypeError(
-            f"lm_head: {type(lm_head).__name__} wraps a base layer, whose weight lacks the adapter; pass logits to the "
-            "loss, merge the adapter (merge_and_unload), or leave the head out of target_modules"
-        )
-    if hasattr(lm_head, "modules_to_save"):
-        raise TypeError(
-            f"lm_head: {type(lm_head).__name__} holds the original module and one for each adapter; pass "
-            "lm_head.modules_to_save[<adapter>]"
-        )
-    if not isinstance(lm_head, torch.nn.Linear):
-        raise TypeError(f"lm_head: expected a torch.nn.Linear; got {type(lm_head).__name__}")
-    # Hooks are not refused: FSDP2 and Accelerate hook every module, and their hooks change no logits. Accelerate puts
-    # its hooks into the instance's forward, and keeps the old forward in _old_forward.
-    own = vars(lm_head)
-    own_forward = own.get("_old_forward") if "_hf_hook" in own else own.get("forward")
-    replaced = own_forward is not None and getattr(own_forward, "__func__", None) is not torch.nn.Linear.forward
-    if type(lm_head).forward is not torch.nn.Linear.forward or replaced:
-        raise TypeError(
-            f"lm_head: expected a plain torch.nn.Linear; {type(lm_head).__name__} has a forward of its own, which "
-            "LinearLogits(hidden, weight, bias) would not run"
-        )
-
-
-def _scale_and_cap(config) -> tuple[float, float | None]:
-    """The logits' scale and softcap from a transformers config: see `LinearLogits.from_module`."""
-    if config is None or isinstance(config, (dict, torch.nn.Module)):
-        raise TypeError(f"config: expected a transformers config, with attributes; got {type(config).__name__}")
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    model_type = getattr(text, "model_type", None)
-    if model_type in _BY_OTHER_RULES:
-        raise ValueError(
-            f"config: {model_type} scales its logits by a rule in its code; give LinearLogits scale and softcap"
-        )
-
-    def read(names: tuple[str, ...]) -> dict[str, float]:
-        return {name: value for name in names if (value := getattr(text, name, None)) is not None}
-
-    multiply, divide, cap = read(_MULTIPLY), read(_DIVIDE), read(_CAP)
-    scale = 1.0
-    for name, value in (multiply | divide).items():
-        _check_number(f"config.{name}", value)
-        if not -math.inf < value < math.inf or value == 0:
-            raise ValueError(f"config.{name}: expected finite and not 0; got {value}")
-        multiplies = name in multiply or "hyperclovax" in str(model_type)
-        scale = scale * value if multiplies else scale / value
-    if len(cap) > 1:
-        raise ValueError(f"config: expected one cap of the logits; got {cap}")
-    softcap = next(iter(cap.values()), None)
-    if text is not config and (scale != 1 or softcap is not None):
-        raise ValueError(
-            f"config: {type(config).__name__} holds {multiply | divide | cap} for a text model, which some such models "
-            "ignore; pass config.get_text_config() if this model applies it, else LinearLogits(hidden, weight, bias)"
-        )
-    return scale, softcap

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 # The layers of the package, lowest first. A module imports from lower layers and from its own folder.
 FLOORS = (
+    ("heads",),
     ("_native", "distributions", "divergences"),
     ("families",),
     ("backends",),
@@ -276,11 +277,6 @@ def test_module_is_the_function():
     assert torch.equal(module(student, teacher, mask=mask, reduction="none").sum(), want)
     assert "beta=0.2" in repr(module) and "temperature=2.0" in repr(module)
     assert kdkernels.nn.Divergence.gkd(0).divergence == kdkernels.Divergence("kl")
-
-
-def test_next_token_labels():
-    ids = torch.arange(8).view(2, 4)
-    assert kdkernels.next_token_labels(ids).tolist() == [[1, 2, 3, -100], [5, 6, 7, -100]]
 
 
 @pytest.mark.parametrize("name", backends.NAMES)

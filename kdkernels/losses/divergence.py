@@ -93,7 +93,8 @@ def fused_divergence(
             label term.
         temperature_squared: multiplies the divergence by T**2, which keeps the gradient's scale as T grows
             (Hinton et al. 2015). False: the divergence as it is; its gradient shrinks as 1/T.
-        mask: bool, leading shape; the loss drops rows that are False.
+        mask: bool, leading shape; the loss drops rows that are False. Row t predicts token t + 1: `next_token_mask`
+            shifts a mask of tokens.
         row_weight: real, leading shape; multiplies a row's loss and does not change the count. The loss skips a row of
             weight 0 like a masked row, but counts it.
         labels: int64, leading shape; the caller shifts them (`next_token_labels`). The loss drops rows labelled
@@ -105,13 +106,11 @@ def fused_divergence(
             "truncate" of a `SparseLogProbs` does not take it. None: no cap.
         reduction: "mean", "sum" or "none" (row losses in the leading shape, 0 for dropped rows).
         normalizer: with "mean" only, replaces the count of kept rows: a number or a tensor of one element, of any
-            shape, dtype and device. Without it, "mean" is local to this call and rank. Pass the number of tokens of the
-            global batch for gradient accumulation (transformers' ``num_items_in_batch``; NeMo-RL's global valid
-            tokens). If data parallelism averages gradients over W ranks (DDP, FSDP), divide that number by W, unless
-            the trainer multiplies the loss by W (as transformers does for ``compute_loss_func``). Use reduction="sum"
-            if the trainer divides (Megatron). For a mean of sequence means pass ``row_weight = 1 / length`` of the
-            row's sequence and ``normalizer = sequences``. A number 0 raises on a CPU if a row is kept; the value in a
-            tensor is not checked.
+            shape, dtype and device. Without it, "mean" is local to this call and rank. `global_normalizer` makes the
+            one for several ranks and for gradient accumulation; README.md has the one of each trainer. Use
+            reduction="sum" if the trainer divides (Megatron). For a mean of sequence means pass ``row_weight = 1 /
+            length`` of the row's sequence and ``normalizer = sequences``. A number 0 raises on a CPU if a row is kept;
+            the value in a tensor is not checked.
         vocab_size: the number of classes that count. Columns past it are padding in either tensor, and have gradient 0.
             The two widths may differ with vocab_size; without it, different widths raise.
         statistics: names of row statistics, computed by the same sweeps: detached, in the leading shape, 0 for dropped
@@ -255,20 +254,6 @@ def fused_js(
     """
     check_keywords(fused_js, options, _KEYWORDS)
     return fused_divergence(student, teacher, Divergence("js", beta=beta), **options)
-
-
-def next_token_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Shifts token ids [..., T] so that row t has token t + 1 as its label; the last row gets `ignore_index`.
-
-    With these labels a loss takes logits [..., T, V] whole: no slice of the logits, and no copy in backward.
-    Raises TypeError or ValueError unless labels are an int64 tensor [..., T].
-    """
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels: expected a tensor; got {type(labels).__name__}")
-    if labels.dim() == 0 or labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected int64 of shape [..., T]; got {labels.dtype} of {list(labels.shape)}")
-    last = torch.full_like(labels[..., :1], ignore_index)
-    return torch.cat([labels[..., 1:], last], dim=-1)
 
 
 @functools.cache  # it warns once for each divergence

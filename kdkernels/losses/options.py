@@ -318,7 +318,7 @@ def resolve(
     if given.loss_cap is not None:
         loss_cap = _number_or_per_row("loss_cap", given.loss_cap, _check_cap, leading, device, dtype)
 
-    row_scale = _row_scale(leading.numel(), device, dtype, _kept_rows(given, teacher), given)
+    row_scale = resolve_row_scale(leading.numel(), device, dtype, _kept_rows(given, teacher), given)
     return RowOptions(
         row_scale,
         temperature,
@@ -358,7 +358,7 @@ def check_reduction(reduction: str):
     check_choice("reduction", reduction, REDUCTIONS)
 
 
-def _row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
+def resolve_row_scale(rows: int, device, dtype, keep: Tensor | None, given: GivenRowOptions) -> Tensor:
     """where(keep, weight / denominator, 0) as [rows]."""
     if given.normalizer is not None:
         if given.reduction != "mean":
