@@ -16,12 +16,16 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, default_collate
+
+pytest.importorskip("numpy")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+import numpy as np
 
 import kdkernels
 from kdkernels import SparseLogProbs, cache
