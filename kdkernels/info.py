@@ -16,8 +16,9 @@ from . import __version__, backends
 TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu")
 
 
-def triton_version() -> str:
-    for package in TRITONS:
+def version(*packages: str) -> str:
+    """The version of the first of these packages that is installed."""
+    for package in packages:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -29,7 +30,7 @@ def version_lines() -> list[tuple[str, str]]:
     return [
         ("kdkernels", __version__),
         ("torch", torch.__version__),
-        ("triton", triton_version()),
+        ("triton", version(*TRITONS)),
         ("python", f"{sys.version.split()[0]} on {platform.machine()}"),
     ]
 
