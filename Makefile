@@ -41,7 +41,7 @@ lint: .venv/test
 	touch $@
 
 .venv/package: .venv/torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.12" ninja
+	$(BIN)/python -m pip install --quiet "setuptools>=70.1" "pybind11>=2.12" ninja
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable .
 	touch $@
 

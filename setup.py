@@ -1,7 +1,8 @@
 """Builds kdkernels._native (csrc/) with ninja, without torch: the CPU kernels, and the CUDA kernels if nvcc is found.
 
-Without nvcc the module has no CUDA kernels; without a compiler the package installs without the module. setup.py writes
-the result, or the reason for a failure, to kdkernels/_build.json, which `python -m kdkernels.info` prints.
+Without nvcc the module has no CUDA kernels. Without a compiler, ninja or pybind11 the package installs without the
+module. setup.py writes the result, or the reason for a failure, to kdkernels/_build.json, which
+`python -m kdkernels.info` prints.
 
     KDKERNELS_CUDA_ARCHS   the architectures, default "80 90a 100+PTX"; +PTX serves later ones
     KDKERNELS_NVCC         the nvcc to use; else $CUDA_HOME/bin/nvcc, the one on PATH, or /usr/local/cuda/bin/nvcc
@@ -9,26 +10,30 @@ the result, or the reason for a failure, to kdkernels/_build.json, which `python
     CXX                    the C++ compiler (g++)
 """
 
+import atexit
+import functools
+import itertools
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-# One build folder per Python, for every command. In a temporary folder, its default, an editable installation would
-# compile everything again.
-FOLDER = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{platform.machine()}"
+# Earlier releases build no wheel by themselves; before 61 they do not read the metadata of pyproject.toml either.
+OLDEST_SETUPTOOLS = (70, 1)
 # Each has a file of its name in csrc/cpu and csrc/cuda. csrc/calls has a file for each too, but topk_rows is in topk.h.
 FAMILIES = ("rows", "linear", "topk", "topk_rows", "pairwise", "sinkhorn", "uld")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -52,7 +57,7 @@ CUDA_LIBRARIES = "-lcudart_static -lrt -lpthread -ldl -Wl,--exclude-libs,libcuda
 
 
 class Unavailable(Exception):
-    """Why the CUDA kernels cannot be built here."""
+    """Why the CUDA kernels, or the whole module, cannot be built here."""
 
 
 class Cuda(NamedTuple):
@@ -61,6 +66,49 @@ class Cuda(NamedTuple):
     libraries: list[str]  # folders
     archs: list[str]
     left_out: list[str]  # of the default architectures
+
+
+# ---- folders and programs
+
+
+@functools.cache
+def writable(folder: Path) -> Path:
+    """The folder, which is made if need be; a temporary folder if this one cannot be made or written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        temporary = Path(tempfile.mkdtemp(prefix="kdkernels-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        return temporary
+
+
+def native_folder() -> Path:
+    """The folder of the object files: one per Python, for every command. In a temporary folder, the default of an
+    editable installation, everything would be compiled again.
+    """
+    return writable(writable(ROOT / "build") / f"native-{sys.implementation.cache_tag}-{platform.machine()}")
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
+    """Runs a program, in English if the program heeds the locale. The output is text in the encoding of file names."""
+    return subprocess.run(
+        command, env={**os.environ, "LC_ALL": "C", "NINJA_STATUS": "[%f/%t] "}, capture_output=True,
+        encoding=sys.getfilesystemencoding(), errors="surrogateescape",
+    )  # fmt: skip
+
+
+def readable(text: str) -> str:
+    """Text in the encoding of file names, made printable: as UTF-8, with a backslash for each byte that is not."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def most_telling(lines: list[str]) -> str:
+    """The first line that speaks of an error, in English; else the first line that is not empty. Readable."""
+    lines = [readable(line.strip()) for line in lines if line.strip()]
+    telling = [line for line in lines if re.search(r"\b(error|fatal)\b|not found|cannot find", line, re.IGNORECASE)]
+    return (telling or lines or ["it printed nothing"])[0][:400]
 
 
 # ---- nvcc and its architectures
@@ -90,13 +138,12 @@ def dry_run(nvcc: str, arch: str) -> str | None:
     """nvcc's commands to compile for an architecture, or None if it does not know the architecture. (--list-gpu-code
     leaves out variants such as 90a.)"""
     command = [nvcc, "--dryrun", gencode(arch), "-c", "-x", "cu", os.devnull, "-o", os.devnull]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(command)
     return done.stdout + done.stderr if done.returncode == 0 else None
 
 
 def known_archs(nvcc: str) -> str:
-    done = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
-    return " ".join(line.removeprefix("sm_") for line in done.stdout.split())
+    return " ".join(line.removeprefix("sm_") for line in run([nvcc, "--list-gpu-code"]).stdout.split())
 
 
 def find_archs(nvcc: str, asked: list[str]) -> tuple[list[str], list[str]]:
@@ -124,14 +171,17 @@ def find_cuda(archs: str) -> Cuda:
         raise Unavailable("KDKERNELS_NO_CUDA=1 was set at installation")
     nvcc = find_nvcc()
     try:
-        version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
+        done = run([nvcc, "--version"])
+    except OSError as error:
         raise Unavailable(f"{nvcc} could not be started ({error})") from error
+    if done.returncode:
+        raise Unavailable(f"{nvcc} --version failed: {most_telling((done.stderr + done.stdout).splitlines())}")
+    version = done.stdout
     to_build, left_out = find_archs(nvcc, re.findall(r"[^;,\s]+", archs))
     folders = re.search(r"^#\$ LIBRARIES=(.*)$", dry_run(nvcc, to_build[0]), re.MULTILINE)
     libraries = [part.removeprefix("-L") for part in shlex.split(folders[1])] if folders else []
     number = re.search(r"V([\d.]+)", version)
-    return Cuda(nvcc, number[1] if number else version.strip(), libraries, to_build, left_out)
+    return Cuda(nvcc, number[1] if number else readable(version.strip()), libraries, to_build, left_out)
 
 
 # ---- the file that ninja reads
@@ -169,13 +219,26 @@ def cuda_lines(cuda: Cuda) -> list[str]:
     ]
 
 
+def pybind11_folder() -> str:
+    """The folder of pybind11's headers."""
+    try:
+        import pybind11
+
+        return pybind11.get_include()
+    except (ImportError, AttributeError) as error:  # AttributeError: an empty folder of that name is a package too
+        raise Unavailable("pybind11 is not installed here (pip install pybind11)") from error
+
+
+def border() -> str:
+    """The hash of the sources at the border between Python and the kernels."""
+    return runpy.run_path(str(ROOT / "kdkernels" / "backends" / "native" / "border.py"))["border_hash"](CSRC)
+
+
 def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
     """One compilation of each cpu/*.cpp per instruction set, the bindings, and the link."""
-    import pybind11
-
     compiler = os.environ.get("CXX", "g++")
-    includes = f"-I'{pybind11.get_include()}' -I'{sysconfig.get_paths()['include']}'"
-    define = "-DKDK_X86 " * X86 + "-DKDK_CUDA" * (cuda is not None)
+    includes = [f"-I{folder}" for folder in (pybind11_folder(), sysconfig.get_paths()["include"])]
+    defines = [f'-DKDK_BORDER="{border()}"', *["-DKDK_X86"] * X86, *["-DKDK_CUDA"] * (cuda is not None)]
     libraries = [f"-L{in_command(folder)}" for folder in cuda.libraries] + [CUDA_LIBRARIES] if cuda else []
     lines = [
         f"cxx = {compiler}",
@@ -185,7 +248,7 @@ def module_lines(module: Path, cuda: Cuda | None) -> list[str]:
         "rule link",
         f"  command = $cxx -shared -fopenmp $in {' '.join(libraries)} -o $out",
         f"build bindings.o: compile {escaped(CSRC / 'bindings.cpp')}",
-        f"  flags = {includes} {define}",
+        f"  flags = {' '.join(map(in_command, includes + defines))}",
     ]
     objects = ["bindings.o", *(cuda_objects(cuda) if cuda else {})]
     for family in FAMILIES:
@@ -209,53 +272,103 @@ def ninja_command() -> list[str]:
 
 def run_ninja(lines: list[str], *targets: str) -> str | None:
     """Runs ninja. Returns the reason of a failure, or None."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / "build.ninja").write_text("\n".join([*lines, ""]))
+    folder = native_folder()
+    (folder / "build.ninja").write_bytes(os.fsencode("\n".join([*lines, ""])))
     try:
-        done = subprocess.run([*ninja_command(), "-C", str(FOLDER), *targets], capture_output=True, text=True)
+        done = run([*ninja_command(), "-C", str(folder), *targets])
+    except FileNotFoundError:
+        return "ninja is not installed here (pip install ninja)"
     except OSError as error:
         return f"ninja could not be started ({error})"
     if done.returncode == 0:
         return None
-    print(done.stdout + done.stderr, file=sys.stderr)
-    lines = [line for line in done.stdout.splitlines() if re.search(r"\b(error|fatal)\b|not found|cannot find", line)]
-    return f"the compiler failed: {(lines or done.stdout.splitlines()[-1:] or ['no output'])[0].strip()}"
+    print(readable(done.stdout + done.stderr), file=sys.stderr)
+    return reason_in(done.stdout.splitlines(), done.stderr.splitlines())
+
+
+def reason_in(output: list[str], errors: list[str]) -> str:
+    """The reason of a failure, from the lines that ninja printed: FAILED, the command, and the command's own output."""
+    failed = [number for number, line in enumerate(output) if line.startswith("FAILED:")]
+    if not failed:
+        return f"ninja failed: {most_telling(errors + output)}"
+    own = itertools.takewhile(lambda line: not re.match(r"\[\d+/\d+\] |ninja: ", line), output[failed[0] + 2 :])
+    return f"the compiler failed: {most_telling(list(own))}"
 
 
 # ---- the command
 
 
+def build_module(module: Path, cuda: Cuda | None) -> str | None:
+    """Builds the module. Returns the reason of a failure, or None."""
+    if os.environ.get("KDKERNELS_NO_NATIVE") == "1":
+        return "KDKERNELS_NO_NATIVE=1 was set at installation"
+    try:
+        return run_ninja(module_lines(module, cuda) + (cuda_lines(cuda) if cuda else []))
+    except Unavailable as missing:
+        return str(missing)
+
+
 class BuildNative(build_ext):
     def run(self):
         module = Path(self.get_ext_fullpath("kdkernels._native")).resolve()
-        module.parent.mkdir(parents=True, exist_ok=True)
-        build = {"python": sys.version.split()[0], "machine": platform.machine(), "cpu_isas": list(ISA_FLAGS)}
+        build = {
+            "python": sys.version.split()[0], "machine": platform.machine(), "border": border(),
+            "cpu_isas": list(ISA_FLAGS),
+        }  # fmt: skip
         cuda, cuda_reason = None, None
         try:
             cuda = find_cuda(os.environ.get("KDKERNELS_CUDA_ARCHS", ""))
         except Unavailable as missing:
             cuda_reason = str(missing)
 
-        if os.environ.get("KDKERNELS_NO_NATIVE") == "1":
-            reason = "KDKERNELS_NO_NATIVE=1 was set at installation"
-        else:
-            reason = run_ninja(module_lines(module, cuda) + (cuda_lines(cuda) if cuda else []))
-            if reason and cuda:
-                cuda, cuda_reason = None, reason
-                reason = run_ninja(module_lines(module, None))
+        reason = build_module(module, cuda)
+        if reason and cuda:
+            cuda, cuda_reason = None, reason
+            reason = build_module(module, None)
         if reason:
-            print(f"kdkernels: installing without native kernels: {reason}", file=sys.stderr)
-            module.unlink(missing_ok=True)
+            print(f"kdkernels: installing without native kernels: {readable(reason)}", file=sys.stderr)
             build["cpu_isas"] = []
             cuda, cuda_reason = None, reason
         elif cuda is None:
-            print(f"kdkernels: installing without CUDA kernels: {cuda_reason}", file=sys.stderr)
-        build["native_missing_because"] = reason
-        build["cuda_missing_because"] = cuda_reason
+            print(f"kdkernels: installing without CUDA kernels: {readable(cuda_reason)}", file=sys.stderr)
+        build["native_missing_because"] = reason and readable(reason)
+        build["cuda_missing_because"] = cuda_reason and readable(cuda_reason)
         if cuda:
             build |= {"nvcc": cuda.version, "cuda_archs": cuda.archs, "cuda_archs_left_out": cuda.left_out}
-        (module.parent / "_build.json").write_text(json.dumps(build, indent=2) + "\n")
+        try:
+            module.parent.mkdir(parents=True, exist_ok=True)
+            if reason:
+                module.unlink(missing_ok=True)
+            (module.parent / "_build.json").write_text(json.dumps(build, indent=2) + "\n")
+        except OSError as error:
+            print(f"kdkernels: {readable(str(error))}: the record of this build is lost", file=sys.stderr)
+
+
+def check_setuptools(found: str) -> None:
+    if tuple(int(part) for part in re.findall(r"\d+", found)[:2]) < OLDEST_SETUPTOOLS:
+        oldest = ".".join(map(str, OLDEST_SETUPTOOLS))
+        sys.exit(
+            f"kdkernels: expected setuptools {oldest} or later to build with; got {found}. Remedy: "
+            f'pip install "setuptools>={oldest}", or install without --no-build-isolation'
+        )
+
+
+def folder_options() -> dict[str, dict[str, str]]:
+    """Options of setuptools that move its own files out of a source tree that cannot be written."""
+    options = {}
+    if (build := writable(ROOT / "build")) != ROOT / "build":
+        options["build"] = {"build_base": str(build)}
+    if (metadata := writable(ROOT)) != ROOT:
+        options["egg_info"] = {"egg_base": str(metadata)}
+    return options
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("kdkernels._native", [])], cmdclass={"build_ext": BuildNative})
+    check_setuptools(__version__)
+    setup(
+        # In pyproject.toml, setuptools before 77 takes another form of license than later ones.
+        license="Apache-2.0",
+        ext_modules=[Extension("kdkernels._native", [])],
+        cmdclass={"build_ext": BuildNative},
+        options=folder_options(),
+    )

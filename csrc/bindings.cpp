@@ -6,6 +6,9 @@
 // `fields` is a dict, which calls/fields.h reads into the kernel's call. allocate(bytes) returns a tensor of bytes;
 // only a kernel that needs a workspace calls it. cpu_NAME returns whether a kept row has an invalid option; if so, the
 // kernel does not run and writes nothing.
+//
+// The build defines KDK_BORDER: the hash of the sources that decide how Python calls the kernels
+// (kdkernels/backends/native/border.py).
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -134,6 +137,7 @@ PYBIND11_MODULE(_native, m) {
   cpu = choose_cpu();
   kdk::bind_fields(m);
   m.attr("cpu_isa") = cpu.isa;
+  m.attr("border") = KDK_BORDER;
   m.def("advise_huge_pages", &advise_huge_pages);
 #define KDK_DEFINE(name, Call) define(m, "cpu_" #name, cpu.name, cpu.name##_bytes);
   KDK_CPU_KERNELS(KDK_DEFINE)

@@ -1,33 +1,66 @@
-"""`python -m kdkernels.info`: says which backends serve this machine and, for every other backend, the reason."""
+"""`python -m kdkernels.info`: says which backends serve this machine and, for every other backend, the reason.
+
+The report is for machines on which something is wrong: a part of the report that fails says so in its place.
+"""
 
 import platform
 import sys
+import warnings
 from importlib import metadata
 
 import torch
 
 from . import __version__, backends
 
+# Nightlies and ROCm builds of torch bring Triton under other names.
+TRITONS = ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu")
 
-def version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+
+def version(*packages: str) -> str:
+    """The version of the first of these packages that is installed."""
+    for package in packages:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return "not installed"
+
+
+def version_lines() -> list[tuple[str, str]]:
+    return [
+        ("kdkernels", __version__),
+        ("torch", torch.__version__),
+        ("triton", version(*TRITONS)),
+        ("python", f"{sys.version.split()[0]} on {platform.machine()}"),
+    ]
+
+
+def gpu_lines() -> list[tuple[str, str]]:
+    return [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+
+
+def devices() -> list[str]:
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 def backend_lines() -> list[tuple[str, str]]:
     """Each backend with "available" or the reason that it is not, for CPU tensors and, on a machine with a GPU, for GPU
     tensors.
     """
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
     for name in backends.NAMES:
-        for device in devices:
-            x = torch.empty(1, 1, device=device)
-            reason = backends.refuse(name, x, x)
+        for device in devices():
+            try:
+                x = torch.empty(1, 1, device=device)
+                reason = backends.refuse(name, x, x)
+            except Exception as error:
+                reason = in_words(error)
             lines.append((f"{name} on {device}", reason or "available"))
     return lines
+
+
+def in_words(error: Exception) -> str:
+    return f"failed: {type(error).__name__}: {error}"
 
 
 def native_lines() -> list[tuple[str, str]]:
@@ -49,22 +82,23 @@ def native_lines() -> list[tuple[str, str]]:
     return [*lines, ("cuda kernels", made)]
 
 
+def auto_lines() -> list[tuple[str, str]]:
+    tensors = {device: torch.empty(1, 1, device=device) for device in devices()}
+    return [(f"auto on {device}", backends.automatic(x, x)) for device, x in tensors.items()]
+
+
 def report() -> str:
-    lines = [
-        ("kdkernels", __version__),
-        ("torch", torch.__version__),
-        ("triton", version("triton")),
-        ("python", f"{sys.version.split()[0]} on {platform.machine()}"),
-    ]
-    lines += [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
-    lines += backend_lines() + native_lines()
-    x = torch.empty(1, 1)
-    lines.append(("auto on cpu", backends.select("auto", x, x)))
-    if torch.cuda.is_available():
-        lines.append(("auto on cuda", backends.select("auto", x.cuda(), x.cuda())))
+    lines = []
+    for part in (version_lines, gpu_lines, backend_lines, native_lines, auto_lines):
+        try:
+            lines += part()
+        except Exception as error:
+            lines.append((part.__name__.replace("_", " "), in_words(error)))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # the report has the reasons
+    sys.stdout.reconfigure(errors="backslashreplace")  # a reason may hold a path in another encoding
     print(report())

@@ -1,5 +1,6 @@
 """Settings of every test: a CPU executes the Triton and CUDA kernels, and new memory is filled with NaN."""
 
+import importlib.util
 import os
 
 import torch
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in items if not is_property(item.function)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_property(item.function)]
+    if importlib.util.find_spec("triton") is None:
+        skip = pytest.mark.skip(reason="triton is not installed")
+        for item in items:
+            callspec = getattr(item, "callspec", None)
+            if callspec is not None and "triton" in callspec.params.values():
+                item.add_marker(skip)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

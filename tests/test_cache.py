@@ -17,7 +17,6 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -25,6 +24,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, default_collate
+
+pytest.importorskip("numpy")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+import numpy as np
 
 import kdkernels
 from kdkernels import CATALOGUE, Divergence, SparseLogProbs, cache

@@ -59,7 +59,7 @@ def compiled() -> str:
     reason = build.run_ninja(build.cuda_lines(cuda), *objects)
     if reason:
         raise RuntimeError(reason)
-    return "".join((build.FOLDER / f"{name}.log").read_text() for name in objects)
+    return "".join((build.native_folder() / f"{name}.log").read_text() for name in objects)
 
 
 def kernels_of(log: str) -> list[Kernel]:
@@ -168,7 +168,7 @@ def test_no_load_takes_memory_for_constant():
         pytest.skip(str(reason))
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
     for name in objects:
-        command = [tool, "--dump-sass", str(build.FOLDER / name)]
+        command = [tool, "--dump-sass", str(build.native_folder() / name)]
         sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
         loads = re.findall(r"LDG[.\w]*", sass)
         assert bool(loads) == ("Function :" in sass), name  # refusal.cu has no kernel

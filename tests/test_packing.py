@@ -2,10 +2,13 @@
 
 import math
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+
+pytest.importorskip("numpy")
+pytest.importorskip("safetensors")
+import numpy as np
 
 from kdkernels.cache import packing
 

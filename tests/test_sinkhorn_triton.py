@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES
 from truth import DEVICE, GRADIENT_TOLERANCE
 
+pytest.importorskip("triton")
 import kdkernels
 from kdkernels import backends
 from kdkernels.backends.reference.sinkhorn import potentials

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES
 from truth import DEVICE, DIVERGENCES, assert_gradient_close, assert_loss_close, rounding
 
+pytest.importorskip("triton")
 from kdkernels.backends.reference import topk as reference
 from kdkernels.backends.triton import kernels, launch
 from kdkernels.backends.triton import topk as family

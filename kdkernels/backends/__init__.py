@@ -28,13 +28,27 @@ def refuse(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int 
     raise ValueError(f"unknown backend {name!r}; expected 'auto' or one of {', '.join(map(repr, NAMES))}")
 
 
+def automatic(student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> str:
+    """The backend of "auto": the first that does not refuse."""
+    for candidate in NAMES:
+        modelled = candidate in _GPU and student.device.type == "cpu"
+        if not modelled and refuse(candidate, student, teacher, points) is None:
+            return candidate
+    raise AssertionError("the reference refuses nothing")
+
+
 def select(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> str:
-    """The backend that serves this call: `name` itself, or for "auto" the first that does not refuse."""
+    """The backend that serves this call: `name` itself, or the backend of "auto".
+
+    Warns once per process if "auto" is the reference because the CPU's kernels are missing.
+    """
     if name == "auto":
-        for candidate in NAMES:
-            modelled = candidate in _GPU and student.device.type == "cpu"
-            if not modelled and refuse(candidate, student, teacher, points) is None:
-                return candidate
+        name = automatic(student, teacher, points)
+        if name == "reference" and student.device.type == teacher.device.type == "cpu":
+            from . import native
+
+            native.warn_once()
+        return name
     reason = refuse(name, student, teacher, points)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve this call: {reason}")

@@ -5,34 +5,44 @@ and in which tensors they refuse.
 """
 
 import functools
-import json
-from pathlib import Path
+import warnings
 
 import torch
 from torch import Tensor
 
 from ...families.options import check_values
 from .linear import CpuLinearKernels, LinearKernels
+from .module import build_record, find, load
 from .pairwise import PairwiseKernels
 from .rows import RowKernels
 from .sinkhorn import CpuSinkhornKernels, SinkhornKernels
 from .topk import CpuTopkKernels, TopkKernels
 from .uld import RankedUldKernel, UldKernel
 
-try:
-    from ... import _native
-
-    missing_because = None
-except Exception as error:  # a missing module, a missing OpenMP runtime, or a forced instruction set
-    _native = None
-    missing_because = f"{type(error).__name__}: {error}"
+_native, missing_because = load()
 
 
-def build_record() -> dict:
-    """The record that setup.py wrote when it built the package."""
-    path = Path(__file__).parents[2] / "_build.json"
-    return json.loads(path.read_text()) if path.exists() else {"native_missing_because": "no build has run here"}
+def warn_once() -> None:
+    """Says why the native kernels are missing, once per process."""
+    if _native is None:
+        _warn(missing_because)
 
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"kdkernels goes without its native kernels: {reason}. Tensors on a CPU take the reference, which is several "
+        'times slower. `python -m kdkernels.info` says more; backend="reference" asks for the reference, unwarned',
+        stacklevel=2,
+    )
+
+
+# While a compiler traces a call, it runs the function (as `_cuda_device_refusal`, below).
+warn_once._dynamo_marked_constant = True
+
+# A module that is here and does not serve is a fault on every device. Without a module, backends.select warns.
+if _native is None and find() is not None:
+    warn_once()
 
 # Why the module has no CUDA kernels, or None. Read at import, since a compiler that traces `refuse` cannot read files.
 cuda_missing_because = None

@@ -1,0 +1,327 @@
+"""Installation where something is missing, damaged, old or foreign: setup.py, the compiled module's loading, the info.
+
+setup.py's functions run in this process. tests/test_install.py has the real installations.
+"""
+
+import importlib.machinery
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from test_cuda_compile import build
+
+import kdkernels
+from kdkernels import info
+from kdkernels.backends import native
+from kdkernels.backends.native import module as loading
+from kdkernels.backends.native.border import border_hash
+
+ROOT = Path(__file__).parent.parent
+GBK = rb"\264\355\316\363"  # "error" in GBK, as printf writes the bytes: not UTF-8
+
+
+# ---- setup.py: each missing or broken tool is a reason
+
+
+def script(path: Path, *lines: bytes) -> str:
+    path.write_bytes(b"\n".join([b"#!/bin/sh", *lines, b""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def reason_of(tmp_path, monkeypatch):
+    """The reason that a build of the CPU kernels fails for, given the environment."""
+    monkeypatch.delenv("KDKERNELS_NO_NATIVE", raising=False)
+    monkeypatch.setattr(build, "native_folder", lambda: tmp_path)
+
+    def reason(**environment) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return build.build_module(tmp_path / "_native.so", None)
+
+    return reason
+
+
+@pytest.mark.parametrize("found", [None, SimpleNamespace()], ids=["nothing", "an empty folder"])
+def test_without_pybind11_the_reason_names_it(reason_of, monkeypatch, found):
+    monkeypatch.setitem(sys.modules, "pybind11", found)
+    assert reason_of() == "pybind11 is not installed here (pip install pybind11)"
+
+
+def test_without_ninja_the_reason_names_it(reason_of, monkeypatch):
+    monkeypatch.setattr(build, "ninja_command", lambda: ["/nowhere/ninja"])
+    assert reason_of() == "ninja is not installed here (pip install ninja)"
+
+
+@pytest.mark.parametrize(
+    ("says", "line"),
+    [
+        (rb"printf '" + GBK + rb"\n'", r"\xb4\xed\xce\xf3"),
+        ("echo 'In Datei, eingebunden von hier'; echo '  a.cpp:3: Fehler: geht nicht, ähm'".encode(), "In Datei"),
+        (b"echo 'Fehler: geht nicht'", "Fehler: geht nicht"),
+        (b"echo warning: no; echo 'a.cpp:3: error: no such type' >&2; echo later", "a.cpp:3: error: no such type"),
+        (b"echo error of the job before; kill -9 $$", "error of the job before"),
+        (b"true", "it printed nothing"),
+    ],
+)
+def test_the_reason_is_the_compilers_own_line(reason_of, tmp_path, says, line):
+    reason = reason_of(CXX=script(tmp_path / "error g++", says, b"exit 1").replace(" ", r"\ "))
+    assert reason.startswith(f"the compiler failed: {line}")
+    assert "ninja" not in reason
+
+
+def test_a_compiler_that_is_not_there_is_named(reason_of):
+    assert re.fullmatch("the compiler failed: .*/nowhere/g\\+\\+.*not found", reason_of(CXX="/nowhere/g++"))
+    assert "KDKERNELS_NO_NATIVE=1 was set" in reason_of(KDKERNELS_NO_NATIVE="1")
+
+
+def test_the_compiler_is_asked_for_english(reason_of, tmp_path):
+    line = b'case "$LC_ALL" in C) echo "error: English";; *) echo Deutsch;; esac; exit 1'
+    assert reason_of(CXX=script(tmp_path / "g++", line), LC_ALL="de_DE.UTF-8") == "the compiler failed: error: English"
+
+
+def test_ninjas_own_failure_is_a_reason(reason_of, tmp_path):
+    (tmp_path / ".ninja_log").mkdir()
+    assert re.match("ninja failed: ninja: .*build log", reason_of(CXX="true"))
+
+
+def test_an_nvcc_that_fails_in_another_encoding_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.delenv("KDKERNELS_NO_CUDA", raising=False)
+    nvcc = script(tmp_path / "nvcc", rb"printf '" + GBK + rb"\n' >&2; exit 1")
+    monkeypatch.setenv("KDKERNELS_NVCC", nvcc)
+    with pytest.raises(build.Unavailable) as refused:
+        build.find_cuda("")
+    assert str(refused.value) == rf"{nvcc} --version failed: \xb4\xed\xce\xf3"
+
+
+def test_builds_where_python_takes_file_names_for_ascii(tmp_path):
+    folder = tmp_path / "jörg"
+    border = Path("kdkernels", "backends", "native", "border.py")
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    (folder / border.parent).mkdir(parents=True)
+    for name in (border, "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder / name)
+    cxx = script(folder / "g++", "echo 'Fehler: geht nicht, ähm'; exit 1".encode())
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=folder, capture_output=True,
+        env={**os.environ, **locale, "CXX": cxx, "KDKERNELS_NO_CUDA": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "kdkernels" / "_build.json").read_text())
+    assert record["native_missing_because"] == "the compiler failed: Fehler: geht nicht, ähm"
+
+
+def test_a_folder_that_cannot_be_made_is_replaced(tmp_path, monkeypatch):
+    assert build.writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    (tmp_path / "a" / "file").touch()
+    for folder in (tmp_path / "a" / "file", tmp_path / "a" / "file" / "native"):
+        assert build.writable(folder).is_dir() and tmp_path not in build.writable(folder).parents
+    monkeypatch.setattr(build, "ROOT", tmp_path / "a")
+    assert build.folder_options() == {}
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "build").touch()
+    monkeypatch.setattr(build, "ROOT", tmp_path / "c")
+    assert Path(build.folder_options()["build"]["build_base"]).is_dir()
+    assert build.native_folder().is_dir()
+    monkeypatch.setattr(build, "ROOT", tmp_path / "a" / "file")  # nothing can be written, as in a read-only tree
+    assert Path(build.folder_options()["egg_info"]["egg_base"]).is_dir()
+
+
+@pytest.mark.parametrize("found", ["59.6.0", "65.5", "70.0.0"])
+def test_an_older_setuptools_is_refused_in_a_line(found):
+    with pytest.raises(SystemExit) as refused:
+        build.check_setuptools(found)
+    assert f"setuptools 70.1 or later to build with; got {found}. Remedy: pip install" in str(refused.value)
+    for newer in ("70.1.0", "70.3.0.post1", "76", "84.2.1"):
+        build.check_setuptools(newer)
+
+
+def test_pyproject_is_valid_for_every_setuptools():
+    """Before 77, setuptools refuses a license expression and license files in [project]."""
+    project = (ROOT / "pyproject.toml").read_text().split("[project]")[1].split("\n[")[0]
+    assert 'dynamic = ["license"]' in project and not re.search(r"^license", project, re.MULTILINE)
+
+
+def test_the_requirement_accepts_torch_of_vendors():
+    line = re.search(r'^dependencies = \["(torch.*)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    specifier = Requirement(line).specifier
+    vendors = ["2.9.0a0+nv25.09", "2.9.0.dev20250801+cu128", "2.10.0.dev2025", "2.10.0a0+git1234"]
+    for version in [*vendors, "2.9.0", "2.9.1", "2.13.0+cpu"]:
+        assert specifier.contains(version, prereleases=True), version  # as pip asks about an installed package
+    for version in ("2.8.0", "2.8.1+cu126", "2.8.0a0+nv25.05"):
+        assert not specifier.contains(version, prereleases=True), version
+    assert list(specifier.filter(["2.9.1", "2.14.0rc1"])) == ["2.9.1"], "pip would fetch a pre-release"
+
+
+# ---- the compiled module
+
+
+def placed(monkeypatch, path: Path, module: ModuleType | None = None) -> None:
+    """Lets the loader find the file, and import the module from it."""
+    monkeypatch.setattr(loading, "find", lambda: importlib.machinery.ModuleSpec("_native", None, origin=str(path)))
+    monkeypatch.setitem(sys.modules, loading.NAME, module)
+
+
+@pytest.mark.parametrize("border", [None, "0123456789abcdef"], ids=["foreign", "stale"])
+def test_a_module_of_other_sources_is_refused(monkeypatch, tmp_path, border):
+    module, path = ModuleType("_native"), tmp_path / "_native.so"
+    path.touch()
+    if border:
+        module.border = border
+    placed(monkeypatch, path, module)
+    for csrc in (loading.CSRC, tmp_path):  # in a checkout; without csrc/, as installed
+        monkeypatch.setattr(loading, "CSRC", csrc)
+        found, reason = loading.load()
+        assert found is None and f"{path} was built from other sources" in reason and "rebuild" in reason
+
+
+def test_the_recorded_border_serves_without_the_sources(monkeypatch, tmp_path):
+    module = ModuleType("_native")
+    module.border = "0123456789abcdef"
+    (tmp_path / "_native.so").touch()
+    placed(monkeypatch, tmp_path / "_native.so", module)
+    monkeypatch.setattr(loading, "PACKAGE", tmp_path)
+    monkeypatch.setattr(loading, "CSRC", tmp_path)
+    assert loading.load()[0] is None, "without a record nobody knows the module"
+    (tmp_path / "_build.json").write_text(json.dumps({"border": module.border}))
+    assert loading.load() == (module, None)
+
+
+def test_the_border_is_of_every_call(tmp_path):
+    copy = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    seen = {border_hash(copy)}
+    assert seen == {border_hash(ROOT / "csrc")}
+    headers = sorted((copy / "calls").glob("*.h"))
+    assert len(headers) > 5
+    for path in [*headers, copy / "divergences.h", copy / "bindings.cpp", copy / "cuda" / "bindings.h"]:
+        path.write_text(path.read_text() + "// changed\n")
+        seen.add(border_hash(copy))
+    assert len(seen) == len(headers) + 4
+
+
+@pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF file")
+@pytest.mark.parametrize("kept", [0.01, 0.5, 0.9])
+def test_a_module_that_is_cut_off_is_not_loaded(monkeypatch, tmp_path, kept):
+    """The loader of the system maps such a file, and the process dies of SIGBUS."""
+    whole = Path(native._native.__file__).read_bytes()
+    path = tmp_path / "_native.so"
+    path.write_bytes(whole[: int(kept * len(whole))])
+    placed(monkeypatch, path)  # an import would raise
+    module, reason = loading.load()
+    assert module is None and "rebuild" in reason
+    assert "cut off" in reason
+    path.write_bytes(whole)
+    assert not loading._is_cut_off(path)
+
+
+@pytest.mark.parametrize("record", [b"\xff\xfe", b"{", b"[]", b""])
+def test_a_damaged_record_is_a_reason(monkeypatch, tmp_path, record):
+    (tmp_path / "_build.json").write_bytes(record)
+    monkeypatch.setattr(loading, "PACKAGE", tmp_path)
+    assert str(tmp_path) in loading.build_record()["native_missing_because"]
+
+
+def test_a_module_of_another_python_is_named(monkeypatch, tmp_path):
+    (tmp_path / "_build.json").write_text('{"python": "3.9.1", "machine": "riscv", "native_missing_because": null}')
+    monkeypatch.setattr(loading, "PACKAGE", tmp_path)
+    monkeypatch.setattr(loading, "find", lambda: None)
+    module, reason = loading.load()
+    assert module is None and "built for Python 3.9.1 on riscv" in reason and sys.version.split()[0] in reason
+
+
+# ---- the warning
+
+
+@pytest.fixture
+def without_module(monkeypatch):
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "missing_because", "they were not built: g++ was not found")
+    native._warn.cache_clear()
+    yield
+    native._warn.cache_clear()
+
+
+def warned(function) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(each.message) for each in caught if "kdkernels" in str(each.message)]
+
+
+def test_the_reference_by_default_warns_once(without_module):
+    x = torch.randn(2, 5)
+    assert warned(lambda: kdkernels.fused_kl(x, x, backend="reference")) == []
+    assert warned(info.report) == []
+    (message,) = warned(lambda: [kdkernels.fused_kl(x, x), kdkernels.fused_uld(x, x), kdkernels.fused_kl(x, x)])
+    assert "g++ was not found" in message and "several times slower" in message and "kdkernels.info" in message
+
+
+def test_the_reference_by_default_warns_while_it_is_compiled(without_module):
+    x = torch.randn(2, 5)
+    torch.compiler.reset()
+    loss = torch.compile(lambda s: kdkernels.fused_kl(s, x), fullgraph=True, backend="eager")
+    assert len(warned(lambda: [loss(x), loss(x + 1)])) == 1
+    torch.compiler.reset()
+
+
+def test_native_kernels_are_used_unwarned():
+    native._warn.cache_clear()
+    x = torch.randn(2, 5)
+    assert native._native is None or warned(lambda: kdkernels.fused_kl(x, x)) == []
+
+
+# ---- the info
+
+
+def test_info_goes_on_where_a_part_fails(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "device_count", fails)
+    monkeypatch.setattr(native, "_native", SimpleNamespace())  # without any function
+    monkeypatch.setattr(native, "missing_because", None)
+    monkeypatch.setattr(native.cuda, "refuse", fails)
+    report = info.report()
+    assert "gpu lines" in report and "failed: RuntimeError: no driver" in report
+    assert re.search("native lines +failed: AttributeError: .*cpu_isa", report)
+    assert re.search("cuda on cpu +failed: RuntimeError: no driver", report)
+    assert re.search("reference on cpu +available", report)
+
+
+STALE = """
+import runpy, sys, warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+sys.modules["kdkernels._native"] = stale = ModuleType("kdkernels._native")  # imports, and lacks every function
+stale.__spec__ = ModuleSpec("kdkernels._native", None, origin=sys.argv[1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch, kdkernels
+    for _ in range(2):
+        s = torch.randn(2, 5, requires_grad=True)
+        kdkernels.fused_kl(s, torch.randn(2, 5)).backward()
+        assert s.grad.isfinite().all()
+    print(*(each.message for each in caught if "kdkernels" in str(each.message)), sep="\\n")
+runpy.run_module("kdkernels.info", run_name="__main__")
+"""
+
+
+def test_a_stale_module_warns_once_and_the_reference_serves():
+    out = subprocess.run([sys.executable, "-c", STALE, __file__], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0, out.stderr
+    message, *report = out.stdout.splitlines()
+    assert "rebuild" in message and "kdkernels" in message
+    assert re.search("cpu on cpu +the native module is missing .*rebuild", "\n".join(report))
+    assert report[-1].endswith("reference")
