@@ -186,6 +186,12 @@ def test_a_module_of_other_sources_is_refused(monkeypatch, tmp_path, border):
         assert found is None and f"{path} was built from other sources" in reason and "rebuild" in reason
 
 
+def test_an_object_in_the_place_of_the_module_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, loading.NAME, ModuleType("_native"))  # its __spec__ is None
+    module, reason = loading.load()
+    assert module is None and "rebuild" in reason
+
+
 def test_the_recorded_border_serves_without_the_sources(monkeypatch, tmp_path):
     module = ModuleType("_native")
     module.border = "0123456789abcdef"

@@ -32,7 +32,10 @@ def build_record() -> dict:
 
 def find() -> ModuleSpec | None:
     """Where the module is, whether or not it serves; None without a module for this Python."""
-    return importlib.util.find_spec(NAME)
+    try:
+        return importlib.util.find_spec(NAME)
+    except ValueError:  # another object stands under the name in sys.modules
+        return None
 
 
 def load() -> tuple[ModuleType | None, str | None]:
@@ -46,7 +49,8 @@ def load() -> tuple[ModuleType | None, str | None]:
         module = importlib.import_module(NAME)
     except Exception as error:  # a missing OpenMP runtime, a forced instruction set, a module of another machine
         return None, f"{type(error).__name__}: {error} (if the module is damaged, rebuild it: reinstall kdkernels)"
-    if _expected_border() is None or getattr(module, "border", None) != _expected_border():
+    border = _expected_border()
+    if border is None or getattr(module, "border", None) != border:
         return None, f"{found.origin} was built from other sources than this package; rebuild it: reinstall kdkernels"
     return module, None
 
@@ -58,7 +62,7 @@ def _not_built() -> str:
         return f"they were not built: {reason}; reinstall kdkernels when that is mended"
     built = f"Python {record.get('python')} on {record.get('machine')}"
     here = f"Python {sys.version.split()[0]} on {platform.machine()}"
-    return f"they were built for {built}, and none are here for {here}; reinstall kdkernels"
+    return f"they were built for {built}, and none are here for {here}; rebuild them: reinstall kdkernels"
 
 
 def _expected_border() -> str | None:
@@ -71,6 +75,8 @@ def _expected_border() -> str | None:
 
 def _is_cut_off(path: Path) -> bool:
     """Whether an ELF file ends before one of its segments does. A process that loads such a file may die of SIGBUS."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         head = file.read(64)
         if head[:6] != b"\x7fELF\x02\x01" or len(head) < 64:  # of 64 bits, little-endian
