@@ -217,19 +217,11 @@ def topk_log_probs(kernels, problem: TopK):
 
 
 def logits_in_chunks(
-    kernels,
-    source: LogitsSource,
-    options: RowOptions,
-    vocab_size: int,
-    chunking: Chunking,
-    *,
-    row_bytes: int = 0,
-    fixed_bytes: int = 0,
+    kernels, source: LogitsSource, options: RowOptions, vocab_size: int, chunking: Chunking, own_bytes=(0, 0)
 ) -> Iterator[tuple[slice | Tensor, Tensor]]:
     """(rows, their logits [1, n, columns]) a chunk at a time; the next chunk overwrites the logits of a head.
 
-    `row_bytes` and `fixed_bytes`: the caller's own bytes for each row of a chunk and for the chunk itself, which count
-    against the budget too.
+    `own_bytes`: the caller's bytes for each row of a chunk, and for the chunk; they count against the budget too.
     """
     row_scale = options.row_scale
     kept_rows = _kept_rows(row_scale, chunking.compact_rows)
@@ -238,8 +230,8 @@ def logits_in_chunks(
         chunked = _StoredLogits(kernels, source, NeedsGrad(), kept_rows is not None, only_source=True)
     else:
         chunked = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
-    chunked.row_bytes += row_bytes
-    chunked.fixed_bytes += fixed_bytes
+    chunked.row_bytes += own_bytes[0]
+    chunked.fixed_bytes += own_bytes[1]
     size = _chunk_size(count, chunking, [chunked])
     chunked.allocate(size, chunks=-(-count // size), all_rows_written=True)
     for chunk in _chunks(count, size, kept_rows):

@@ -146,14 +146,11 @@ def sampled_log_probs(
     # targets of the entries, before and after sorting and merging. torch.multinomial allocates as much as the proposal
     # for a single sample, twice as much on a GPU, and else the sums of one row.
     proposals = 3 if logits.device.type != "cpu" else 2 if samples == 1 else 1
-    own = {
-        "row_bytes": vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize),
-        "fixed_bytes": vocab_size * 8,
-    }
+    row_bytes = vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize)
     indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
     log_probs = torch.full((row_scale.shape[0], entries), -torch.inf, dtype=dtype, device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, **own):
+        for chunk, x in logits_in_chunks(kernels, source, rows, vocab_size, chunking, (row_bytes, 8 * vocab_size)):
             kept = (row_scale[chunk] != 0)[:, None]
             x = torch.where(kept, x.flatten(0, 1)[:, :vocab_size].to(dtype), 0)
             classes, targets = sampled(x, samples, exact, temperature, proposal_temperature, generator)
