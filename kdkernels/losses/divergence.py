@@ -15,7 +15,7 @@ from ..divergences import Divergence
 from ..families.linear import ChunkedRows, Chunking, LogitsSource
 from ..families.rows import ROW_STATISTICS, ROW_TOP1, Rows
 from ..families.topk import Sparse
-from . import options
+from . import head_options, options
 from .options import LossOutput
 from .signatures import check_keywords, shows_keywords
 
@@ -182,13 +182,13 @@ def fused_divergence(
         loss_cap,
     )  # fmt: skip
     rows = options.resolve(student, teacher, given)
-    heads = options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
-    chunking = options.resolve_chunking(heads, student=student, teacher=teacher)
+    heads = head_options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+    chunking = head_options.resolve_chunking(heads, student=student, teacher=teacher)
     if isinstance(teacher, SparseLogProbs):
         options.check_tail(divergence, teacher, rows)
         if teacher.drawn and not divergence.is_linear_in_teacher and not torch.compiler.is_compiling():
             _warn_of_draws(divergence.name)
-        chunking = chunking or options.whole_rows()
+        chunking = chunking or head_options.whole_rows()
     backend = backends.select(backend, student, teacher)
     # A divergence without a parameter is given a number that it does not read.
     parameter = 1.0 if divergence.parameter is None else divergence.parameter
@@ -200,7 +200,7 @@ def fused_divergence(
         problem = Rows(*options.as_outer_inner(student, teacher), *loss_terms)
     else:
         sources = _sources(student, teacher, chunking, rows.row_scale.dtype)
-        family, dtypes = CHUNKED_ROWS, options.gradient_dtypes(sources[0], chunking)
+        family, dtypes = CHUNKED_ROWS, head_options.gradient_dtypes(sources[0], chunking)
         problem = ChunkedRows(*sources, *loss_terms, chunking)
     if gradient == "forward" and reduction == "none" and isinstance(student, LinearLogits):
         raise ValueError(
@@ -270,9 +270,9 @@ def _sources(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits | SparseLogProbs, chunking: Chunking, dtype
 ) -> tuple[LogitsSource, LogitsSource | None, Sparse | None]:
     """The student's logits, and the teacher's logits or entries, as the chunk loop takes them."""
-    student = options.source_of(student, chunking)
+    student = head_options.source_of(student, chunking)
     if not isinstance(teacher, SparseLogProbs):
-        teacher = options.source_of(teacher, chunking)
+        teacher = head_options.source_of(teacher, chunking)
         data = options.as_outer_inner(student.data, teacher.data)
         return student._replace(data=data[0]), teacher._replace(data=data[1]), None
     entries = teacher.shape[-1]

@@ -9,7 +9,7 @@ from .. import backends, ops
 from ..distributions import LinearLogits, SparseLogProbs
 from ..families.linear import TopK, logits_in_chunks
 from ..families.topk import sampled
-from ..losses import options
+from ..losses import head_options, options
 from ..losses.signatures import check_keywords, shows_keywords
 
 
@@ -56,7 +56,7 @@ def topk_log_probs(
     """
     check_keywords(topk_log_probs, unknown)
     vocab_size, rows, source, chunking = _checked(
-        logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+        logits, temperature, mask, vocab_size, head_options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     )
     options.check_type("k", k, int)
     if not 1 <= k <= vocab_size:
@@ -130,7 +130,7 @@ def sampled_log_probs(
     """
     check_keywords(sampled_log_probs, unknown)
     vocab_size, rows, source, chunking = _checked(
-        logits, temperature, mask, vocab_size, options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
+        logits, temperature, mask, vocab_size, head_options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     )
     options.check_int("samples", samples, 1)
     options.check_type("exact", exact, int)
@@ -165,15 +165,15 @@ def sampled_log_probs(
     )
 
 
-def _checked(logits, temperature, mask, vocab_size, heads: options.HeadOptions):
+def _checked(logits, temperature, mask, vocab_size, heads: head_options.HeadOptions):
     """The vocabulary's size, the row options, and the logits as a source with its chunking."""
     if not isinstance(logits, (Tensor, LinearLogits)):
         raise TypeError(f"logits: expected a tensor or a LinearLogits; got {type(logits).__name__}")
     options.check_stored_or_head("logits", logits)
     vocab_size = options.check_vocab_size(vocab_size, {"logits": logits.shape[-1]})
     options.check_temperature("temperature", temperature)
-    chunking = options.resolve_chunking(heads, logits=logits) or options.whole_rows()
+    chunking = head_options.resolve_chunking(heads, logits=logits) or head_options.whole_rows()
     given = options.GivenRowOptions(temperature=temperature, mask=mask, reduction="none")
     rows = options.resolve(logits, logits, given)
-    source = options.source_of(logits, chunking)
+    source = head_options.source_of(logits, chunking)
     return vocab_size, rows, source._replace(data=options.as_outer_inner(source.data)[0]), chunking
