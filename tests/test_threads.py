@@ -167,9 +167,6 @@ def loss_and_gradients(loss, *leaves):
 student, other = (torch.randn(6, 20_000, requires_grad=True) for _ in range(2))
 teacher, short = torch.randn(6, 20_000), torch.randn(6, 15_000)
 labels = torch.randint(0, 20_000, (6,))
-sparse = kdkernels.topk_log_probs(teacher, 64)
-many = torch.randn(3000, 20, requires_grad=True)
-entries = kdkernels.topk_log_probs(torch.randn(3000, 20), 16)
 cost = torch.rand(4, 32, 32, requires_grad=True)
 flat, sloped, total, part = torch.randn(50_000), torch.randn(50_000), torch.randn(50_000), torch.randn(50_000).half()
 kernels = backends.kernels("cpu")
@@ -192,8 +189,6 @@ FAMILIES = {
     "kl": lambda: kl("forward"),
     "kl in backward": lambda: kl("backward"),
     "head": head,
-    "sparse teacher": lambda: loss_and_gradients(kdkernels.fused_kl(student, sparse), student),
-    "many entries": lambda: loss_and_gradients(kdkernels.fused_kl(many, entries), many),
     "topk_log_probs": lambda: kdkernels.topk_log_probs(teacher, 64).log_probs[None],
     "sinkhorn": lambda: sinkhorn("unrolled"),
     "sinkhorn implicit": lambda: sinkhorn("implicit"),
@@ -249,8 +244,6 @@ def told_by_children():
         "kl",
         "kl in backward",
         "head",
-        "sparse teacher",
-        "many entries",
         "topk_log_probs",
         "sinkhorn",
         "sinkhorn implicit",
