@@ -13,6 +13,8 @@ import emulated
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
+from kdkernels.backends import native
+
 # The suite draws the same examples in each run. With --fuzz, pytest's --hypothesis-seed alone determines them.
 COMMON = {"deadline": None, "print_blob": True, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("kdkernels", derandomize=True, **COMMON)
@@ -79,3 +81,9 @@ def cuda_kernels_on_a_cpu(request):
         pytest.skip(emulated.missing_because)
     with chips.on(getattr(request.module, "CUDA_CHIP", "small")):
         yield
+
+
+@pytest.fixture(autouse=True)
+def kernels_take_the_threads_of_torch(monkeypatch):
+    """A call has torch's number of threads, also on a machine with fewer processors. test_threads.py tests the count."""
+    monkeypatch.setattr(native, "count_threads", lambda processors: torch.get_num_threads())

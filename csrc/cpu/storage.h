@@ -14,7 +14,8 @@ constexpr int kLanes = 4;
 constexpr int kBlock = 128 * kLanes;
 constexpr int64_t kSerialWork = 32768;  // for fewer logits, starting threads costs more time than it saves
 
-// One thread for little work (a number of logits), else all threads.
+// One thread for little work (a number of logits), else all threads. No number between: OpenMP would end the threads
+// that the smaller region leaves out, and torch's next operator would start them again.
 inline int threads_for(int64_t work, int threads) { return work < kSerialWork ? 1 : threads; }
 
 // Calls body(T()) with the compute type T.

@@ -434,20 +434,24 @@ template <class T> struct UldRow {
 };
 
 template <class T> void all_rows(const UldCall& call) {
-  const int64_t most = (call.rows * wider(call) + kSerialWork - 1) / kSerialWork;
-  const int threads = most < call.run.threads ? (int)most : call.run.threads;
+  const int threads = threads_for(call.rows * wider(call), call.run.threads);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Scratch<T> scratch = scratch_of<Scratch<T>>(call, omp_get_thread_num());
-    memset(scratch.counts, 0, scratch.kTable * sizeof(int32_t));
+    bool has_counts = false;  // a thread without a row needs none
     const int64_t turn = rows_of_a_turn(call.rows, call.gradient ? call.gradient_columns * sizeof(T) : 0, threads);
 #pragma omp for schedule(dynamic, turn)
     for (int64_t r = 0; r < call.rows; ++r) {
       UldRow<T> row(call, r, scratch);
-      if (row.scale == 0)
+      if (row.scale == 0) {
         row.write(0, 0);
-      else
-        row.sweep();
+        continue;
+      }
+      if (!has_counts) {
+        memset(scratch.counts, 0, scratch.kTable * sizeof(int32_t));
+        has_counts = true;
+      }
+      row.sweep();
     }
   }
 }

@@ -16,6 +16,7 @@ from .module import build_record, find, load
 from .pairwise import PairwiseKernels
 from .rows import RowKernels
 from .sinkhorn import CpuSinkhornKernels, SinkhornKernels
+from .threads import count_threads
 from .topk import CpuTopkKernels, TopkKernels
 from .uld import RankedUldKernel, UldKernel
 
@@ -68,7 +69,7 @@ class Cpu(RowKernels, CpuLinearKernels, CpuTopkKernels, PairwiseKernels, CpuSink
 
     def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
         """Runs a kernel. Raises if a kept row has an invalid label, temperature or hard weight."""
-        if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, torch.get_num_threads()):
+        if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, count_threads(_native.processors)):
             check_values(fields["options"], fields["columns"])
             raise RuntimeError("the kernel refused a row option that check_values accepts; expected both to agree")
 
