@@ -1,0 +1,108 @@
+"""Rows whose divergence is small, because the distributions are close or the temperature is high, keep their digits.
+
+The truth is found in numpy's widest floats, from log-ratios: sums of rounded log-probabilities would not do.
+"""
+
+from contextlib import nullcontext
+
+import chips
+import numpy as np
+import pytest
+import torch
+from truth import BACKENDS, DIVERGENCES, device_of, run
+
+from kdkernels import CATALOGUE, Divergence
+from kdkernels.families.rows import CLOSE_TEMPERATURE
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+each_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=repr)
+WIDE = np.longdouble
+BOUND = 3e-6  # of the loss, and of the largest element of a row's gradient
+
+
+def true_row(divergence: Divergence, student: np.ndarray, teacher: np.ndarray, temperature: float):
+    """The divergence of one row and its gradient by the student's logits; the log-ratio of each class."""
+    lq, lp = (WIDE(x) / WIDE(temperature) for x in (student, teacher))
+    lq, lp = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (lq, lp))
+    p, q, d = np.exp(lp), np.exp(lq), lq - lp
+    a = None if divergence.parameter is None else WIDE(divergence.parameter)
+    e, up, down = np.expm1, np.expm1(d), np.expm1(-d)
+    match divergence.name:
+        case "kl":
+            value, slope = p * (up - d), p * up
+        case "reverse_kl":
+            value, slope = q * (down + d), q * d
+        case "mixed_kl":
+            value, slope = a * p * (up - d) + (1 - a) * q * (down + d), a * p * up + (1 - a) * q * d
+        case "js":
+            of_teacher, of_student = np.log1p((1 - a) * up), np.log1p(a * down)  # log(m / p), log(m / q)
+            value = a * p * (e(of_teacher) - of_teacher) + (1 - a) * q * (e(of_student) - of_student)
+            slope = (a - 1) * q * of_student
+        case "skew_kl":
+            of_teacher = np.log1p((1 - a) * up)
+            value, slope = p * (e(of_teacher) - of_teacher), (a - 1) * q * e(-of_teacher)
+        case "skew_reverse_kl":
+            of_student = np.log1p((1 - a) * down)
+            value, slope = q * (e(of_student) - of_student), -q * (of_student + a * e(-of_student))
+        case "tv":
+            value, slope = abs(p * up) / 2, q * np.sign(d) / 2
+        case "hellinger":
+            value, slope = p * e(d / 2) ** 2 / 2, -q * e(-d / 2) / 2
+        case "alpha":
+            power = e((1 - a) * d)
+            value, slope = p * (power - (1 - a) * up) / (a * (a - 1)), p * (up - power) / a
+        case "chi_square":
+            value, slope = q * down**2, -q * e(-2 * d)
+    return value.sum(), (slope - q * slope.sum()) / WIDE(temperature), d
+
+
+# (temperature, the size of the logits' differences, a common offset of the teacher's logits)
+CASES = [(1, 0.2, 0), (1, 0.03, 200), (1, 1e-3, 0), (1, 4e-4, -30), (2, 0.3, 0), (16, 3, 0), (100, 3, 50), (1e3, 3, 0),
+         (1e4, 3, 0), (1e5, 3, 0), (1, 1.0, 0)]  # fmt: skip
+
+
+def rows(cases, vocab: int, seed: int, dtype=torch.float32):
+    """A student, a teacher and temperatures: a row for each case."""
+    generator = torch.Generator().manual_seed(seed)
+    temperature, noise, offset = (torch.tensor(x, dtype=torch.float64)[:, None] for x in zip(*cases, strict=True))
+    student = 3 * torch.randn(len(cases), vocab, generator=generator, dtype=torch.float64)
+    student[:, 0] += 6
+    student = student.to(dtype)
+    teacher = student + noise * torch.randn(len(cases), vocab, generator=generator, dtype=torch.float64) + offset
+    return student, teacher.to(dtype), temperature[:, 0].float()
+
+
+def check(student, teacher, temperature, divergence, loss, gradient, factor=1.0):
+    """Each row's loss and gradient, without T² and times `factor`, against the truth."""
+    for row in range(student.shape[0]):
+        s, t = (x[row].double().cpu().numpy() for x in (student, teacher))
+        tau = float(temperature[row])
+        value, slopes, d = true_row(divergence, s, t, tau)
+        small = value < CATALOGUE[divergence.name].close_below or tau >= CLOSE_TEMPERATURE
+        where = f"{divergence}, T = {tau:g}, divergence {float(value):.2e}"
+        error = abs(WIDE(loss[row].item()) - value * factor) / (value * factor)
+        assert error <= (BOUND if small else 2 * BOUND), f"{where}: the loss is {float(error):.1e} of itself off"
+        if gradient is None:
+            continue
+        errors = abs(gradient[row].double().cpu().numpy() - slopes * factor) / (abs(slopes).max() * factor)
+        if divergence.name == "tv":  # whose slope has a jump where p = q
+            errors[abs(d) < (2e-6 if not small else 1e-5 * np.sqrt((d**2).mean()))] = 0
+        error = errors.max()
+        assert error <= (BOUND if small else 4 * BOUND), f"{where}: the gradient is {float(error):.1e} off"
+
+
+def on_small_chips(backend: str, seed: int):
+    return chips.on_any(seed) if backend == "cuda" and device_of(backend) == "cpu" else nullcontext()
+
+
+@each_divergence
+@each_backend
+def test_small_divergences_keep_their_digits(divergence, backend):
+    """KL from 1 to 1e-7 at T = 1, and temperatures up to 1e5: losses and gradients, found at once and in backward."""
+    vocab = {"triton": 130, "cuda": 900}.get(backend, 5000)
+    cases = CASES[1::2] if backend == "triton" and device_of(backend) == "cpu" else CASES  # its interpreter is slow
+    student, teacher, temperature = (x.to(device_of(backend)) for x in rows(cases, vocab, seed=1))
+    for seed, gradient in enumerate(("forward", "backward")):
+        with on_small_chips(backend, seed):
+            got = run(student, teacher, divergence, temperature=temperature, backend=backend, gradient=gradient)
+        check(student, teacher, temperature, divergence, got.loss, got.gradient)
