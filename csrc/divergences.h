@@ -276,8 +276,9 @@ template <class T> struct LogRatio {
   KDK_HD T operator()(T s, T t) const { return ((s - t - offset) + rest(s, t)) * inverse_temperature - shift; }
 };
 
-template <class D> constexpr decltype(&D::close_value, bool()) has_close_lines(int) { return true; }
-template <class D> constexpr bool has_close_lines(long) { return false; }
+template <class> using Void = void;
+template <class D, class = void> constexpr bool has_close_lines = false;
+template <class D> constexpr bool has_close_lines<D, Void<decltype(&D::close_value)>> = true;
 
 // phi, psi and p (exp(d) - 1) of one class of a close row. Where d is not near 0, the lines for all rows serve.
 template <class T> struct CloseTerms {
@@ -286,7 +287,7 @@ template <class T> struct CloseTerms {
 template <class T, class D> KDK_HD CloseTerms<T> close_terms(const D& divergence, T d, T lp, T lq, T p, T q) {
   const bool near = d < T(2) && d > T(-2);
   T phi = divergence.value(lp, lq, p, q), psi = divergence.slope(lp, lq, p, q);
-  if constexpr (has_close_lines<D>(0)) {
+  if constexpr (has_close_lines<D>) {
     T close_phi = divergence.close_value(d, p, q), close_psi = divergence.close_slope(d, p, q);
     phi = near ? close_phi : phi;
     psi = near ? close_psi : psi;
