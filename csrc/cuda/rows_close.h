@@ -60,9 +60,8 @@ struct CloseRow {
   }
 };
 
-template <class D>
 inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
-                                       const RowCut& cut, const D& divergence) {
+                                       const RowCut& cut) {
   float floats[kRowFloats], sums[kRowSums];
   for (int i = 0; i < kRowFloats; ++i) floats[i] = load((const float*)call.floats + i * call.rows + row);
   for (int i = 0; i < kRowSums; ++i) sums[i] = load((const float*)call.sums + i * call.rows + row);
@@ -76,10 +75,19 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
   const Outcome outcome = {call, row, numbers, slices.student_norm, slices.teacher_norm, floats[4], label_logit};
 
   if (call.sweeps & kSums) {
-    CloseSums found = team.merged(slices.sums(divergence, shift));
-    if constexpr (has_kink<D>) {
+    bool again = false;
+    CloseSums found = CloseSums::none();
+    with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+      found = slices.sums(divergence, shift);
+      again = has_kink<decltype(divergence)>;
+    });
+    found = team.merged(found);
+    if (again) {
       shift += log1p_of(found.excess);
-      found = team.merged(slices.sums(divergence, shift));
+      with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+        if constexpr (has_kink<decltype(divergence)>) found = slices.sums(divergence, shift);
+      });
+      found = team.merged(found);
     }
     sums[0] = close_sum(found.phi, found.psi, log1p_of(found.excess)), sums[1] = found.psi, sums[2] = shift;
     if (team.first_thread()) {
@@ -96,7 +104,8 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
                    ? numbers.factors(call.options, inverse_temperature, sums[0], outcome.cross_entropy())
                    : numbers.factors(call.options, inverse_temperature));
   gradient.slope_sum = fabsf(sums[1]) < INFINITY ? sums[1] : NAN;
-  slices.write(divergence, shift, gradient);
+  with_divergence((int)call.divergence, (const float*)call.parameters,
+                  [&](auto divergence) { slices.write(divergence, shift, gradient); });
 }
 
 __global__ void __launch_bounds__(kMaxThreads)
@@ -115,8 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       const int64_t row = first + i * teams;
       const RowTerms numbers(call, row);
       const RowCut cut(call, plan, team, row);
-      with_divergence((int)call.divergence, (const float*)call.parameters,
-                      [&](auto divergence) { sweep_close_row(call, team, row, numbers, cut, divergence); });
+      sweep_close_row(call, team, row, numbers, cut);
     }
   }
   if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory

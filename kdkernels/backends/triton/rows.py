@@ -7,9 +7,9 @@ One program works on one row, a tile of BLOCK columns at a time, and sweeps over
     gradient    scale / temperature * (psi - q * sum psi), and the label term            -> gradient
 
 Some divergences (kl, reverse_kl, mixed_kl: see table.py) give sum psi after the first sweep. For them one sweep does
-the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. But a gradient that overwrites
-the logits has a sweep of its own, because a row whose divergence comes out small is swept again, by close_rows.py, and
-its gradient is left to that. A tile is summed as a tree, and
+the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. But a row whose
+divergence comes out small is swept again, by close_rows.py, and keeps its logits until then: a gradient that overwrites
+logits has a sweep of its own, unless the first sweep shows that the row is far. A tile is summed as a tree, and
 tiles are summed one after the other, so that no running sum is long.
 
 Log-probabilities are (x - max) / temperature - log sum. The difference comes first, so that a large common offset of
@@ -145,10 +145,11 @@ def _first_of(x, maximum, start, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_sums(
-    logits, floats, known_psi, terms, parameter,
+    logits, floats, known_psi, terms, at_once, parameter,
     VALUE: tl.constexpr, SLOPE: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a row. With `known_psi` (else None) and `terms` (else None) this sweep stores the gradient too."""
+    """The sums of a row. With `known_psi` (else None) and `terms` (else None) this sweep stores the gradient too; with
+    `at_once` (else None) only where that is true."""
     phi = tl.full((), 0, tl.float32)
     psi = tl.full((), 0, tl.float32)
     tv = tl.full((), 0, tl.float32)
@@ -171,7 +172,11 @@ def _find_sums(
             psi += tl.sum(SLOPE(lp, lq, p, q, parameter), 0)
         elif terms is not None:
             slope = SLOPE(lp, lq, p, q, parameter) - q * finite_or_nan(known_psi)
-            store_gradient(terms, start, logits.columns, slope, s, BLOCK)
+            if at_once is None:
+                store_gradient(terms, start, logits.columns, slope, s, BLOCK)
+            else:
+                if at_once:
+                    store_gradient(terms, start, logits.columns, slope, s, BLOCK)
         if STATISTICS:
             tv += tl.sum(0.5 * tl.abs(p - q), 0)
             student_entropy -= tl.sum(weighted(q, lq), 0)
@@ -271,19 +276,23 @@ def rows_kernel(
         terms = gradient_terms(
             gradient_row, options, options.scale, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
         )
-    AT_ONCE: tl.constexpr = KNOWS_PSI and not IN_PLACE  # whether the sums' sweep stores the gradient
     if SUMS or gradient is not None:
         parameter = tl.load(parameters)
     known_psi = None
     if KNOWS_PSI:
         known_psi = tl.full((), 0, tl.float32) + SLOPE_SUM(mean_log_ratio, parameter)
+    # Whether the sums' sweep stores the gradient. In place it does if the row is surely not close: the divergence is at
+    # least sum psi, and twice the square of the total variation, which no difference of two largest probabilities
+    # exceeds.
+    at_once = None  # always
+    if KNOWS_PSI and IN_PLACE:
+        gap = tl.exp(-norms.student_log_sum) - tl.exp(-norms.teacher_log_sum)
+        far = (known_psi > 1.01 * CLOSE_BELOW) | (2 * gap * gap > 1.01 * CLOSE_BELOW)
+        at_once = far & (options.temperature < CLOSE_TEMPERATURE)
 
     if SUMS:
-        terms_at_once = None
-        if AT_ONCE:
-            terms_at_once = terms
         totals = _find_sums(
-            logits, norms, known_psi, terms_at_once, parameter, VALUE, SLOPE, statistics is not None, BLOCK
+            logits, norms, known_psi, terms, at_once, parameter, VALUE, SLOPE, statistics is not None, BLOCK
         )
         psi = totals.psi
         shift = tl.full((), float("inf"), tl.float32)
@@ -324,7 +333,7 @@ def rows_kernel(
 
     if gradient is not None:
         fill_gradient(gradient_row, columns, gradient_columns, 0.0, BLOCK)
-        if not AT_ONCE:
+        if not KNOWS_PSI or IN_PLACE:
             if not SUMS:
                 psi = tl.load(sums + rows * PSI + row)
                 shift = tl.load(sums + rows * SHIFT + row)
@@ -334,7 +343,10 @@ def rows_kernel(
                 terms = gradient_terms(
                     gradient_row, options, scale, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
                 )
-            if (shift < float("inf")) == 0:
+            waits = (shift < float("inf")) == 0
+            if at_once is not None:
+                waits = waits & (at_once == 0)
+            if waits:
                 _find_gradient(logits, norms, psi, terms, parameter, SLOPE, BLOCK)
 
 
@@ -433,7 +445,7 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
         rows_kernel[(count,)](
             student, teacher, gradient=target, SLOPE_SUM=slope_sum, CLOSE_BELOW=bound,
             CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
-            IN_PLACE=gradient is not None and gradient.data_ptr() == student.data_ptr(),
+            IN_PLACE=gradient is not None and gradient.data_ptr() == student.data_ptr() != 0,
             BLOCK=block, num_warps=warps, **common, **arguments,
         )  # fmt: skip
         if not bound or arguments["sums"] is None:
