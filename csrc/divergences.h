@@ -40,12 +40,12 @@ template <class T> KDK_HD T excess(T x) {
   series = series * x + T(1.0 / 6);
   series = series * x + T(0.5);
   T near = x * x * series, far = exp_of(x) - 1 - x;
-  return x < T(0.5) && x > T(-0.5) ? near : far;
+  return (x < T(0.5)) & (x > T(-0.5)) ? near : far;
 }
 // exp(x) - 1
 template <class T> KDK_HD T expm1_of(T x) {
   T near = x + excess(x), far = exp_of(x) - 1;
-  return x < T(0.5) && x > T(-0.5) ? near : far;
+  return (x < T(0.5)) & (x > T(-0.5)) ? near : far;
 }
 // x - log(1 + x) for x > -1, with the minimax polynomial of log_of in csrc/cpu/elementary.h.
 template <class T> KDK_HD T excess_of_log1p(T x) {
@@ -58,12 +58,12 @@ template <class T> KDK_HD T excess_of_log1p(T x) {
   y = y * x - T(2.500081956e-1);
   y = y * x + T(3.333333135e-1);
   T near = x * x * (T(0.5) - x * y), far = x - log_of(1 + x);
-  return x < T(0.4) && x > T(-0.29) ? near : far;
+  return (x < T(0.4)) & (x > T(-0.29)) ? near : far;
 }
 // log(1 + x) for x > -1
 template <class T> KDK_HD T log1p_of(T x) {
   T near = x - excess_of_log1p(x), far = log_of(1 + x);
-  return x < T(0.4) && x > T(-0.29) ? near : far;
+  return (x < T(0.4)) & (x > T(-0.29)) ? near : far;
 }
 
 // ---- the entries
@@ -285,7 +285,7 @@ template <class T> struct CloseTerms {
   T phi, psi, excess;
 };
 template <class T, class D> KDK_HD CloseTerms<T> close_terms(const D& divergence, T d, T lp, T lq, T p, T q) {
-  const bool near = d < T(2) && d > T(-2);
+  const bool near = (d < T(2)) & (d > T(-2));
   T phi = divergence.value(lp, lq, p, q), psi = divergence.slope(lp, lq, p, q);
   if constexpr (has_close_lines<D>) {
     T close_phi = divergence.close_value(d, p, q), close_psi = divergence.close_slope(d, p, q);

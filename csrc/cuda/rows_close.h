@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       sweep_close_row(call, team, row, numbers, cut);
     }
   }
-  if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory
+  if (const int blocks = plan.blocks; blocks > 1) cluster_sync(blocks);  // as in rows_kernel
 }
 
 }  // namespace cuda
