@@ -9,9 +9,10 @@ import chips
 import numpy as np
 import pytest
 import torch
-from truth import BACKENDS, DIVERGENCES, device_of, run
+from truth import BACKENDS, DIVERGENCES, assert_gradient_close, assert_loss_close, device_of, run, truth
 
-from kdkernels import CATALOGUE, Divergence
+from kdkernels import CATALOGUE, Divergence, LinearLogits, fused_divergence
+from kdkernels.backends.reference import table as reference
 from kdkernels.families.rows import CLOSE_TEMPERATURE
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -106,3 +107,60 @@ def test_small_divergences_keep_their_digits(divergence, backend):
         with on_small_chips(backend, seed):
             got = run(student, teacher, divergence, temperature=temperature, backend=backend, gradient=gradient)
         check(student, teacher, temperature, divergence, got.loss, got.gradient)
+
+
+@each_divergence
+@each_backend
+def test_infinite_logits_of_close_rows(divergence, backend):
+    """At a high temperature: infinities, NaN and classes without mass have the results that they have at others."""
+    vocab, device = 100, device_of(backend)
+    student, teacher = (torch.randn(5, vocab, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    student[0, 3:7], teacher[0, 3:7] = -torch.inf, -torch.inf
+    teacher[1, 2], student[2, 4], teacher[3, 5] = -torch.inf, -torch.inf, torch.nan
+    student, teacher = student.to(device), teacher.to(device)
+    for gradient in ("forward", "backward"):
+        with on_small_chips(backend, 0):
+            got = run(student, teacher, divergence, temperature=20.0, backend=backend, gradient=gradient)
+        want = truth(student, teacher, divergence, temperature=20.0)
+        assert_loss_close(got.loss, want.loss, 3e-6 * want.loss.abs(), divergence)
+        largest = want.gradient.nan_to_num(0).abs().amax(-1)
+        assert_gradient_close(got.gradient, want.gradient, 3e-6 * largest, divergence)
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+@each_backend
+def test_heads_keep_the_digits_of_small_divergences(gradient, backend):
+    """Also where the gradient overwrites the logits that a head's chunk holds."""
+    cases = [(1, 1e-3, 0), (1, 0.03, 0), (100, 3, 0), (1, 1.0, 0)]
+    student, teacher, temperature = (x.to(device_of(backend)) for x in rows(cases, 130, seed=2))
+    # The products with the identity are exact.
+    weight, one = student.T.contiguous().requires_grad_(), torch.eye(len(cases), device=student.device)
+    for divergence in map(Divergence, ("kl", "reverse_kl", "js")):
+        with on_small_chips(backend, 1):
+            loss = fused_divergence(
+                LinearLogits(one, weight), teacher, divergence, temperature=temperature, backend=backend,
+                gradient=gradient, reduction="none" if gradient == "backward" else "sum",
+            )  # fmt: skip
+            (found,) = torch.autograd.grad(loss.sum(), weight)
+        if gradient == "forward":
+            loss = run(student, teacher, divergence, temperature=temperature, backend=backend).loss
+        check(student, teacher, temperature, divergence, loss, found.T)
+
+
+@pytest.mark.parametrize("divergence", ["kl", "tv"])
+def test_close_rows_do_not_depend_on_the_number_of_threads(divergence):
+    student, teacher, temperature = rows([(1, 1e-3, 0), (50, 3, 0), (1, 1.0, 0)], 70_001, seed=3)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(run(student, teacher, divergence, temperature=temperature, backend="cpu", gradient="forward"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(x.loss, found[0].loss) and torch.equal(x.gradient, found[0].gradient) for x in found[1:])
+
+
+def test_every_divergence_has_close_lines_or_says_that_it_has_none():
+    triton_table = pytest.importorskip("kdkernels.backends.triton.table")
+    with_lines = [name for name, entry in CATALOGUE.items() if entry.close_below]
+    assert list(reference.CLOSE_TABLE) == list(triton_table.CLOSE_TABLE) == with_lines

@@ -13,6 +13,9 @@
 // the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep. That was slower:
 // the page faults of a fresh gradient clear pages through the caches, and evict the row that the sweep reads.
 //
+// A row in fp32 whose divergence comes out small is swept for its sums once more, by the close lines of the table. The
+// first time has no use then, but for the statistics. A row of a high temperature has the close lines at once.
+//
 // The gradient may overwrite the student's logits. The statistics, the label's logit and the first column of the
 // maximum need a whole row of logits, so the kernel finds them before the third sweep. The third sweep reads a block
 // before it writes the block.
@@ -29,7 +32,8 @@
 
 #include "../calls/kernels.h"
 
-#define KDK_HD inline
+// A call would keep a loop from being packed.
+#define KDK_HD inline __attribute__((always_inline))
 
 namespace kdk {
 namespace KDK_ISA {
