@@ -5,7 +5,13 @@
 //
 // lp, lq are the log-probabilities of teacher and student, p = exp(lp), q = exp(lq). phi is free up to c * (q - p)
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
-// its digits when the distributions are close. No loop, mask, softmax or device in this file, so that any C++ or CUDA
+// its digits when the distributions are close. But lp and lq are rounded, so that a sum of phi is off by about 1e-7. A
+// row whose divergence is small has a second set of lines, which take the log-ratio d itself, found from differences of
+// logits, and have no error but one relative to the term:
+//
+//     close_value(d, p, q), close_slope(d, p, q)     phi and psi for |d| < 2,  d = lq - lp
+//
+// They are optional: without them, and with `close_below` 0 in the catalogue, all rows have the first set. No loop, mask, softmax or device in this file, so that any C++ or CUDA
 // compiler can take these lines. The includer provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x),
 // root_of(x, log x), the square root from either, and ratio(x, m) = x / m, which is 0 where m has underflowed together
 // with x. It includes this file inside its own namespace (once per instruction set, so that no template is shared).
@@ -22,11 +28,53 @@ template <class T> KDK_HD T mixture(T weight, T p, T q) {
   return weight < T(0.5) ? q + weight * difference : p - (1 - weight) * difference;
 }
 
+// ---- functions of the close lines, to full precision for small arguments. T is float.
+
+// exp(x) - 1 - x
+template <class T> KDK_HD T excess(T x) {
+  T series = T(1.0 / 40320);
+  series = series * x + T(1.0 / 5040);
+  series = series * x + T(1.0 / 720);
+  series = series * x + T(1.0 / 120);
+  series = series * x + T(1.0 / 24);
+  series = series * x + T(1.0 / 6);
+  series = series * x + T(0.5);
+  T near = x * x * series, far = exp_of(x) - 1 - x;
+  return (x < T(0.5)) & (x > T(-0.5)) ? near : far;
+}
+// exp(x) - 1
+template <class T> KDK_HD T expm1_of(T x) {
+  T near = x + excess(x), far = exp_of(x) - 1;
+  return (x < T(0.5)) & (x > T(-0.5)) ? near : far;
+}
+// x - log(1 + x) for x > -1, with the minimax polynomial of log_of in csrc/cpu/elementary.h.
+template <class T> KDK_HD T excess_of_log1p(T x) {
+  T y = T(-7.634506375e-2);
+  y = y * x + T(1.276158839e-1);
+  y = y * x - T(1.316018403e-1);
+  y = y * x + T(1.420175582e-1);
+  y = y * x - T(1.662335694e-1);
+  y = y * x + T(2.000122666e-1);
+  y = y * x - T(2.500081956e-1);
+  y = y * x + T(3.333333135e-1);
+  T near = x * x * (T(0.5) - x * y), far = x - log_of(1 + x);
+  return (x < T(0.4)) & (x > T(-0.29)) ? near : far;
+}
+// log(1 + x) for x > -1
+template <class T> KDK_HD T log1p_of(T x) {
+  T near = x - excess_of_log1p(x), far = log_of(1 + x);
+  return (x < T(0.4)) & (x > T(-0.29)) ? near : far;
+}
+
+// ---- the entries
+
 // KL(p || q) = sum p log(p / q)
 template <class T> struct Kl {
   KDK_HD explicit Kl(const T*) {}
   KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(p, lp - lq) - p + q; }
   KDK_HD T slope(T, T, T p, T q) const { return q - p; }
+  KDK_HD T close_value(T d, T p, T) const { return p * excess(d); }
+  KDK_HD T close_slope(T d, T p, T) const { return p * expm1_of(d); }
 };
 
 // KL(q || p) = sum q log(q / p)
@@ -34,6 +82,8 @@ template <class T> struct ReverseKl {
   KDK_HD explicit ReverseKl(const T*) {}
   KDK_HD T value(T lp, T lq, T p, T q) const { return weighted(q, lq - lp) - q + p; }
   KDK_HD T slope(T lp, T lq, T, T q) const { return weighted(q, lq - lp); }
+  KDK_HD T close_value(T d, T, T q) const { return q * excess(-d); }
+  KDK_HD T close_slope(T d, T, T q) const { return q * d; }
   KDK_HD T slope_sum(T mean_log_ratio) const { return mean_log_ratio; }
 };
 
@@ -45,6 +95,8 @@ template <class T> struct MixedKl {
     return weighted(weight * p, lp - lq) + weighted((1 - weight) * q, lq - lp) + (2 * weight - 1) * (q - p);
   }
   KDK_HD T slope(T lp, T lq, T p, T q) const { return weight * (q - p) + weighted((1 - weight) * q, lq - lp); }
+  KDK_HD T close_value(T d, T p, T q) const { return weight * p * excess(d) + (1 - weight) * q * excess(-d); }
+  KDK_HD T close_slope(T d, T p, T q) const { return weight * p * expm1_of(d) + (1 - weight) * q * d; }
   KDK_HD T slope_sum(T mean_log_ratio) const { return weighted(1 - weight, mean_log_ratio); }
 };
 
@@ -57,6 +109,12 @@ template <class T> struct Js {
     return weighted(beta * p, lp - lm) + weighted((1 - beta) * q, lq - lm);
   }
   KDK_HD T slope(T, T lq, T p, T q) const { return weighted((1 - beta) * q, lq - log_of(mixture(beta, p, q))); }
+  // m / p - 1 = (1 - beta) (exp(d) - 1),  m / q - 1 = beta (exp(-d) - 1)
+  KDK_HD T close_value(T d, T p, T q) const {
+    return beta * p * excess_of_log1p((1 - beta) * expm1_of(d)) +
+           (1 - beta) * q * excess_of_log1p(beta * expm1_of(-d));
+  }
+  KDK_HD T close_slope(T d, T, T q) const { return (beta - 1) * q * log1p_of(beta * expm1_of(-d)); }
 };
 
 // KL(p || m),  m = alpha * p + (1 - alpha) * q
@@ -68,6 +126,12 @@ template <class T> struct SkewKl {
   }
   KDK_HD T slope(T, T, T p, T q) const {
     return (1 - alpha) * (1 - alpha) * (q - p) * ratio(q, mixture(alpha, p, q));
+  }
+  // x = m / p - 1
+  KDK_HD T close_value(T d, T p, T) const { return p * excess_of_log1p((1 - alpha) * expm1_of(d)); }
+  KDK_HD T close_slope(T d, T, T q) const {
+    T x = (1 - alpha) * expm1_of(d);
+    return (1 - alpha) * q * ratio(x, 1 + x);
   }
 };
 
@@ -82,6 +146,12 @@ template <class T> struct SkewReverseKl {
     T m = mixture(alpha, q, p);
     return weighted(q, lq - log_of(m)) + alpha * (1 - alpha) * (p - q) * ratio(q, m);
   }
+  // x = m / q - 1
+  KDK_HD T close_value(T d, T, T q) const { return q * excess_of_log1p((1 - alpha) * expm1_of(-d)); }
+  KDK_HD T close_slope(T d, T, T q) const {
+    T x = (1 - alpha) * expm1_of(-d);
+    return q * (alpha * ratio(x, 1 + x) - log1p_of(x));
+  }
 };
 
 // sum |p - q| / 2, slope 0 where p = q
@@ -92,6 +162,11 @@ template <class T> struct Tv {
     T signed_q = q > p ? q : -q;
     return q == p ? T(0) : T(0.5) * signed_q + (p - p);  // p - p is NaN where p is
   }
+  KDK_HD T close_value(T d, T p, T) const {
+    T x = expm1_of(d);
+    return T(0.5) * p * (x < 0 ? -x : x);
+  }
+  KDK_HD T close_slope(T d, T, T q) const { return d == 0 ? T(0) : d > 0 ? T(0.5) * q : T(-0.5) * q; }
 };
 
 // sum (sqrt p - sqrt q)^2 / 2
@@ -105,6 +180,11 @@ template <class T> struct Hellinger {
     T root = root_of(q, lq);
     return T(0.5) * root * (root - root_of(p, lp));
   }
+  KDK_HD T close_value(T d, T p, T) const {
+    T x = expm1_of(T(0.5) * d);
+    return T(0.5) * p * x * x;
+  }
+  KDK_HD T close_slope(T d, T, T q) const { return T(-0.5) * q * expm1_of(T(-0.5) * d); }
 };
 
 // (sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)).  The power is taken in log space: p and q may both have
@@ -124,6 +204,10 @@ template <class T> struct Alpha {
     return (alpha < T(0.5) ? r - q - alpha * d : r - p + (1 - alpha) * d) * value_scale;
   }
   KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) * slope_scale; }
+  KDK_HD T close_value(T d, T p, T) const {
+    return p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d)) * value_scale;
+  }
+  KDK_HD T close_slope(T d, T p, T) const { return p * (expm1_of(d) - expm1_of((1 - alpha) * d)) * slope_scale; }
 };
 
 // sum (p - q)^2 / q.  Where q may have underflowed, p^2 / q is found in log space: it may be of any size.
@@ -144,6 +228,11 @@ template <class T> struct ChiSquare {
     T far = q - power(lp, lq, p);
     return is_normal(lq) ? direct : far;
   }
+  KDK_HD T close_value(T d, T, T q) const {
+    T x = expm1_of(-d);
+    return q * x * x;
+  }
+  KDK_HD T close_slope(T d, T, T q) const { return -q * expm1_of(-2 * d); }
 };
 
 // Where sum psi follows without a sweep of its own: it is 0, or a function slope_sum of E_q[lq - lp], which the sweep
@@ -153,6 +242,64 @@ template <class D> constexpr SlopeSum slope_sum_of = SlopeSum::swept;
 template <class T> constexpr SlopeSum slope_sum_of<Kl<T>> = SlopeSum::zero;
 template <class T> constexpr SlopeSum slope_sum_of<ReverseKl<T>> = SlopeSum::from_log_ratio;
 template <class T> constexpr SlopeSum slope_sum_of<MixedKl<T>> = SlopeSum::from_log_ratio;
+
+// Whether the value has a kink at p = q.
+template <class D> constexpr bool has_kink = false;
+template <class T> constexpr bool has_kink<Tv<T>> = true;
+
+// ---- close rows
+//
+// The log-ratio is d = ((s - t) - (s_max - t_max)) / temperature - shift, in which shift is the difference of the
+// log-sums. The rounding of the log-sums makes d wrong by one number in all classes, epsilon, which may be as large as d
+// itself. The sum of p (exp(d) - 1), which would be 0, measures it. Since psi is the derivative of phi, and sum psi is
+// about 0 at epsilon = 0, the value is sum phi - epsilon sum psi / 2, and psi - q sum psi needs no correction: both are
+// off by epsilon relative to themselves. A value with a kink (tv) is not; its row is swept once for epsilon, and again
+// with shift + epsilon.
+
+// The log-ratio of a class.
+template <class T> struct LogRatio {
+  T offset, shift, inverse_temperature;
+
+  // s_max - t_max is rounded; the rest of the difference goes into the shift.
+  KDK_HD LogRatio(T s_max, T t_max, T inverse_temperature, T shift)
+      : offset(s_max - t_max), shift(shift), inverse_temperature(inverse_temperature) {}
+  // The shift of a row, before a correction.
+  static KDK_HD T first_shift(T s_max, T s_log_sum, T t_max, T t_log_sum, T inverse_temperature) {
+    return (s_log_sum - t_log_sum) + rest(s_max, t_max) * inverse_temperature;
+  }
+  // (a - b) minus the rounded a - b (Knuth).
+  static KDK_HD T rest(T a, T b) {
+    T difference = a - b, of_b = difference - a;
+    return (a - (difference - of_b)) - (b + of_b);
+  }
+  // NaN if a logit is infinite.
+  KDK_HD T operator()(T s, T t) const { return ((s - t - offset) + rest(s, t)) * inverse_temperature - shift; }
+};
+
+template <class> using Void = void;
+template <class D, class = void> constexpr bool has_close_lines = false;
+template <class D> constexpr bool has_close_lines<D, Void<decltype(&D::close_value)>> = true;
+
+// phi, psi and p (exp(d) - 1) of one class of a close row. Where d is not near 0, the lines for all rows serve.
+template <class T> struct CloseTerms {
+  T phi, psi, excess;
+};
+template <class T, class D> KDK_HD CloseTerms<T> close_terms(const D& divergence, T d, T lp, T lq, T p, T q) {
+  const bool near = (d < T(2)) & (d > T(-2));
+  T phi = divergence.value(lp, lq, p, q), psi = divergence.slope(lp, lq, p, q);
+  if constexpr (has_close_lines<D>) {
+    T close_phi = divergence.close_value(d, p, q), close_psi = divergence.close_slope(d, p, q);
+    phi = near ? close_phi : phi;
+    psi = near ? close_psi : psi;
+  }
+  T change = p * expm1_of(d), difference = q - p;
+  return {phi, psi, near ? change : difference};
+}
+// The value of a row from the sum of phi. An infinite value stays.
+template <class T> KDK_HD T close_sum(T phi, T psi, T epsilon) {
+  T corrected = phi - T(0.5) * epsilon * psi;
+  return phi < T(INFINITY) ? corrected : phi;
+}
 
 // The list: name in kdkernels/divergences.py, struct.
 #define KDK_DIVERGENCES(X) \

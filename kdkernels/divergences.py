@@ -2,7 +2,7 @@
 
 Throughout, p is the teacher's and q the student's distribution over the classes of a row. Directions follow GKD
 (Agarwal et al. 2024, arXiv:2306.13649, Eq. 1). A new divergence needs an entry here, its value and slope of one class
-in csrc/divergences.h and backends/triton/table.py, and its value in backends/reference/table.py.
+in csrc/divergences.h and backends/triton/table.py, and its value in backends/reference/table.py. So do its close lines.
 """
 
 import difflib
@@ -34,6 +34,9 @@ class Entry:
       average gives a gradient that is right on average.
     - `slack`: c in the value of one class, which is the formula's term plus c (q − p). Σ c (q − p) is 0 unless a sparse
       teacher's mass differs from 1.
+
+    `close_below` is a number: a row in fp32 whose divergence is found to be smaller is found again by the close lines,
+    because the rounding of the lines for all rows, about 1e-7, is too much of it. 0: the divergence has no close lines.
     """
 
     formula: str
@@ -52,6 +55,7 @@ class Entry:
     magnification: Callable[[float | None], float] = lambda parameter: 1.0
     linear_in_teacher: Callable[[float | None], bool] = lambda parameter: False
     slack: Callable = lambda parameter: 0.0
+    close_below: float = 0.0
 
 
 CATALOGUE: dict[str, Entry] = {
@@ -61,12 +65,14 @@ CATALOGUE: dict[str, Entry] = {
         infinite_without_student=lambda _: True,
         linear_in_teacher=lambda _: True,
         slack=lambda _: 1.0,
+        close_below=1 / 16,
     ),
     "reverse_kl": Entry(
         "KL(q‖p) = Σ q log(q/p)",
         "Gu et al. 2024 (MiniLLM), arXiv:2306.08543, Eq. 1",
         infinite_without_teacher=lambda _: True,
         slack=lambda _: -1.0,
+        close_below=1 / 16,
     ),
     "mixed_kl": Entry(
         "w·KL(p‖q) + (1−w)·KL(q‖p)",
@@ -81,6 +87,7 @@ CATALOGUE: dict[str, Entry] = {
         infinite_without_student=lambda weight: weight > 0,
         linear_in_teacher=lambda weight: weight == 1,
         slack=lambda weight: 2 * weight - 1,
+        close_below=1 / 16,
     ),
     "js": Entry(
         "β·KL(p‖m) + (1−β)·KL(q‖m), m = βp + (1−β)q",
@@ -91,6 +98,7 @@ CATALOGUE: dict[str, Entry] = {
         high=1.0,
         hint='at 0 and 1 js is 0; use "kl" or "reverse_kl", or Divergence.gkd(beta), which has them as its ends',
         examples=(0.5, 0.1),
+        close_below=1 / 32,
     ),
     "skew_kl": Entry(
         "KL(p‖αp + (1−α)q)",
@@ -101,6 +109,7 @@ CATALOGUE: dict[str, Entry] = {
         high=1.0,
         hint='at 0 skew_kl is "kl"',
         slack=lambda alpha: 1 - alpha,
+        close_below=1 / 16,
     ),
     "skew_reverse_kl": Entry(
         "KL(q‖(1−α)p + αq)",
@@ -111,9 +120,10 @@ CATALOGUE: dict[str, Entry] = {
         high=1.0,
         hint='at 0 skew_reverse_kl is "reverse_kl"',
         slack=lambda alpha: alpha - 1,
+        close_below=1 / 16,
     ),
-    "tv": Entry("½ Σ |p − q|", "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190"),
-    "hellinger": Entry("½ Σ (√p − √q)²", "Hellinger 1909; squared Hellinger distance"),
+    "tv": Entry("½ Σ |p − q|", "Wen et al. 2023 (f-DISTILL), arXiv:2307.15190", close_below=1 / 8),
+    "hellinger": Entry("½ Σ (√p − √q)²", "Hellinger 1909; squared Hellinger distance", close_below=1 / 64),
     "alpha": Entry(
         "(Σ pᵅ q¹⁻ᵅ − 1) / (α(α−1))",
         "Amari 1985; Wang et al. 2021 (AlphaNet), arXiv:2102.07954",
@@ -128,6 +138,7 @@ CATALOGUE: dict[str, Entry] = {
         # Terms are divided by α (α − 1); and of a log-probability's 1.5 ulp, a power gets |α| + |1 − α| times that.
         magnification=lambda alpha: max(1 / abs(alpha * (alpha - 1)), 1.5 / 4 * (abs(alpha) + abs(1 - alpha))),
         slack=lambda alpha: 1 / (alpha - 1),
+        close_below=1 / 8,
     ),
     "chi_square": Entry(
         "Σ (p − q)² / q",
@@ -136,6 +147,7 @@ CATALOGUE: dict[str, Entry] = {
         steep=lambda _: True,
         # Σ |∂/∂log p| + |∂/∂log q| ≤ 3 χ² + 4 √χ² ≤ 4 (1 + χ²), and a log-probability is off by 1.5 ulp.
         magnification=lambda _: 1.5,
+        close_below=1 / 8,
     ),
 }
 

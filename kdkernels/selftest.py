@@ -55,11 +55,13 @@ def part(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
     return float(error.nan_to_num(torch.inf, torch.inf).max())
 
 
-def one_call(student, teacher, divergence, options, backend, gradient):
+def one_call(student, teacher, divergence, options, backend, gradient, statistics=STATISTICS):
     student = student.detach().requires_grad_()
+    options = {**options, "statistics": statistics}
     out = fused_divergence(student, teacher, divergence, backend=backend, gradient=gradient, **options)
-    (2 * out.loss).sum().backward()  # a factor, so that a gradient kept from the forward call is scaled
-    return out.loss.detach(), student.grad, out.statistics
+    loss, found = (out.loss, out.statistics) if statistics else (out, {})
+    (2 * loss).sum().backward()  # a factor, so that a gradient kept from the forward call is scaled
+    return loss.detach(), student.grad, found
 
 
 def undecided_signs(student, teacher, temperature, closeness) -> torch.Tensor:
@@ -118,7 +120,6 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
         "labels": torch.randint(0, width, (rows,), generator=generator).to(device),
         "hard_weight": every_five(0.0, 0.0, 0.3, 1.0, 0.0),
         "vocab_size": width,
-        "statistics": STATISTICS,
         "reduction": "none",
     }
     double = {
@@ -146,6 +147,30 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
             ),
         )
         worst = [max(a, b) for a, b in zip(worst, result, strict=True)]
+    return tuple(worst)
+
+
+def close_errors(divergence: str, shape: tuple[int, int], device: str, backend: str):
+    """Small divergences in fp32, from close logits and from high temperatures: a row's loss may be off by 3e-6 of
+    itself, and its gradient by 1e-5 of its largest element.
+    """
+    rows, width = shape
+    generator = torch.Generator().manual_seed(width)
+    student, noise = (torch.randn(rows, width, generator=generator) for _ in range(2))
+    size, temperature = torch.tensor([[0.1, 1.0], [1e-3, 1.0], [1.0, 16.0], [1.0, 100.0], [1.0, 1e4]]).T
+    size, temperature = (x.repeat(rows // 5) for x in (size, temperature))
+    student, teacher = (x.to(device) for x in (student, student + size[:, None] * noise))
+    options = {"temperature": temperature.to(device), "reduction": "none"}
+    want = one_call(student.double(), teacher.double(), divergence, options, "reference", "auto", ())
+    largest = want[1].abs().amax(-1, keepdim=True)
+    if divergence == "tv":  # its slope has a jump where the log-ratio is 0
+        lq, lp = ((x.double() / options["temperature"][:, None]).log_softmax(-1) for x in (student, teacher))
+        largest = torch.where((lq - lp).abs() < 1e-4 * (lq - lp).std(-1, keepdim=True), torch.inf, largest)
+    worst = [0.0, 0.0]
+    for gradient in ("forward", "backward"):
+        loss, found, _ = one_call(student, teacher, divergence, options, backend, gradient, ())
+        off = part(loss, want[0], 3e-6 * want[0]), part(found, want[1], 1e-5 * largest)
+        worst = [max(pair) for pair in zip(worst, off, strict=True)]
     return tuple(worst)
 
 
@@ -374,6 +399,11 @@ def checks(backend: str, device: str) -> Iterator[Check]:
     shapes = GPU_SHAPES if on_gpu else INTERPRETED_SHAPES if backend == "triton" else SHAPES
     for divergence, dtype, shape in itertools.product(CATALOGUE, DTYPES, shapes):
         yield Check("rows", divergence, dtype, shape, errors(divergence, dtype, shape, device, backend))
+    rows, width = shapes[min(1, len(shapes) - 1)]
+    for divergence in CATALOGUE:
+        shape = rows // 5 * 5, width
+        found = close_errors(divergence, shape, device, backend)
+        yield Check("rows", f"{divergence}, small"[:17], torch.float32, shape, found)
     for dtype in DTYPES:
         for logits_dtype in (None,) if dtype == torch.float32 else (None, torch.float32):
             shape = GPU_HEAD_SHAPE if on_gpu else HEAD_SHAPE

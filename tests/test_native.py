@@ -96,15 +96,14 @@ def test_inner_loops_are_packed(isa):
     everything = "\n".join(functions.values())
     for pattern in PACKED[isa]:
         assert re.search(pattern, everything), f"{isa} has no {pattern}"
-    # The fp32 loop of every divergence.
+    # The fp32 loops of every divergence.
     packed = {"avx512": "ps.*zmm", "avx2": "ps.*ymm", "baseline": "ps .*xmm"}[isa]
     for name in native._native.divergences:
         struct = "".join(part.capitalize() for part in name.split("_"))
-        mine = [
-            body for head, body in functions.items() if f"divergence_sums<float, kdk::{isa}::{struct}<float>" in head
-        ]
-        assert mine, f"{name}: found no loop in {isa}"
-        assert all(len(re.findall(packed, body)) >= 6 for body in mine), f"{name} is not packed in {isa}"
+        for loop in ("divergence_sums", "close_sums"):
+            mine = [body for head, body in functions.items() if f"{loop}<float, kdk::{isa}::{struct}<float>" in head]
+            assert mine, f"{name}: found no {loop} in {isa}"
+            assert all(len(re.findall(packed, body)) >= 6 for body in mine), f"{name}: {loop} is not packed in {isa}"
     # Sparse teachers' entries; the sweep of the top-k extraction and its search for the k-th largest logit.
     register = {"avx512": "zmm", "avx2": "ymm", "baseline": "xmm"}[isa]
     integers = rf"p(cmp|max|min|add|sub)[a-z]+ .*{register}"

@@ -23,10 +23,11 @@ pytestmark = pytest.mark.skipif(emulated.missing_because is not None, reason=str
 
 
 def launches_of(call, chip: str, seed: int = 0) -> list[dict]:
+    """Without the launches of the kernel of close rows, each of which follows one for all rows."""
     with chips.on(chip, seed) as model:
         model.clear_launches()
         call()
-        return model.launches()
+        return model.launches()[::2]
 
 
 # ---- wide rows
@@ -101,8 +102,8 @@ def test_kernels_that_a_driver_made_of_older_ptx_use_no_clusters():
     with emulated.serving(device=device) as serving:
         serving.clear_launches()
         fused_js(student, teacher, backend="cuda")
-        (launch,) = serving.launches()
-    assert launch["cluster"] == 1 and launch["shared"] < 1000
+        launches = serving.launches()
+    assert all(launch["cluster"] == 1 and launch["shared"] < 1000 for launch in launches)
 
 
 def test_rows_in_flight_fit_the_cache_that_is_swept_again():

@@ -11,7 +11,7 @@ namespace kdk {
 enum Sweep : int { kFloats = 1, kSums = 2, kGradient = 4 };
 
 constexpr int kRowFloats = 5;       // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
-constexpr int kRowSums = 2;         // sum phi, sum psi
+constexpr int kRowSums = 3;         // sum phi, sum psi, shift (of a close row: see csrc/divergences.h; else INFINITY)
 
 // The statistics of a row. The members are in the order of ROW_STATISTICS in kdkernels/families/rows.py.
 template <class T> struct RowStatistics {
@@ -70,6 +70,8 @@ struct RowsCall {
   Logits student, teacher;
   RowOptions options;
   Numbers parameters;        // of the divergence
+  double close_below;        // a row whose divergence is below has the close lines; 0: no row has them
+  double close_temperature;  // and so has a row of this temperature or a higher one
   bool needs_unit_log_sum;   // the label term and the cross-entropy statistic need the row float unit_log_sum
   Numbers floats;            // [kRowFloats, rows]
   Numbers sums;              // [kRowSums, rows]
@@ -79,7 +81,7 @@ struct RowsCall {
   Stored gradient;           // [rows, gradient_columns] in the student's dtype; the gradient may overwrite the
                              // student's logits, which are contiguous then
   KDK_FIELDS(sweeps, divergence, rows, inner, columns, gradient_columns, student, teacher, options, parameters,
-             needs_unit_log_sum, floats, sums, loss, statistics, top1, gradient)
+             close_below, close_temperature, needs_unit_log_sum, floats, sums, loss, statistics, top1, gradient)
   Execution run;
 };
 

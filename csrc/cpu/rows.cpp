@@ -13,6 +13,9 @@
 // the logits costs no digits. kl, whose sum psi is 0, could write its gradient in the second sweep. That was slower:
 // the page faults of a fresh gradient clear pages through the caches, and evict the row that the sweep reads.
 //
+// A row in fp32 whose divergence comes out small is swept for its sums once more, by the close lines of the table. The
+// first time has no use then, but for the statistics. A row of a high temperature has the close lines at once.
+//
 // The gradient may overwrite the student's logits. The statistics, the label's logit and the first column of the
 // maximum need a whole row of logits, so the kernel finds them before the third sweep. The third sweep reads a block
 // before it writes the block.
@@ -29,7 +32,8 @@
 
 #include "../calls/kernels.h"
 
-#define KDK_HD inline
+// A call would keep a loop from being packed.
+#define KDK_HD inline __attribute__((always_inline))
 
 namespace kdk {
 namespace KDK_ISA {
@@ -50,7 +54,7 @@ template <class T> struct Normalizer {
 };
 
 template <class T> struct BlockSums {
-  T phi, psi, tv, student_entropy, teacher_entropy;
+  T phi, psi, excess, tv, student_entropy, teacher_entropy;
 };
 
 // The sums of phi and psi. with_slope leaves q in student_e and psi in teacher_e. The function is not inlined: a
@@ -74,6 +78,30 @@ __attribute__((noinline)) void divergence_sums(const D& divergence, const T* stu
   }
   sums->phi = phi;
   sums->psi = psi;
+}
+
+// The same for a close row, and the sum of p (exp(d) - 1).
+template <class T, class D, bool with_slope>
+__attribute__((noinline)) void close_sums(const D& divergence, const T* student, const T* teacher, int n,
+                                          Normalizer<T> student_norm, Normalizer<T> teacher_norm, LogRatio<T> log_ratio,
+                                          T* student_e, T* teacher_e, BlockSums<T>* sums) {
+  T phi = 0, psi = 0, excess = 0;
+#pragma omp simd reduction(+ : phi, psi, excess)
+  for (int i = 0; i < n; ++i) {
+    T lp = teacher_norm.log_prob(teacher[i]), lq = student_norm.log_prob(student[i]);
+    T p = teacher_e[i] * teacher_norm.factor, q = student_e[i] * student_norm.factor;
+    CloseTerms<T> x = close_terms(divergence, log_ratio(student[i], teacher[i]), lp, lq, p, q);
+    phi += x.phi;
+    psi += x.psi;
+    excess += x.excess;
+    if (with_slope) {
+      student_e[i] = q;
+      teacher_e[i] = x.psi;
+    }
+  }
+  sums->phi = phi;
+  sums->psi = psi;
+  sums->excess = excess;
 }
 
 // The statistics that are sums over the classes.
@@ -119,6 +147,8 @@ template <class T> struct Row {
   const GradientRow<T> gradient;
   const RowTerms<T> terms;
   T student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum, phi, psi;
+  T shift;            // of a close row, else infinite
+  bool again, exact;  // whether the sums are to be found again; whether the shift is corrected
   T tv, student_entropy, teacher_entropy;
   Factors<T> factors;
 
@@ -186,7 +216,8 @@ template <class T> struct Row {
   // Sweep 2. If `kept` is not null, sweep 1 left the block's exponentials in student_e and teacher_e; else this
   // function computes them there. with_slope replaces the exponentials with q and psi.
   template <bool with_slope>
-  void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out) const {
+  void block_sums(int64_t b, const BlockFloats<T>* kept, T* student_e, T* teacher_e, BlockSums<T>* out,
+                  bool with_statistics) const {
     alignas(64) T student_buffer[kBlock], teacher_buffer[kBlock];
     const int n = student.width(b);
     const T *s = student.load(b, student_buffer), *t = teacher.load(b, teacher_buffer);
@@ -201,8 +232,15 @@ template <class T> struct Row {
     }
     Normalizer<T> student_norm = normalizer(student_max, student_log_sum, student_base);
     Normalizer<T> teacher_norm = normalizer(teacher_max, teacher_log_sum, teacher_base);
-    if (call.statistics) block_statistics(s, t, n, student_norm, teacher_norm, student_e, teacher_e, out);
+    if (with_statistics) block_statistics(s, t, n, student_norm, teacher_norm, student_e, teacher_e, out);
     with_divergence((int)call.divergence, (const T*)call.parameters, [&](auto divergence) {
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (is_close()) {
+          LogRatio<T> log_ratio(student_max, teacher_max, terms.inverse_temperature, shift);
+          return close_sums<T, decltype(divergence), with_slope>(divergence, s, t, n, student_norm, teacher_norm,
+                                                                 log_ratio, student_e, teacher_e, out);
+        }
+      }
       divergence_sums<T, decltype(divergence), with_slope>(divergence, s, t, n, student_norm, teacher_norm, student_e,
                                                            teacher_e, out);
     });
@@ -212,12 +250,40 @@ template <class T> struct Row {
     for (int64_t b = 0; b < student.blocks; ++b) sum += scratch.sums[b].*field;
     return (T)sum;
   }
+  // Whether the row has the close lines. A row with NaN has not.
+  bool is_close() const { return shift < T(INFINITY); }
+  T first_shift() const {
+    return LogRatio<T>::first_shift(student_max, student_log_sum, teacher_max, teacher_log_sum,
+                                    terms.inverse_temperature);
+  }
+  void begin_sums() {
+    const bool close = call.close_below > 0 && terms.temperature >= (T)call.close_temperature;
+    shift = close ? first_shift() : T(INFINITY);
+    exact = false;
+  }
+  // Decides whether the row is close, from its divergence by the lines for all rows, and whether its shift is exact
+  // enough. If `again`, the sums are of no use.
   void merge_sums(const Scratch<T>& scratch) {
     typedef BlockSums<T> B;
     phi = total(&B::phi, scratch);
     psi = total(&B::psi, scratch);
-    ((T*)call.sums)[row] = phi;
-    ((T*)call.sums)[call.rows + row] = psi;
+    again = false;
+    if (is_close()) {
+      const T epsilon = (T)::log1p((double)total(&B::excess, scratch));
+      with_divergence((int)call.divergence, (const T*)call.parameters,
+                      [&](auto divergence) { again = has_kink<decltype(divergence)> && !exact; });
+      if (again) shift += epsilon, exact = true;
+      phi = close_sum(phi, psi, epsilon);
+    } else if (phi < (T)call.close_below) {
+      shift = first_shift();
+      again = is_close();
+    }
+    if (!again) write_sums(scratch);
+  }
+  void write_sums(const Scratch<T>& scratch) {
+    typedef BlockSums<T> B;
+    T values[kRowSums] = {phi, psi, is_close() ? shift : T(INFINITY)};
+    for (int i = 0; i < kRowSums; ++i) ((T*)call.sums)[i * call.rows + row] = values[i];
     if (call.statistics) {
       tv = total(&B::tv, scratch);
       student_entropy = total(&B::student_entropy, scratch);
@@ -228,7 +294,8 @@ template <class T> struct Row {
     find_factors();
   }
   void read_sums() {
-    phi = ((const T*)call.sums)[row], psi = ((const T*)call.sums)[call.rows + row];
+    const T* in = (const T*)call.sums + row;
+    phi = in[0], psi = in[call.rows], shift = in[2 * call.rows];
     find_factors();
   }
   // The factors come before the gradient, because the gradient may overwrite the logits that cross_entropy() reads.
@@ -293,18 +360,20 @@ template <class T> struct Row {
     const bool find_floats = call.sweeps & kFloats, find_sums = call.sweeps & kSums;
     if (find_floats) {
       Team::blocks(student.blocks, [&](int64_t b) { block_floats(b, scratch); });
-      Team::once([&] { merge_floats(scratch); });
+      Team::once([&] { merge_floats(scratch), begin_sums(); });
     } else {
-      Team::once([&] { read_floats(); });
+      Team::once([&] { read_floats(), begin_sums(); });
     }
-    if (find_sums) {
+    for (bool first = true; find_sums && (first || again); first = false) {
       Team::blocks(student.blocks, [&](int64_t b) {
-        const BlockFloats<T>* kept = find_floats ? &scratch.floats[b] : nullptr;
+        // With a gradient, the first time leaves q and psi in the place of the exponentials.
+        const BlockFloats<T>* kept = find_floats && (first || !call.gradient) ? &scratch.floats[b] : nullptr;
         T *student_e = this->student_e(scratch) + b * kBlock, *teacher_e = scratch.teacher_e + b * kBlock;
+        const bool with_statistics = call.statistics && first;
         if (call.gradient)
-          block_sums<true>(b, kept, student_e, teacher_e, &scratch.sums[b]);
+          block_sums<true>(b, kept, student_e, teacher_e, &scratch.sums[b], with_statistics);
         else
-          block_sums<false>(b, kept, student_e, teacher_e, &scratch.sums[b]);
+          block_sums<false>(b, kept, student_e, teacher_e, &scratch.sums[b], with_statistics);
       });
       Team::once([&] { merge_sums(scratch); });
     }
@@ -318,7 +387,7 @@ template <class T> struct Row {
       Team::blocks(student.blocks, [&](int64_t b) {
         alignas(64) T q[kBlock], psi_of_class[kBlock];
         BlockSums<T> unused;
-        block_sums<true>(b, nullptr, q, psi_of_class, &unused);
+        block_sums<true>(b, nullptr, q, psi_of_class, &unused, false);
         block_gradient(b, q, psi_of_class);
       });
     }

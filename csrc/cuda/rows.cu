@@ -11,6 +11,10 @@
 // If the first sweep finds sum psi (kl, reverse_kl, mixed_kl: see slope_sum_of), one sweep does the work of the last
 // two.
 //
+// A row is close if its divergence comes out small, or if its temperature is high. Such a row keeps its logits and gets
+// a finite shift, and a second kernel (rows_close.h) finds its sums and its gradient by the close lines of
+// csrc/divergences.h.
+//
 // The plan of a call chooses between two ways to run the sweeps:
 //
 //     staged      (Hopper and later) a bulk copy brings the slices of student and teacher to shared memory, and every
@@ -59,7 +63,9 @@
 #include "launch.h"
 #include "plan.h"
 #include "row.h"
+#include "rows_close.h"
 #include "rows_partials.h"
+#include "rows_results.h"
 #include "table.h"
 #include "team.h"
 
@@ -67,31 +73,6 @@ namespace kdk {
 namespace cuda {
 
 // ---- the sweeps
-
-// This block's slice of the row's gradient: soft * (psi - q * sum psi) + hard * (softmax(s) - one_hot(label)). The
-// factors include the row's scale. The positions are those of the logits' slices.
-struct GradientSlice {
-  bool wanted, aligned;
-  char* data;
-  Dtype dtype;
-  int begin, end, label;
-  float soft, hard, slope_sum, student_max, unit_log_sum;
-
-  __device__ void set(Factors factors) { soft = factors.soft, hard = factors.hard; }
-  template <bool halves>
-  __device__ void store(int position, const float (&s)[kGroup], const float (&q)[kGroup],
-                        float (&slope)[kGroup]) const {
-    for (int i = 0; i < kGroup; ++i) slope[i] = soft == 0 ? 0 : soft * (slope[i] - q[i] * slope_sum);
-    if (hard != 0) {
-      for (int i = 0; i < kGroup; ++i) {
-        float unit_q = exp_of(s[i] - student_max - unit_log_sum);
-        slope[i] += hard * (position + i == label ? unit_q - 1 : unit_q);
-      }
-    }
-    const bool whole = aligned && position >= begin && position + kGroup <= end;
-    store_group<halves>(data, dtype, whole, position, begin, end, slope);
-  }
-};
 
 // Sweep 1.
 template <class D, Way way>
@@ -195,39 +176,6 @@ inline __device__ void fill_row(const RowsCall& call, const Team& team, int64_t 
   if (call.statistics) fill_statistics(call, row, value);
 }
 
-// One thread writes the loss and the statistics of a row.
-struct Outcome {
-  const RowsCall& call;
-  int64_t row;
-  const RowTerms& numbers;
-  Normalizer student, teacher;
-  float unit_log_sum, label_logit;  // label_logit: the student's logit of the label
-
-  // The cross-entropy with the label, at temperature 1.
-  __device__ float cross_entropy() const {
-    return call.options.labels ? unit_log_sum + (student.max - label_logit) : 0;
-  }
-  __device__ void write_loss(float phi) const {
-    store((float*)call.loss + row, numbers.loss(call.options, phi, cross_entropy()));
-  }
-  __device__ void write_statistics(float phi, const Statistics& found) const {
-    RowStatistics<float> x = {};
-    x.divergence = phi;
-    x.cross_entropy = cross_entropy();
-    x.tv = found.tv;
-    x.student_entropy = found.student_entropy, x.teacher_entropy = found.teacher_entropy;
-    x.student_max_log_prob = -student.log_sum, x.teacher_max_log_prob = -teacher.log_sum;
-    if (call.options.labels) {
-      const char* teacher_row = row_start(call.teacher, call, row);
-      x.student_label_log_prob = student.log_prob(label_logit);
-      x.teacher_label_log_prob = teacher.log_prob(load_logit(teacher_row, call.teacher.dtype, numbers.label));
-    }
-    x.student_lse = student.max * student.inverse_temperature + student.log_sum;
-    x.teacher_lse = teacher.max * teacher.inverse_temperature + teacher.log_sum;
-    cuda::write_statistics(call, row, x, found.student_first, found.teacher_first);
-  }
-};
-
 template <class D, Way way>
 inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                  int first_column, const Slice& student, const Slice& teacher) {
@@ -266,7 +214,6 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   const Normalizer teacher_norm = {floats[2], floats[3], at.inverse_temperature};
 
   GradientSlice gradient;
-  gradient.wanted = call.sweeps & kGradient;
   gradient.data = (char*)call.gradient + (row * call.gradient_columns + first_column) * bytes_of(call.student.dtype);
   gradient.dtype = call.student.dtype;
   gradient.begin = student.begin, gradient.end = student.end;
@@ -276,12 +223,21 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   gradient.student_max = floats[0], gradient.unit_log_sum = floats[4];
   // An infinite slope makes the whole row's gradient NaN.
   auto finite_or_nan = [](float x) { return fabsf(x) < INFINITY ? x : NAN; };
-  float phi = 0;
+  float phi = 0, shift = INFINITY;
 
+  // Whether the sweep for the sums writes the gradient too. A gradient that overwrites the logits is written there only
+  // if the row is surely not close. Its divergence is at least sum psi, and twice the square of the total variation,
+  // which is at least the difference of the largest probabilities.
+  bool at_once = knows && (call.sweeps & kGradient) && (call.sweeps & kSums);
   if (call.sweeps & kSums) {
     float known_psi = 0;
     if constexpr (slope_sum_of<D> == SlopeSum::from_log_ratio) known_psi = divergence.slope_sum(log_ratio);
     gradient.slope_sum = finite_or_nan(known_psi);
+    if (at_once && is_in_place(call)) {
+      const float far = 1.01f * (float)call.close_below, gap = exp_of(-floats[1]) - exp_of(-floats[3]);
+      at_once = numbers.temperature < (float)call.close_temperature && (known_psi > far || 2 * gap * gap > far);
+    }
+    gradient.wanted = at_once;
     Statistics statistics = Statistics::none();
     if (call.statistics)
       statistics = team.merged(statistics_of<way>(student, teacher, student_norm, teacher_norm, first_column), at);
@@ -292,8 +248,11 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
       // A class without mass of the teacher may count in the first sweep, and may underflow in the second.
       if (isinf(known_psi)) sums.phi = INFINITY;
     }
+    if (call.close_below > 0 &&
+        (sums.phi < (float)call.close_below || numbers.temperature >= (float)call.close_temperature))
+      shift = LogRatio<float>::first_shift(floats[0], floats[1], floats[2], floats[3], at.inverse_temperature);
     if (team.first_thread()) {
-      const float values[kRowSums] = {sums.phi, sums.psi};
+      const float values[kRowSums] = {sums.phi, sums.psi, shift < INFINITY ? shift : INFINITY};
       write_column(call.sums, call, row, values, kRowSums);
       const Outcome outcome = {call, row, numbers, student_norm, teacher_norm, floats[4], team.board.label_logit};
       if (call.loss) outcome.write_loss(sums.phi);
@@ -304,26 +263,15 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   } else {
     if (waits) phi = load((const float*)call.sums + row);
     gradient.slope_sum = finite_or_nan(load((const float*)call.sums + call.rows + row));
+    shift = load((const float*)call.sums + 2 * call.rows + row);
   }
   if (!(call.sweeps & kGradient)) return;
   if (waits)
     gradient.set(numbers.factors(call.options, at.inverse_temperature, phi, floats[4] + (floats[0] - label_logit)));
-  if (!(knows && (call.sweeps & kSums)))
+  if (!at_once && !(shift < INFINITY))
     write_gradient<D, way>(divergence, student, teacher, student_norm, teacher_norm, gradient);
   fill_gradient(call, team, row, call.columns, 0);
 }
-
-// The begin and the end of a block's slices of a row, which student and teacher share.
-struct RowCut : Cut {
-  const char *student, *teacher;  // the row in global memory
-
-  __device__ RowCut(const RowsCall& call, const Plan& plan, const Team& team, const char* student, const char* teacher)
-      : Cut(call.columns, shift_of(student, call.student.dtype, teacher, call.teacher.dtype), plan, team),
-        student(student),
-        teacher(teacher) {}
-  __device__ RowCut(const RowsCall& call, const Plan& plan, const Team& team, int64_t row)
-      : RowCut(call, plan, team, row_start(call.student, call, row), row_start(call.teacher, call, row)) {}
-};
 
 // ---- the kernels
 
@@ -417,7 +365,8 @@ Kernel kernel_of(Divergence divergence, Way way) {
 // The number of times that a call reads the logits.
 int sweeps_of(const RowsCall& call) {
   const int sweeps = !!(call.sweeps & kFloats) + !!(call.sweeps & kSums) + !!(call.sweeps & kGradient);
-  return sweeps == 3 && kernels_of(call.divergence).knows_slope_sum && !call.options.gradient_needs_loss() ? 2 : sweeps;
+  const bool at_once = kernels_of(call.divergence).knows_slope_sum && !call.options.gradient_needs_loss();
+  return sweeps == 3 && at_once ? 2 : sweeps;
 }
 
 Shape shape_of(const RowsCall& call) {
@@ -442,6 +391,13 @@ void rows(const RowsCall& original) {
   const Plan planned = plan(shape_of(call), Chip(device, scale_kernel), device,
                             [&](Way way) { return kernel_of(call.divergence, way); });
   launch(kernel_of(call.divergence, planned.way), planned, call.run, call, planned);
+
+  if (call.close_below == 0 || !(call.sweeps & (kSums | kGradient))) return;
+  Shape close = shape_of(call);
+  close.sweeps = 2;
+  const Plan again = plan_streaming(close, Chip(device, close_rows_kernel), device,
+                                    [](Way) { return close_rows_kernel; });
+  launch(close_rows_kernel, again, call.run, call, again);
 }
 
 void scale_rows(const ScaleRowsCall& call) {
@@ -459,6 +415,7 @@ int64_t scale_rows_bytes(const ScaleRowsCall&) { return 0; }
 void load_rows() {
   cudaFuncAttributes attributes;
   KDK_CHECK(cudaFuncGetAttributes, &attributes, scale_kernel);
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, close_rows_kernel);
   for (const KernelsOfDivergence& kernels : kKernelsOf)
     for (Kernel kernel : {kernels.streaming, kernels.staged, kernels.halves})
       KDK_CHECK(cudaFuncGetAttributes, &attributes, kernel);

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..divergences import CATALOGUE
 from .options import RowOptions
 
 # Statistics of a row, in the order of the [len, rows] tensor that every backend fills.
@@ -23,7 +25,20 @@ ROW_STATISTICS = (
 # Statistics that are class indices, in the order of the int64 [2, rows] tensor.
 ROW_TOP1 = ("student_top1", "teacher_top1")
 ROW_FLOATS = ("student_max", "student_log_sum", "teacher_max", "teacher_log_sum", "unit_log_sum")
-ROW_SUMS = ("phi", "psi")
+# shift: what the close lines subtract from (s - t) / T to get log q - log p; +inf in a row that has the other lines.
+ROW_SUMS = ("phi", "psi", "shift")
+
+# A row of this temperature or a higher one is taken for close before its divergence is known: at T the log-ratios are
+# 1 / T of what they are at 1.
+CLOSE_TEMPERATURE = 16.0
+
+
+def close_below(divergence: str, dtype: torch.dtype) -> float:
+    """The divergence below which a row is found by the close lines, in arithmetic of this dtype: 0 if none is.
+
+    A row below it, and a row from `CLOSE_TEMPERATURE` on, has the close lines. All others have the lines for all rows.
+    """
+    return CATALOGUE[divergence].close_below if dtype == torch.float32 else 0.0
 
 
 class Rows(NamedTuple):

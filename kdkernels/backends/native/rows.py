@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ...families.options import RowOptions
-from ...families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, Rows
+from ...families.rows import CLOSE_TEMPERATURE, ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, Rows, close_below
 from .launcher import Launcher
 
 FLOATS, SUMS, GRADIENT = 1, 2, 4  # Sweep in csrc/calls/rows.h
@@ -68,6 +68,8 @@ class RowKernels(Launcher):
             "teacher": problem.teacher,
             "options": options,
             "parameters": problem.parameters,
+            "close_below": close_below(problem.divergence, options.row_scale.dtype),
+            "close_temperature": CLOSE_TEMPERATURE,
             "needs_unit_log_sum": needs_unit_log_sum,
             **results,
         }

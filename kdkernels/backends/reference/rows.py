@@ -7,9 +7,16 @@ the kernels avoid. Tests compare the other backends' slopes with autograd's deri
 import torch
 from torch import Tensor
 
-from ...families.options import RowOptions, bad_rows, bad_values_raise, check_values, compute_dtype
-from ...families.rows import ROW_STATISTICS, ROW_TOP1, Rows
-from .table import TABLE, weighted
+from ...families.options import (
+    RowOptions,
+    bad_rows,
+    bad_values_raise,
+    check_values,
+    compute_dtype,
+    is_transformed,
+)
+from ...families.rows import CLOSE_TEMPERATURE, ROW_STATISTICS, ROW_TOP1, Rows, close_below
+from .table import CLOSE_TABLE, NEAR, TABLE, weighted
 
 
 class WholeRowOrNaN(torch.autograd.Function):
@@ -47,7 +54,11 @@ def rows(problem: Rows):
     lp = torch.log_softmax(teacher_tempered, -1)
     p, q = lp.exp(), lq.exp()
 
-    row_divergence = TABLE[divergence](lp, lq, p, q, parameters[0]).sum(-1)
+    terms = TABLE[divergence](lp, lq, p, q, parameters[0])
+    close = close_rows(terms.sum(-1), divergence, temperature)
+    if close is not None:
+        terms = close_terms(close, terms, problem, (s, t), (lq, lp))
+    row_divergence = terms.sum(-1)
     index, cross_entropy, loss = label_and_loss(row_divergence, s, options, bad)
     if not statistics:
         return loss, None, None
@@ -70,6 +81,52 @@ def rows(problem: Rows):
     }
     top1 = {"student_top1": s.argmax(-1), "teacher_top1": t.argmax(-1)}
     return loss, *stacked(values, top1, kept)
+
+
+def close_rows(divergence: Tensor, name: str, temperature: Tensor) -> Tensor | None:
+    """The rows [rows] that have the close lines, from their divergences by the other lines; None if no row has them."""
+    bound = close_below(name, divergence.dtype)
+    if bound == 0:
+        return None
+    close = (divergence.detach() < bound) | (temperature >= CLOSE_TEMPERATURE)
+    return None if close.device.type == "cpu" and not is_transformed() and not close.any() else close
+
+
+@torch.no_grad()
+def log_ratio(s: Tensor, t: Tensor, temperature: Tensor, lp: Tensor, lq: Tensor) -> Tensor:
+    """lq - lp to its last digits, however small it is: (s - t) / T minus its log-mean-exp under p. Infinite logits stay
+    lq - lp.
+    """
+    finite = torch.isfinite(s) & torch.isfinite(t)
+    high, low = difference(torch.where(finite, s, 0), torch.where(finite, t, 0))
+    offset, offset_low = difference(s.amax(-1, keepdim=True), t.amax(-1, keepdim=True))
+    ratio = ((high - offset) + (low - offset_low)) / temperature[:, None]
+    ratio = ratio - (lp.amax(-1, keepdim=True) - lq.amax(-1, keepdim=True))
+    # exp(ratio) has the mean 1 under p, but for the rounding of the two log-sums.
+    near, p = finite & (ratio.abs() < NEAR), lp.exp()
+    excess = torch.where(near, p * torch.expm1(torch.where(near, ratio, 0)), lq.exp() - p)
+    return torch.where(finite, ratio - torch.log1p(excess.sum(-1, keepdim=True)), lq - lp)
+
+
+def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a - b, rounded, and the rest (Knuth): together the exact difference."""
+    high = a - b
+    of_b = high - a
+    return high, (a - (high - of_b)) - (b + of_b)
+
+
+def close_terms(close: Tensor, terms: Tensor, problem: Rows, logits: tuple[Tensor, Tensor], log_probs) -> Tensor:
+    """`terms` [rows, classes] of the table, with those of the close lines in the classes of close rows that are near.
+
+    `logits` are s and t, `log_probs` lq and lp.
+    """
+    lq, lp = log_probs
+    far, exact = lq - lp, log_ratio(*logits, problem.options.temperature, lp.detach(), lq.detach())
+    near = close[:, None] & (exact.abs() < NEAR)
+    far = torch.where(near, far, 0)
+    d = far + torch.where(near, exact - far.detach(), 0)  # the exact value, with the derivative of lq - lp
+    p, q = (torch.where(near, x.exp() / x.detach().exp().sum(-1, keepdim=True), 0) for x in (lp, lq))
+    return torch.where(near, CLOSE_TABLE[problem.divergence](d, p, q, problem.parameters[0]), terms)
 
 
 def checked_bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:

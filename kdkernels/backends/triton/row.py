@@ -23,6 +23,7 @@ FLOATS_COUNT = tl.constexpr(len(ROW_FLOATS))
 
 PHI = tl.constexpr(ROW_SUMS.index("phi"))
 PSI = tl.constexpr(ROW_SUMS.index("psi"))
+SHIFT = tl.constexpr(ROW_SUMS.index("shift"))
 SUMS_COUNT = tl.constexpr(len(ROW_SUMS))
 
 DIVERGENCE = tl.constexpr(ROW_STATISTICS.index("divergence"))

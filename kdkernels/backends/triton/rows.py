@@ -7,7 +7,9 @@ One program works on one row, a tile of BLOCK columns at a time, and sweeps over
     gradient    scale / temperature * (psi - q * sum psi), and the label term            -> gradient
 
 Some divergences (kl, reverse_kl, mixed_kl: see table.py) give sum psi after the first sweep. For them one sweep does
-the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. A tile is summed as a tree, and
+the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. But a row whose
+divergence comes out small is swept again, by close_rows.py, and keeps its logits until then: a gradient that overwrites
+logits has a sweep of its own, unless the first sweep shows that the row is far. A tile is summed as a tree, and
 tiles are summed one after the other, so that no running sum is long.
 
 Log-probabilities are (x - max) / temperature - log sum. The difference comes first, so that a large common offset of
@@ -15,7 +17,6 @@ the logits costs no digits. Logits are widened to fp32 right after the load. Col
 -inf on both sides, which contributes nothing to any sum.
 """
 
-from collections import namedtuple
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...families.options import RowOptions
-from ...families.rows import ROW_FLOATS, ROW_SUMS, Rows
+from ...families.rows import CLOSE_TEMPERATURE, ROW_FLOATS, ROW_SUMS, Rows, close_below
+from .close_rows import Floats, Logits, close_rows_kernel, first_shift, load_floats, load_log_probs
 from .launch import (
     device_of,
     gradient_target,
@@ -40,6 +42,7 @@ from .row import (
     FLOATS_COUNT,
     PHI,
     PSI,
+    SHIFT,
     STUDENT_LOG_SUM,
     STUDENT_MAX,
     SUMS_COUNT,
@@ -66,17 +69,7 @@ from .row import (
     store_statistics,
     value_without_result,
 )
-from .table import TABLE, weighted
-
-
-class _Logits(NamedTuple):
-    student: tl.tensor  # pointer to the row's first logit
-    teacher: tl.tensor
-    columns: tl.tensor
-    inverse_temperature: tl.tensor
-
-
-_Floats = namedtuple("_Floats", ROW_FLOATS)
+from .table import CLOSE_TABLE, KINKED, TABLE, weighted
 
 
 class _Sums(NamedTuple):
@@ -125,7 +118,7 @@ def _find_floats(logits, UNIT: tl.constexpr, LOG_RATIO: tl.constexpr, BLOCK: tl.
     if LOG_RATIO:
         mean_log_ratio = log_ratio_sum / student_sum * inverse_temperature
         mean_log_ratio = mean_log_ratio + (teacher_log_sum - student_log_sum)
-    floats = _Floats(
+    floats = Floats(
         student_max=student_max,
         student_log_sum=student_log_sum,
         teacher_max=teacher_max,
@@ -145,27 +138,6 @@ def _store_floats(floats, row, rows, found):
 
 
 @triton.jit
-def _load_floats(floats, row, rows):
-    return _Floats(
-        student_max=tl.load(floats + rows * STUDENT_MAX + row),
-        student_log_sum=tl.load(floats + rows * STUDENT_LOG_SUM + row),
-        teacher_max=tl.load(floats + rows * TEACHER_MAX + row),
-        teacher_log_sum=tl.load(floats + rows * TEACHER_LOG_SUM + row),
-        unit_log_sum=tl.load(floats + rows * UNIT_LOG_SUM + row),
-    )
-
-
-@triton.jit
-def _load_log_probs(logits, floats, start, BLOCK: tl.constexpr):
-    """The logits of student and teacher in one tile, and the log-probabilities lp (teacher) and lq (student)."""
-    s = load_tile(logits.student, start, logits.columns, BLOCK)
-    t = load_tile(logits.teacher, start, logits.columns, BLOCK)
-    lq = log_prob(s, floats.student_max, floats.student_log_sum, logits.inverse_temperature)
-    lp = log_prob(t, floats.teacher_max, floats.teacher_log_sum, logits.inverse_temperature)
-    return s, t, lp, lq
-
-
-@triton.jit
 def _first_of(x, maximum, start, columns, BLOCK: tl.constexpr):
     """The tile's first column that holds the row's maximum, or `columns`."""
     return tl.min(tl.where(x == maximum, start + tl.arange(0, BLOCK), columns), 0)
@@ -173,10 +145,11 @@ def _first_of(x, maximum, start, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_sums(
-    logits, floats, known_psi, terms, parameter,
+    logits, floats, known_psi, terms, at_once, parameter,
     VALUE: tl.constexpr, SLOPE: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of a row. With `known_psi` (else None) and `terms` (else None) this sweep stores the gradient too."""
+    """The sums of a row. With `known_psi` (else None) and `terms` (else None) this sweep stores the gradient too; with
+    `at_once` (else None) only where that is true."""
     phi = tl.full((), 0, tl.float32)
     psi = tl.full((), 0, tl.float32)
     tv = tl.full((), 0, tl.float32)
@@ -188,7 +161,7 @@ def _find_sums(
     last = (logits.columns - 1) // BLOCK * BLOCK
     for back in range(0, logits.columns, BLOCK):
         start = last - back
-        s, t, lp, lq = _load_log_probs(logits, floats, start, BLOCK)
+        s, t, lp, lq = load_log_probs(logits, floats, start, BLOCK)
         if STATISTICS:
             student_first = tl.minimum(student_first, _first_of(s, floats.student_max, start, logits.columns, BLOCK))
             teacher_first = tl.minimum(teacher_first, _first_of(t, floats.teacher_max, start, logits.columns, BLOCK))
@@ -199,7 +172,11 @@ def _find_sums(
             psi += tl.sum(SLOPE(lp, lq, p, q, parameter), 0)
         elif terms is not None:
             slope = SLOPE(lp, lq, p, q, parameter) - q * finite_or_nan(known_psi)
-            store_gradient(terms, start, logits.columns, slope, s, BLOCK)
+            if at_once is None:
+                store_gradient(terms, start, logits.columns, slope, s, BLOCK)
+            else:
+                if at_once:
+                    store_gradient(terms, start, logits.columns, slope, s, BLOCK)
         if STATISTICS:
             tv += tl.sum(0.5 * tl.abs(p - q), 0)
             student_entropy -= tl.sum(weighted(q, lq), 0)
@@ -215,7 +192,7 @@ def _find_sums(
 def _find_gradient(logits, floats, psi, terms, parameter, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
     """The gradient in a sweep of its own."""
     for start in range(0, logits.columns, BLOCK):
-        s, _, lp, lq = _load_log_probs(logits, floats, start, BLOCK)
+        s, _, lp, lq = load_log_probs(logits, floats, start, BLOCK)
         q = tl.exp(lq)
         slope = SLOPE(lp, lq, tl.exp(lp), q, parameter) - q * finite_or_nan(psi)
         store_gradient(terms, start, logits.columns, slope, s, BLOCK)
@@ -227,7 +204,7 @@ def rows_kernel(
     teacher,
     parameters,  # None if only FLOATS is run
     floats,  # [5, rows], in the order of ROW_FLOATS
-    sums,  # [2, rows], in the order of ROW_SUMS; None if only FLOATS is run
+    sums,  # [3, rows], in the order of ROW_SUMS; None if only FLOATS is run
     loss,  # [rows] or None
     statistics,  # [11, rows], in the order of ROW_STATISTICS, or None
     top1,  # [2, rows] with statistics
@@ -246,6 +223,9 @@ def rows_kernel(
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
     SLOPE_SUM: tl.constexpr,  # None if sum psi needs a sweep of its own
+    CLOSE_BELOW: tl.constexpr,  # a row whose divergence is smaller is close: its gradient is left to close_rows_kernel
+    CLOSE_TEMPERATURE: tl.constexpr,  # and so is a row of this temperature or a higher one
+    IN_PLACE: tl.constexpr,  # whether the gradient overwrites the student's logits
     FLOATS: tl.constexpr,  # whether to find the row floats; otherwise they are read
     SUMS: tl.constexpr,  # whether to find the row sums; otherwise they are read, if the gradient needs them
     NEEDS_LOSS: tl.constexpr,  # whether the gradient depends on the loss, so that no sweep finds both
@@ -274,7 +254,7 @@ def rows_kernel(
     inverse_temperature = options.inverse_temperature
     student_row = start_of_row(student, row, inner, student_outer_stride, student_inner_stride)
     teacher_row = start_of_row(teacher, row, inner, teacher_outer_stride, teacher_inner_stride)
-    logits = _Logits(student_row, teacher_row, columns, inverse_temperature)
+    logits = Logits(student_row, teacher_row, columns, inverse_temperature)
     # The gradient may overwrite the student's logits. So the label's logit is loaded here, before a reduction of all
     # threads of the program, and so before any thread writes. A tile is loaded before it is written.
     if (SUMS or NEEDS_LOSS) and given.labels is not None:
@@ -285,7 +265,7 @@ def rows_kernel(
         norms, mean_log_ratio = _find_floats(logits, UNIT, KNOWS_PSI, BLOCK)
         _store_floats(floats, row, rows, norms)
     else:
-        norms = _load_floats(floats, row, rows)
+        norms = load_floats(floats, row, rows)
 
     cross_entropy = tl.full((), 0, tl.float32)
     if (SUMS or NEEDS_LOSS) and given.labels is not None:
@@ -301,10 +281,24 @@ def rows_kernel(
     known_psi = None
     if KNOWS_PSI:
         known_psi = tl.full((), 0, tl.float32) + SLOPE_SUM(mean_log_ratio, parameter)
+    # Whether the sums' sweep stores the gradient. In place it does if the row is surely not close: the divergence is at
+    # least sum psi, and twice the square of the total variation, which no difference of two largest probabilities
+    # exceeds.
+    at_once = None  # always
+    if KNOWS_PSI and IN_PLACE:
+        gap = tl.exp(-norms.student_log_sum) - tl.exp(-norms.teacher_log_sum)
+        far = (known_psi > 1.01 * CLOSE_BELOW) | (2 * gap * gap > 1.01 * CLOSE_BELOW)
+        at_once = far & (options.temperature < CLOSE_TEMPERATURE)
 
     if SUMS:
-        totals = _find_sums(logits, norms, known_psi, terms, parameter, VALUE, SLOPE, statistics is not None, BLOCK)
+        totals = _find_sums(
+            logits, norms, known_psi, terms, at_once, parameter, VALUE, SLOPE, statistics is not None, BLOCK
+        )
         psi = totals.psi
+        shift = tl.full((), float("inf"), tl.float32)
+        if (totals.phi < CLOSE_BELOW) | (options.temperature >= CLOSE_TEMPERATURE):
+            shift = first_shift(norms, inverse_temperature)
+        tl.store(sums + rows * SHIFT + row, shift)
         tl.store(sums + rows * PHI + row, totals.phi)
         tl.store(sums + rows * PSI + row, psi)
         if loss is not None:
@@ -339,16 +333,21 @@ def rows_kernel(
 
     if gradient is not None:
         fill_gradient(gradient_row, columns, gradient_columns, 0.0, BLOCK)
-        if not KNOWS_PSI:
+        if not KNOWS_PSI or IN_PLACE:
             if not SUMS:
                 psi = tl.load(sums + rows * PSI + row)
+                shift = tl.load(sums + rows * SHIFT + row)
             if NEEDS_LOSS:
                 phi = totals.phi if SUMS else tl.load(sums + rows * PHI + row)
                 scale = scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED)
                 terms = gradient_terms(
                     gradient_row, options, scale, norms.student_max, norms.unit_log_sum, HAS_HARD, TEMPERATURE_SQUARED
                 )
-            _find_gradient(logits, norms, psi, terms, parameter, SLOPE, BLOCK)
+            waits = (shift < float("inf")) == 0
+            if at_once is not None:
+                waits = waits & (at_once == 0)
+            if waits:
+                _find_gradient(logits, norms, psi, terms, parameter, SLOPE, BLOCK)
 
 
 @triton.jit(do_not_specialize=["factor_stride"])
@@ -433,13 +432,28 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
         return
     arguments = _NOT_GIVEN | _NOT_FOUND | loss_arguments(options) | arguments
     value, slope, slope_sum = TABLE[problem.divergence]
+    bound = close_below(problem.divergence, torch.float32)
     block, warps = tile(vocab_size, arguments["statistics"] is not None)
     (student_outer, student_inner), (teacher_outer, teacher_inner) = row_strides(student), row_strides(teacher)
+    common = {
+        "parameters": problem.parameters, "rows": count, "inner": student.shape[1], "columns": vocab_size,
+        "gradient_columns": student.shape[2], "VALUE": value, "SLOPE": slope,
+        "student_outer_stride": student_outer, "student_inner_stride": student_inner,
+        "teacher_outer_stride": teacher_outer, "teacher_inner_stride": teacher_inner,
+    }  # fmt: skip
     with device_of(student), written(gradient) as target:
         rows_kernel[(count,)](
-            student, teacher, gradient=target, parameters=problem.parameters,
-            rows=count, inner=student.shape[1], columns=vocab_size, gradient_columns=student.shape[2],
-            student_outer_stride=student_outer, student_inner_stride=student_inner,
-            teacher_outer_stride=teacher_outer, teacher_inner_stride=teacher_inner,
-            VALUE=value, SLOPE=slope, SLOPE_SUM=slope_sum, BLOCK=block, num_warps=warps, **arguments,
+            student, teacher, gradient=target, SLOPE_SUM=slope_sum, CLOSE_BELOW=bound,
+            CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
+            IN_PLACE=gradient is not None and gradient.data_ptr() == student.data_ptr() != 0,
+            BLOCK=block, num_warps=warps, **common, **arguments,
+        )  # fmt: skip
+        if not bound or arguments["sums"] is None:
+            return
+        close_value, close_slope = CLOSE_TABLE[problem.divergence]
+        block, warps = tile(vocab_size, True)
+        of_close = {name: x for name, x in arguments.items() if name not in ("FLOATS", "UNIT", "top1")}
+        close_rows_kernel[(count,)](
+            student, teacher, gradient=target, CLOSE_VALUE=close_value, CLOSE_SLOPE=close_slope,
+            KINK=problem.divergence in KINKED, BLOCK=block, num_warps=warps, **common, **of_close,
         )  # fmt: skip

@@ -10,6 +10,10 @@ csrc/divergences.h: every term vanishes at p = q. An entry may have a third func
 
 The sweep that finds the normalisers then finds the mean log-ratio too, and the gradient needs no sweep for sum psi.
 
+A row whose divergence is small has the close lines instead (`CLOSE_TABLE`), as in csrc/divergences.h:
+
+    value(d, p, q, parameter), slope(d, p, q, parameter)    for |d| < 2,  d = lq - lp
+
 The functions use Triton's own mathematics alone, so that the interpreter runs them: no libdevice, no inline assembly.
 """
 
@@ -226,3 +230,164 @@ TABLE = {
     "alpha": (alpha_value, alpha_slope, None),
     "chi_square": (chi_square_value, chi_square_slope, None),
 }
+
+
+# ---- the close lines. Their functions have full precision for small arguments.
+
+
+@triton.jit
+def excess(x):
+    """exp(x) - 1 - x"""
+    series = 1 / 40320 * x + 1 / 5040
+    series = series * x + 1 / 720
+    series = series * x + 1 / 120
+    series = series * x + 1 / 24
+    series = series * x + 1 / 6
+    series = series * x + 0.5
+    return tl.where(tl.abs(x) < 0.5, x * x * series, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def expm1(x):
+    return tl.where(tl.abs(x) < 0.5, x + excess(x), tl.exp(x) - 1)
+
+
+@triton.jit
+def excess_of_log1p(x):
+    """x - log(1 + x) for x > -1, with a minimax polynomial of degree 7 near 0."""
+    y = -7.634506375e-2 * x + 1.276158839e-1
+    y = y * x - 1.316018403e-1
+    y = y * x + 1.420175582e-1
+    y = y * x - 1.662335694e-1
+    y = y * x + 2.000122666e-1
+    y = y * x - 2.500081956e-1
+    y = y * x + 3.333333135e-1
+    return tl.where((x < 0.4) & (x > -0.29), x * x * (0.5 - x * y), x - tl.log(1 + x))
+
+
+@triton.jit
+def log1p(x):
+    return tl.where((x < 0.4) & (x > -0.29), x - excess_of_log1p(x), tl.log(1 + x))
+
+
+@triton.jit
+def kl_close_value(d, p, q, _):
+    return p * excess(d)
+
+
+@triton.jit
+def kl_close_slope(d, p, q, _):
+    return p * expm1(d)
+
+
+@triton.jit
+def reverse_kl_close_value(d, p, q, _):
+    return q * excess(-d)
+
+
+@triton.jit
+def reverse_kl_close_slope(d, p, q, _):
+    return q * d
+
+
+@triton.jit
+def mixed_kl_close_value(d, p, q, weight):
+    return weight * p * excess(d) + (1 - weight) * q * excess(-d)
+
+
+@triton.jit
+def mixed_kl_close_slope(d, p, q, weight):
+    return weight * p * expm1(d) + (1 - weight) * q * d
+
+
+@triton.jit
+def js_close_value(d, p, q, beta):
+    # m / p - 1 = (1 - beta) (exp(d) - 1),  m / q - 1 = beta (exp(-d) - 1)
+    of_teacher = beta * p * excess_of_log1p((1 - beta) * expm1(d))
+    return of_teacher + (1 - beta) * q * excess_of_log1p(beta * expm1(-d))
+
+
+@triton.jit
+def js_close_slope(d, p, q, beta):
+    return (beta - 1) * q * log1p(beta * expm1(-d))
+
+
+@triton.jit
+def skew_kl_close_value(d, p, q, alpha):
+    return p * excess_of_log1p((1 - alpha) * expm1(d))
+
+
+@triton.jit
+def skew_kl_close_slope(d, p, q, alpha):
+    x = (1 - alpha) * expm1(d)  # m / p - 1
+    return (1 - alpha) * q * (x / (1 + x))
+
+
+@triton.jit
+def skew_reverse_kl_close_value(d, p, q, alpha):
+    return q * excess_of_log1p((1 - alpha) * expm1(-d))
+
+
+@triton.jit
+def skew_reverse_kl_close_slope(d, p, q, alpha):
+    x = (1 - alpha) * expm1(-d)  # m / q - 1
+    return q * (alpha * (x / (1 + x)) - log1p(x))
+
+
+@triton.jit
+def tv_close_value(d, p, q, _):
+    return 0.5 * p * tl.abs(expm1(d))
+
+
+@triton.jit
+def tv_close_slope(d, p, q, _):
+    return tl.where(d == 0, 0.0, tl.where(d > 0, 0.5 * q, -0.5 * q))
+
+
+@triton.jit
+def hellinger_close_value(d, p, q, _):
+    x = expm1(0.5 * d)
+    return 0.5 * p * x * x
+
+
+@triton.jit
+def hellinger_close_slope(d, p, q, _):
+    return -0.5 * q * expm1(-0.5 * d)
+
+
+@triton.jit
+def alpha_close_value(d, p, q, alpha):
+    return p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d)) / (alpha * (alpha - 1))
+
+
+@triton.jit
+def alpha_close_slope(d, p, q, alpha):
+    return p * (expm1(d) - expm1((1 - alpha) * d)) / alpha
+
+
+@triton.jit
+def chi_square_close_value(d, p, q, _):
+    x = expm1(-d)
+    return q * x * x
+
+
+@triton.jit
+def chi_square_close_slope(d, p, q, _):
+    return -q * expm1(-2 * d)
+
+
+# name: (value, slope) of the close lines. A divergence without them has `close_below` 0 in kdkernels/divergences.py.
+CLOSE_TABLE = {
+    "kl": (kl_close_value, kl_close_slope),
+    "reverse_kl": (reverse_kl_close_value, reverse_kl_close_slope),
+    "mixed_kl": (mixed_kl_close_value, mixed_kl_close_slope),
+    "js": (js_close_value, js_close_slope),
+    "skew_kl": (skew_kl_close_value, skew_kl_close_slope),
+    "skew_reverse_kl": (skew_reverse_kl_close_value, skew_reverse_kl_close_slope),
+    "tv": (tv_close_value, tv_close_slope),
+    "hellinger": (hellinger_close_value, hellinger_close_slope),
+    "alpha": (alpha_close_value, alpha_close_slope),
+    "chi_square": (chi_square_close_value, chi_square_close_slope),
+}
+# Divergences whose value has a kink at p = q.
+KINKED = ("tv",)

@@ -1,0 +1,134 @@
+// The kernel of close rows: the sums and the gradients of the rows to which rows_kernel gave a finite shift, by the close
+// lines of csrc/divergences.h. It reads rows from global memory. One kernel serves all divergences.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "groups.h"
+#include "row.h"
+#include "rows_results.h"
+#include "table.h"
+#include "team.h"
+
+namespace kdk {
+namespace cuda {
+
+struct CloseSums {
+  float phi, psi, excess;
+
+  static __device__ CloseSums none() { return {0, 0, 0}; }
+  __device__ void merge(const CloseSums& below) {
+    phi += below.phi, psi += below.psi, excess += below.excess;
+  }
+};
+
+// A block's slices of a close row.
+struct CloseRow {
+  const Slice student, teacher;
+  const Normalizer student_norm, teacher_norm;
+
+  // Calls body(position, s, q, terms) for each of this thread's groups.
+  template <class D, class Body> __device__ void each_group(const D& divergence, float shift, Body body) const {
+    const LogRatio<float> log_ratio(student_norm.max, teacher_norm.max, student_norm.inverse_temperature, shift);
+    const Groups groups(student.end);
+    for (int position = groups.first; groups.has(position); position += groups.step) {
+      float s[kGroup], t[kGroup], q[kGroup];
+      CloseTerms<float> terms[kGroup];
+      load_pair<false, false>(student, teacher, position, s, t);
+      for (int i = 0; i < kGroup; ++i) {
+        const float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]);
+        q[i] = exp_of(lq);
+        terms[i] = close_terms(divergence, log_ratio(s[i], t[i]), lp, lq, exp_of(lp), q[i]);
+      }
+      body(position, s, q, terms);
+    }
+  }
+  template <class D> __device__ CloseSums sums(const D& divergence, float shift) const {
+    CloseSums x = CloseSums::none();
+    each_group(divergence, shift, [&](int, const auto&, const auto&, const CloseTerms<float>(&terms)[kGroup]) {
+      for (int i = 0; i < kGroup; ++i) x.merge({terms[i].phi, terms[i].psi, terms[i].excess});
+    });
+    return x;
+  }
+  template <class D> __device__ void write(const D& divergence, float shift, const GradientSlice& gradient) const {
+    each_group(divergence, shift, [&](int position, const auto& s, const auto& q, const auto& terms) {
+      float slope[kGroup];
+      for (int i = 0; i < kGroup; ++i) slope[i] = terms[i].psi;
+      gradient.store<false>(position, s, q, slope);
+    });
+  }
+};
+
+inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
+                                       const RowCut& cut) {
+  float floats[kRowFloats], sums[kRowSums];
+  for (int i = 0; i < kRowFloats; ++i) floats[i] = load((const float*)call.floats + i * call.rows + row);
+  for (int i = 0; i < kRowSums; ++i) sums[i] = load((const float*)call.sums + i * call.rows + row);
+  float shift = sums[2];
+  const float inverse_temperature = 1 / numbers.temperature;
+  const CloseRow slices = {cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype),
+                           {floats[0], floats[1], inverse_temperature}, {floats[2], floats[3], inverse_temperature}};
+  // The gradient may overwrite the label's logit, but only after a merge.
+  const float label_logit =
+      call.options.labels ? load_logit(cut.student, call.student.dtype, numbers.label) : 0;
+  const Outcome outcome = {call, row, numbers, slices.student_norm, slices.teacher_norm, floats[4], label_logit};
+
+  if (call.sweeps & kSums) {
+    bool again = false;
+    CloseSums found = CloseSums::none();
+    with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+      found = slices.sums(divergence, shift);
+      again = has_kink<decltype(divergence)>;
+    });
+    found = team.merged(found);
+    if (again) {
+      shift += log1p_of(found.excess);
+      with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
+        if constexpr (has_kink<decltype(divergence)>) found = slices.sums(divergence, shift);
+      });
+      found = team.merged(found);
+    }
+    sums[0] = close_sum(found.phi, found.psi, log1p_of(found.excess)), sums[1] = found.psi, sums[2] = shift;
+    if (team.first_thread()) {
+      write_column(call.sums, call, row, sums, kRowSums);
+      if (call.loss) outcome.write_loss(sums[0]);
+      if (call.statistics)
+        store((float*)call.statistics + offsetof(RowStatistics<float>, divergence) / sizeof(float) * call.rows + row,
+              sums[0]);
+    }
+  }
+  if (!(call.sweeps & kGradient)) return;
+  GradientSlice gradient(call, row, numbers, cut, floats);
+  gradient.set(call.options.gradient_needs_loss()
+                   ? numbers.factors(call.options, inverse_temperature, sums[0], outcome.cross_entropy())
+                   : numbers.factors(call.options, inverse_temperature));
+  gradient.slope_sum = fabsf(sums[1]) < INFINITY ? sums[1] : NAN;
+  with_divergence((int)call.divergence, (const float*)call.parameters,
+                  [&](auto divergence) { slices.write(divergence, shift, gradient); });
+}
+
+__global__ void __launch_bounds__(kMaxThreads)
+    close_rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
+  Team team(plan.blocks);
+  const int64_t teams = gridDim.x / plan.blocks;
+  const int lane = threadIdx.x % kWarp;
+  // A team looks for close rows among 32 of its rows at a time: most calls have none.
+  for (int64_t first = blockIdx.x / plan.blocks; first < call.rows; first += kWarp * teams) {
+    const int64_t mine = first + lane * teams;
+    const bool swept = mine < call.rows && RowTerms(call, mine).swept(call);
+    const bool close = swept && load((const float*)call.sums + 2 * call.rows + mine) < INFINITY;
+    const uint32_t rows = __ballot_sync(0xffffffffu, close);
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(rows >> i & 1)) continue;
+      const int64_t row = first + i * teams;
+      const RowTerms numbers(call, row);
+      const RowCut cut(call, plan, team, row);
+      sweep_close_row(call, team, row, numbers, cut);
+    }
+  }
+  if (const int blocks = plan.blocks; blocks > 1) cluster_sync(blocks);  // as in rows_kernel
+}
+
+}  // namespace cuda
+}  // namespace kdk
