@@ -85,5 +85,5 @@ def cuda_kernels_on_a_cpu(request):
 
 @pytest.fixture(autouse=True)
 def kernels_take_the_threads_of_torch(monkeypatch):
-    """A call has torch's number of threads, also on a machine with fewer processors. test_threads.py tests the count."""
+    """A call has torch's number of threads, even on a machine with fewer processors. test_threads.py tests it."""
     monkeypatch.setattr(native, "count_threads", lambda processors: torch.get_num_threads())

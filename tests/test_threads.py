@@ -183,7 +183,8 @@ def kl(gradient):
     return loss_and_gradients(2 * loss, student)
 
 def sinkhorn(gradient):
-    return loss_and_gradients(kdkernels.fused_sinkhorn(cost, epsilon=0.1, iterations=20, gradient=gradient).value.sum(), cost)
+    found = kdkernels.fused_sinkhorn(cost, epsilon=0.1, iterations=20, gradient=gradient)
+    return loss_and_gradients(found.value.sum(), cost)
 
 FAMILIES = {
     "kl": lambda: kl("forward"),

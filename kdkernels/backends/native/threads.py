@@ -13,8 +13,8 @@ def count_threads(processors: Callable[[], int]) -> int:
     """torch's number of threads, or 1 if torch has more threads than the process has processors.
 
     Threads that share a processor wait for each other at each barrier of a kernel. A number between 1 and torch's would
-    be slow too: OpenMP keeps one team of threads, and ends the threads that a smaller region leaves out, so that torch's
-    next operator starts them again. The number is found anew in each call, since torch's number and the affinity may
+    be slow too: OpenMP keeps one team of threads, and ends the threads that a smaller region leaves out. torch's next
+    operator then starts them again. The number is found anew in each call, since torch's number and the affinity may
     change.
 
     Args:
