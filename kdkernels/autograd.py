@@ -77,7 +77,7 @@ def _function(family: Family) -> type[torch.autograd.Function]:
                 ctx.is_tensor = is_tensor
             ctx.call = wanted, mode, backend, [None if x is None else x.dtype for x in tracked]
             if not torch.compiler.is_compiling():
-                ctx.shapes = [x.shape for x in tracked if x is not None], [x.shape for x in ctx.to_save]
+                ctx.shapes = _shapes(tracked), _shapes(ctx.to_save)
             ctx.mark_non_differentiable(*detached)
             return loss.sum() if reduce else loss, *detached
 
@@ -182,7 +182,11 @@ def _refuse_second_derivatives(backend: str):
         )
 
 
-def _refuse_emptied(ctx, saved: list[Tensor]):
+def _shapes(tensors) -> list[torch.Size]:
+    return [x.shape for x in tensors if x is not None]
+
+
+def _refuse_emptied(ctx, saved: list[Tensor | None]):
     """Raises where a tensor of the loss lost its shape or its memory between the loss and its backward.
 
     New numbers behind `.data` are not looked for: torch.nn.Linear uses them too, and a wrapper that gathers a parameter
@@ -191,6 +195,7 @@ def _refuse_emptied(ctx, saved: list[Tensor]):
     tracked_shapes, saved_shapes = ctx.shapes
     leaves = [getattr(node, "variable", None) for node, _ in ctx.next_functions]
     lost = [(x, shape) for x, shape in zip(leaves, tracked_shapes, strict=True) if x is not None and x.shape != shape]
+    saved = [x for x in saved if x is not None]
     lost += [(x, shape) for x, shape in zip(saved, saved_shapes, strict=True) if x.shape != shape or is_freed(x)]
     if lost:
         x, shape = lost[0]
