@@ -161,7 +161,9 @@ class LinearLogits:
         parameters and reduce gradients as if the loss were inside. (`from_module` with hidden states from
         ``ddp.module.model`` bypasses DDP: no gradient is reduced, and no error says so.) Inside the wrappers, the model
         has ``get_output_embeddings()``, which returns its head, and ``config``, whose settings scale and cap the logits
-        as in `from_module`; a scale of the head's input needs no setting (T5). Hooks of the head run.
+        as in `from_module`; a scale of the head's input needs no setting (T5). Hooks of the head run, but a change that
+        they make to its output has no effect, and neither has code between the head and the model's output, other than
+        those settings: such a model needs LinearLogits(..., scale=, softcap=) or logits.
 
         Pass labels to the loss and not to the model. If the model casts inside its own forward (Accelerate's mixed
         precision), call the loss under the same autocast. Calls from several threads take turns at a head.
@@ -169,7 +171,8 @@ class LinearLogits:
         Raises:
             TypeError, ValueError: as `from_module`, before the model runs, and as the constructor, after that (a head
                 that is offloaded, or sharded by DeepSpeed ZeRO-3). Also for labels among the inputs.
-            RuntimeError: if the model does not call its head, or calls it more than once; if its output lacks the
+            RuntimeError: if the model does not call its head, or calls it more than once; if it fails after that, since
+                it reads the logits, which have no class (for labels, a metric or generation); if its output lacks the
                 head's logits, or the head ran inside a checkpoint with use_reentrant=True; inside a function that
                 torch.compile traces whole: compile the model instead.
         """
@@ -252,7 +255,7 @@ class SparseLogProbs:
         source_temperature: the temperature of the teacher's log-probabilities. If the loss has another temperature,
             "support" and "renormalize" temper the teacher again, exactly; with the other tails the loss raises.
         drawn: whether entries were drawn at random, as `sampled_log_probs` draws them. The loss then warns, once for
-            each divergence, if draws bias it (`Divergence.is_linear_in_teacher`).
+            each divergence and outside torch.compile, if draws bias it (`Divergence.is_linear_in_teacher`).
 
     Raises:
         TypeError, ValueError: for arguments that do not fit. The message says what was expected and what came. The loss

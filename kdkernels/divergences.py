@@ -168,6 +168,7 @@ _NAMES_ELSEWHERE = {
 _ENTRY_OF = {theirs: ours for ours, names in _NAMES_ELSEWHERE.items() for theirs in names.split()}
 # Names of what is no entry, and its relation to the entries.
 _RELATED = {
+    "gkd": "Divergence.gkd(beta): 'kl' at 0, 'reverse_kl' at 1, 'js' between",
     "akl": "'mixed_kl' with a weight for each row; here all rows have one weight",
     "adaptive_kl": "'mixed_kl' with a weight for each row; here all rows have one weight",
     "jeffreys": "2 times 'mixed_kl' at weight 0.5",
@@ -271,7 +272,7 @@ def _advice(name) -> str:
     if plain in _ENTRY_OF or plain in CATALOGUE:
         ours = _ENTRY_OF.get(plain, plain)
         return f": {name!r} is called {ours!r} here, {CATALOGUE[ours].formula}"
-    near = difflib.get_close_matches(plain, [*CATALOGUE, *_ENTRY_OF], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(plain, [*CATALOGUE, *_ENTRY_OF], n=1, cutoff=0.6)
     if not near:
         return ""
     called = f", which is called {_ENTRY_OF[near[0]]!r} here" if near[0] in _ENTRY_OF else ""

@@ -172,7 +172,7 @@ def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> Te
             "labels: expected no labels among the model's inputs, since the model has no logits to compare with them; "
             "pass labels to the loss (and decoder_input_ids to an encoder-decoder)"
         )
-    taken, caller, original = [], threading.get_ident(), getattr(head, _place_of_forward(head))
+    taken, caller = [], threading.get_ident()
 
     def take(input):
         if not torch.compiler.is_compiling() and threading.get_ident() != caller:
@@ -181,8 +181,18 @@ def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> Te
         return _NoLogits.apply(input, head.weight, head.bias)
 
     take.takes_input_of_head = True
-    with _lock_of(head), _forward_replaced(head, take):
-        output = model(*args, **inputs)
+    with _lock_of(head):
+        original = getattr(head, _place_of_forward(head))  # not another thread's replacement
+        with _forward_replaced(head, take):
+            try:
+                output = model(*args, **inputs)
+            except (IndexError, RuntimeError, ValueError) as error:
+                if not taken or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise RuntimeError(
+                    f"model: {type(model).__name__} failed after its head gave it logits of no class: {error}; a model "
+                    "that reads its logits (for labels, a metric or generation) needs LinearLogits.from_module"
+                ) from error
     if len(taken) != 1:
         raise RuntimeError(
             f"model: expected one call of the head in a forward of {type(model).__name__}; got {len(taken)}; pass "

@@ -5,6 +5,7 @@ tests/test_data_parallel.py has DDP and FSDP2.
 
 import copy
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -236,6 +237,40 @@ def test_other_threads_get_logits_and_take_turns():
     assert "forward" not in vars(model.lm_head)
 
 
+def test_a_plain_call_beside_another_threads_turn_gets_logits():
+    """The second thread waits while the first has the head, and then serves the first thread's plain call."""
+    model, seen = TinyModel(), {}
+    first_is_inside, second_is_inside, plain_is_done = (threading.Event() for _ in range(3))
+
+    def hold(module, inputs):
+        name = threading.current_thread().name
+        if name == "first" and "head" not in seen:
+            first_is_inside.set()
+            time.sleep(0.2)  # until the second thread waits for the head
+        if name == "second":
+            second_is_inside.set()
+            plain_is_done.wait(20)
+
+    def first():
+        LinearLogits.from_model(model, IDS)
+        seen["head"] = True
+        second_is_inside.wait(20)
+        seen["width"] = model(IDS)["logits"].shape[-1]
+        plain_is_done.set()
+
+    def second():
+        first_is_inside.wait(20)
+        LinearLogits.from_model(model, IDS)
+
+    model.embedding.register_forward_pre_hook(hold)
+    threads = [threading.Thread(target=run, name=run.__name__) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert seen["width"] == VOCAB
+
+
 class OtherCalls(TinyModel):
     """Calls its head `calls` times, and returns `result` of its outputs."""
 
@@ -260,6 +295,12 @@ def test_models_that_cannot_be_served_are_refused_by_name():
         (OtherCalls(2), {}, RuntimeError, "expected one call of the head.*got 2"),
         (OtherCalls(1, lambda output: output["hidden"]), {}, RuntimeError, "expected the head's logits in its output"),
         (OtherCalls(1, lambda output: None), {}, RuntimeError, "in its output, with their graph; got NoneType"),
+        (
+            OtherCalls(1, lambda output: output["logits"].argmax(-1)),
+            {},
+            RuntimeError,
+            "gave it logits of no class: argmax",
+        ),
         (TinyModel(checkpointed="reentrant"), {}, RuntimeError, "use_reentrant=True; leave the head out"),
         (TinyModel(), {"labels": IDS}, ValueError, "labels: expected no labels.*pass labels to the loss"),
         (nn.Linear(3, 3), {}, TypeError, r"whose get_output_embeddings\(\) returns its head; got Linear"),

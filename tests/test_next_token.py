@@ -62,6 +62,7 @@ def test_bad_arguments_are_named():
         ({"cu_seqlens": torch.tensor([[0, 6]])}, ValueError, r"cu_seqlens: expected shape \[documents \+ 1\]"),
         ({"cu_seqlens": torch.tensor([0, 7])}, ValueError, "cu_seqlens: expected from 0 to 6.*got 0 to 7"),
         (DOCUMENTS, ValueError, "at most one of position_ids, document_ids, cu_seqlens; got position_ids and"),
+        ({"ignore_index": 1.5}, TypeError, "ignore_index: expected int; got float"),
         ({"document_ids": PACKED.to("meta")}, ValueError, "document_ids: expected on the device of labels cpu"),
     ):
         with pytest.raises(error, match=expected):

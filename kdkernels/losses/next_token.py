@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from . import options
+
 _STARTS = ("position_ids", "document_ids", "cu_seqlens")
 
 
@@ -25,7 +27,8 @@ def next_token_labels(
     Args:
         labels: int64 [..., T], the token ids, with `ignore_index` for prompt and padding.
         position_ids: int32 or int64, shape of the labels: a document begins at a position that is not the one before
-            plus 1, which is transformers' rule for masks of packed sequences.
+            plus 1, which is transformers' rule for masks of packed sequences. Positions of left padding must not count
+            up to the first token's.
         document_ids: int32 or int64, shape of the labels: a document begins where the number changes.
         cu_seqlens: int32 or int64 [documents + 1], for one flat sequence [T] or [1, T]: 0 and the end of each document,
             as flash attention takes them.
@@ -38,6 +41,7 @@ def next_token_labels(
         raise TypeError(f"labels: expected a tensor; got {type(labels).__name__}")
     if labels.dim() == 0 or labels.dtype != torch.int64:
         raise ValueError(f"labels: expected int64 of shape [..., T]; got {labels.dtype} of {list(labels.shape)}")
+    options.check_type("ignore_index", ignore_index, int)
     given = (position_ids, document_ids, cu_seqlens)
     return _shifted(labels, ignore_index, "labels", dict(zip(_STARTS, given, strict=True)))
 

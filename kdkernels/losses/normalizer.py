@@ -36,7 +36,8 @@ def global_normalizer(
 
     Args:
         rows: this rank's rows of one optimiser step: a bool mask (True is kept), int64 labels (those other than
-            `ignore_index` are kept), a count (a number or a 0-d tensor), or a sequence of these, one per micro-batch.
+            `ignore_index` are kept; a tensor [1] too), a count (a number or a 0-d tensor), or a sequence of these, one
+            per micro-batch.
             Rows are those that the loss keeps: shift labels and masks first, and pass ``mask & (labels != -100)`` to a
             loss that gets both. For a mean of sequence means pass the number of sequences, and to the loss
             ``row_weight = 1 / length``.
@@ -55,6 +56,7 @@ def global_normalizer(
         RuntimeError: on a rank outside of the group.
     """
     options.check_choice("gradients", gradients, GRADIENTS)
+    options.check_type("ignore_index", ignore_index, int)
     rows = list(rows) if isinstance(rows, (list, tuple)) else [rows]
     counts = [_count(x, ignore_index) for x in rows]
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -112,6 +114,7 @@ def reduce_rows(
         options.check_per_row("mask", mask, shape, device, torch.bool)
         keep = mask.reshape(-1)
     if labels is not None:
+        options.check_type("ignore_index", ignore_index, int)
         options.check_per_row("labels", labels, shape, device, torch.int64)
         labelled = labels.reshape(-1) != ignore_index
         keep = labelled if keep is None else keep & labelled
@@ -134,18 +137,20 @@ def _count(rows: Tensor | int | float, ignore_index: int) -> Tensor | int | floa
             return (rows != ignore_index).sum()
         raise TypeError(f"rows: expected a bool mask, int64 labels or a count; got {rows.dtype} of {list(rows.shape)}")
     if isinstance(rows, bool) or not isinstance(rows, (int, float)):
-        raise TypeError(f"rows: expected a bool mask, int64 labels, a count, or a list; got {type(rows).__name__}")
+        raise TypeError(
+            f"rows: expected a bool mask, int64 labels or a count for each micro-batch; got {type(rows).__name__}"
+        )
     if not 0 <= rows < float("inf"):
         raise ValueError(f"rows: expected a count that is finite and not negative; got {rows}")
     return rows
 
 
 def _sum(counts: list[Tensor | int | float], device: torch.device) -> Tensor:
-    total = torch.zeros((), dtype=torch.float32, device=device)
+    numbers = sum(count for count in counts if not isinstance(count, Tensor))
+    total = torch.full((), numbers, dtype=torch.float32, device=device)
     for count in counts:
         if isinstance(count, Tensor):
-            count = count.to(device, torch.float32, non_blocking=device.type != "cpu")
-        total = total + count
+            total = total + count.to(device, torch.float32, non_blocking=device.type != "cpu")
     return total
 
 

@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Callable, Container, Iterable
 from typing import TypeVar
 
+import torch
+
 Function = TypeVar("Function", bound=Callable)
 
 
@@ -33,7 +35,7 @@ def check_keywords(function: Callable, given: Iterable[str], known: Container[st
 
 
 def unknown_keyword(function: str, name: str, known: Iterable[str]) -> TypeError:
-    """The error for an unknown keyword of a function, with the nearest known one."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    """The error for an unknown keyword of a function, with the nearest known one. (A compiler cannot trace difflib.)"""
+    near = () if torch.compiler.is_compiling() else difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     suggestion = f", did you mean {near[0]!r}?" if near else ""
     return TypeError(f"{function}: unknown argument {name!r}{suggestion}; known: {', '.join(known)}")

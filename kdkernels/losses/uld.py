@@ -73,10 +73,9 @@ def fused_uld(
             padding, with gradient 0. None: all.
         topk: K, from 1 to the larger vocabulary: compares only the K largest probabilities of each side. These are
             exact: the softmax covers the whole vocabulary. The error from leaving out the other ranks is at most the
-                mass that
-            both sides have there, which the statistic "error_bound" gives. The gradient is that of the K ranks' sum: s
-            = 0 for other classes. Among equal logits at the boundary, the smaller indices belong to the K. None: all
-            ranks.
+            mass that both sides have there, which the statistic "error_bound" gives. The gradient is that of the K
+            ranks' sum: s = 0 for other classes. Among equal logits at the boundary, the smaller indices belong to the
+            K. None: all ranks.
         statistics: any of "divergence" (ULD, or the sum over K ranks), "error_bound" (0 without topk) and "kept" (as in
             `fused_divergence`): detached, in the leading shape, in the loss's dtype; 0 for dropped rows. The first two
             are 0 for rows without weight too (row_weight or 1 - lambda is 0).
