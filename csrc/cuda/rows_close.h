@@ -108,7 +108,8 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
                   [&](auto divergence) { slices.write(divergence, shift, gradient); });
 }
 
-__global__ void __launch_bounds__(kMaxThreads)
+// One block on a multiprocessor is enough: without that number, the compiler spills registers on sm_100.
+__global__ void __launch_bounds__(kMaxThreads, 1)
     close_rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
   Team team(plan.blocks);
   const int64_t teams = gridDim.x / plan.blocks;

@@ -97,7 +97,7 @@ def excess(x: Tensor) -> Tensor:
     """exp(x) - 1 - x, to full precision also for small |x|."""
     small = x.abs() < 0.5
     inner = torch.where(small, x, 0)
-    series = x.new_tensor(1 / 40320)
+    series = torch.full_like(x, 1 / 40320)
     for coefficient in (1 / 5040, 1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2):
         series = series * inner + coefficient
     return torch.where(small, inner * inner * series, torch.expm1(x) - x)
