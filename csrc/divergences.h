@@ -7,14 +7,16 @@
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. But lp and lq are rounded, so that a sum of phi is off by about 1e-7. A
 // row whose divergence is small has a second set of lines, which take the log-ratio d itself, found from differences of
-// logits, and have no error but one relative to the term:
+// logits, so that their error is relative to the term:
 //
 //     close_value(d, p, q), close_slope(d, p, q)     phi and psi for |d| < 2,  d = lq - lp
 //
-// They are optional: without them, and with `close_below` 0 in the catalogue, all rows have the first set. No loop, mask, softmax or device in this file, so that any C++ or CUDA
-// compiler can take these lines. The includer provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x),
-// root_of(x, log x), the square root from either, and ratio(x, m) = x / m, which is 0 where m has underflowed together
-// with x. It includes this file inside its own namespace (once per instruction set, so that no template is shared).
+// They are optional: without them, and with `close_below` 0 in the catalogue, all rows have the first set.
+//
+// No loop, mask, softmax or device in this file, so that any C++ or CUDA compiler can take these lines. The includer
+// provides KDK_HD and, as is cheap on its processor, exp_of(x), log_of(x), root_of(x, log x), the square root from
+// either, and ratio(x, m) = x / m, which is 0 where m has underflowed together with x. It includes this file inside its
+// own namespace (once per instruction set, so that no template is shared).
 //
 // To add a divergence: a struct, a line in KDK_DIVERGENCES, and its twins in kdkernels/divergences.py,
 // kdkernels/backends/reference/table.py and kdkernels/backends/triton/table.py.
@@ -204,10 +206,13 @@ template <class T> struct Alpha {
     return (alpha < T(0.5) ? r - q - alpha * d : r - p + (1 - alpha) * d) * value_scale;
   }
   KDK_HD T slope(T lp, T lq, T p, T q) const { return (q - power(lp, lq, p)) * slope_scale; }
-  KDK_HD T close_value(T d, T p, T) const {
-    return p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d)) * value_scale;
+  // The two forms are equal. The first cancels near alpha = 1, the second near alpha = 0.
+  KDK_HD T close_value(T d, T p, T q) const {
+    T of_student = q * (excess(-alpha * d) - alpha * excess(-d));
+    T of_teacher = p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d));
+    return (alpha < T(0.5) ? of_student : of_teacher) * value_scale;
   }
-  KDK_HD T close_slope(T d, T p, T) const { return p * (expm1_of(d) - expm1_of((1 - alpha) * d)) * slope_scale; }
+  KDK_HD T close_slope(T d, T, T q) const { return -q * expm1_of(-alpha * d) * slope_scale; }
 };
 
 // sum (p - q)^2 / q.  Where q may have underflowed, p^2 / q is found in log space: it may be of any size.
@@ -280,7 +285,8 @@ template <class> using Void = void;
 template <class D, class = void> constexpr bool has_close_lines = false;
 template <class D> constexpr bool has_close_lines<D, Void<decltype(&D::close_value)>> = true;
 
-// phi, psi and p (exp(d) - 1) of one class of a close row. Where d is not near 0, the lines for all rows serve.
+// phi, psi and p (exp(d) - 1) of one class of a close row. The lines for all rows serve where d is not near 0, and where
+// a power of a large |alpha| overflows: they find it in log space.
 template <class T> struct CloseTerms {
   T phi, psi, excess;
 };
@@ -289,8 +295,10 @@ template <class T, class D> KDK_HD CloseTerms<T> close_terms(const D& divergence
   T phi = divergence.value(lp, lq, p, q), psi = divergence.slope(lp, lq, p, q);
   if constexpr (has_close_lines<D>) {
     T close_phi = divergence.close_value(d, p, q), close_psi = divergence.close_slope(d, p, q);
-    phi = near ? close_phi : phi;
-    psi = near ? close_psi : psi;
+    const T not_finite = (close_phi - close_phi) + (close_psi - close_psi);  // 0, or NaN
+    const bool serves = near & (not_finite == 0);
+    phi = serves ? close_phi : phi;
+    psi = serves ? close_psi : psi;
   }
   T change = p * expm1_of(d), difference = q - p;
   return {phi, psi, near ? change : difference};

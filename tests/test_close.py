@@ -109,6 +109,38 @@ def test_small_divergences_keep_their_digits(divergence, backend):
         check(student, teacher, temperature, divergence, got.loss, got.gradient)
 
 
+@pytest.mark.parametrize("alpha", [1e-3, -1e-3, 0.999])
+@each_backend
+def test_alpha_near_its_limits_keeps_its_digits(alpha, backend):
+    """Where two terms of one size cancel, in one of two forms of the value."""
+    student, teacher, temperature = (x.to(device_of(backend)) for x in rows([(1, 0.03, 0), (16, 3, 0)], 130, seed=4))
+    divergence = Divergence("alpha", alpha=alpha)
+    for seed, gradient in enumerate(("forward", "backward")):
+        with on_small_chips(backend, seed):
+            got = run(student, teacher, divergence, temperature=temperature, backend=backend, gradient=gradient)
+        check(student, teacher, temperature, divergence, got.loss, got.gradient)
+
+
+@pytest.mark.parametrize("alpha", [-60.0, 60.0])
+@each_backend
+def test_a_power_that_overflows_is_found_in_log_space(alpha, backend):
+    """A class of nearly no mass, whose log-ratio is small but not 1 / alpha of it."""
+    generator = torch.Generator().manual_seed(5)
+    student = torch.randn(1, 130, generator=generator)
+    teacher = student + 0.01 * torch.randn(1, 130, generator=generator)
+    student[0, 7], teacher[0, 7] = -300.0, -300.0 - 1.9 * (1 if alpha < 0 else -1)
+    student, teacher = student.to(device_of(backend)), teacher.to(device_of(backend))
+    divergence = Divergence("alpha", alpha=alpha)
+    want = truth(student, teacher, divergence)
+    allowed = BOUND + abs(alpha) * 2.0**-22  # the power magnifies the rounding of the two log-sums
+    for seed, gradient in enumerate(("forward", "backward")):
+        with on_small_chips(backend, seed):
+            got = run(student, teacher, divergence, backend=backend, gradient=gradient)
+        torch.testing.assert_close(got.loss.double(), want.loss, rtol=allowed, atol=0)
+        largest = want.gradient.abs().max().item()
+        torch.testing.assert_close(got.gradient.double(), want.gradient, rtol=0, atol=allowed * largest)
+
+
 @each_divergence
 @each_backend
 def test_infinite_logits_of_close_rows(divergence, backend):

@@ -122,11 +122,14 @@ def close_terms(close: Tensor, terms: Tensor, problem: Rows, logits: tuple[Tenso
     """
     lq, lp = log_probs
     far, exact = lq - lp, log_ratio(*logits, problem.options.temperature, lp.detach(), lq.detach())
+    value, parameter = CLOSE_TABLE[problem.divergence], problem.parameters[0]
     near = close[:, None] & (exact.abs() < NEAR)
+    with torch.no_grad():  # a power of a large |alpha| overflows; the lines for all rows find it in log space
+        near &= torch.isfinite(value(exact, lp.exp(), lq.exp(), parameter))
     far = torch.where(near, far, 0)
     d = far + torch.where(near, exact - far.detach(), 0)  # the exact value, with the derivative of lq - lp
     p, q = (torch.where(near, x.exp() / x.detach().exp().sum(-1, keepdim=True), 0) for x in (lp, lq))
-    return torch.where(near, CLOSE_TABLE[problem.divergence](d, p, q, problem.parameters[0]), terms)
+    return torch.where(near, value(d, p, q, parameter), terms)
 
 
 def checked_bad_rows(options: RowOptions, vocab_size: int) -> dict[str, Tensor]:

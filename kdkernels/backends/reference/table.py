@@ -138,7 +138,10 @@ def close_hellinger(d, p, q, _):
 
 
 def close_alpha(d, p, q, alpha):
-    return p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d)) / (alpha * (alpha - 1))
+    # The two forms are equal. The first cancels near alpha = 1, the second near alpha = 0.
+    of_student = q * (excess(-alpha * d) - alpha * excess(-d))
+    of_teacher = p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d))
+    return torch.where(alpha < 0.5, of_student, of_teacher) / (alpha * (alpha - 1))
 
 
 def close_chi_square(d, p, q, _):

@@ -101,8 +101,12 @@ def _terms(
     ratio = (s - t - (floats.student_max - floats.teacher_max)) + _rest(s, t)
     d = ratio * logits.inverse_temperature - shift  # NaN if a logit is infinite
     near = tl.abs(d) < 2
-    phi = tl.where(near, CLOSE_VALUE(d, p, q, parameter), VALUE(lp, lq, p, q, parameter))
-    psi = tl.where(near, CLOSE_SLOPE(d, p, q, parameter), SLOPE(lp, lq, p, q, parameter))
+    close_phi = CLOSE_VALUE(d, p, q, parameter)
+    close_psi = CLOSE_SLOPE(d, p, q, parameter)
+    # A power of a large |alpha| overflows; the lines for all rows find it in log space.
+    serves = near & (close_phi < float("inf")) & (tl.abs(close_psi) < float("inf"))
+    phi = tl.where(serves, close_phi, VALUE(lp, lq, p, q, parameter))
+    psi = tl.where(serves, close_psi, SLOPE(lp, lq, p, q, parameter))
     return s, q, phi, psi, tl.where(near, p * expm1(d), q - p)
 
 

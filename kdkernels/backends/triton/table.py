@@ -357,12 +357,15 @@ def hellinger_close_slope(d, p, q, _):
 
 @triton.jit
 def alpha_close_value(d, p, q, alpha):
-    return p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d)) / (alpha * (alpha - 1))
+    # The two forms are equal. The first cancels near alpha = 1, the second near alpha = 0.
+    of_student = q * (excess(-alpha * d) - alpha * excess(-d))
+    of_teacher = p * (excess((1 - alpha) * d) - (1 - alpha) * excess(d))
+    return tl.where(alpha < 0.5, of_student, of_teacher) / (alpha * (alpha - 1))
 
 
 @triton.jit
 def alpha_close_slope(d, p, q, alpha):
-    return p * (expm1(d) - expm1((1 - alpha) * d)) / alpha
+    return -q * expm1(-alpha * d) / alpha
 
 
 @triton.jit
