@@ -28,35 +28,33 @@ struct CloseRow {
   const Slice student, teacher;
   const Normalizer student_norm, teacher_norm;
 
-  // Calls body(position, s, q, terms) for each of this thread's groups.
-  template <class D, class Body> __device__ void each_group(const D& divergence, float shift, Body body) const {
+  // Calls of_class(i, q, terms) for each class of this thread's groups, then of_group(position, s).
+  template <class D, class OfClass, class OfGroup>
+  __device__ void each_group(const D& divergence, float shift, OfClass of_class, OfGroup of_group) const {
     const LogRatio<float> log_ratio(student_norm.max, teacher_norm.max, student_norm.inverse_temperature, shift);
     const Groups groups(student.end);
     for (int position = groups.first; groups.has(position); position += groups.step) {
-      float s[kGroup], t[kGroup], q[kGroup];
-      CloseTerms<float> terms[kGroup];
+      float s[kGroup], t[kGroup];
       load_pair<false, false>(student, teacher, position, s, t);
+#pragma unroll  // an index that the compiler does not know puts the group on the stack
       for (int i = 0; i < kGroup; ++i) {
-        const float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]);
-        q[i] = exp_of(lq);
-        terms[i] = close_terms(divergence, log_ratio(s[i], t[i]), lp, lq, exp_of(lp), q[i]);
+        const float lq = student_norm.log_prob(s[i]), lp = teacher_norm.log_prob(t[i]), q = exp_of(lq);
+        of_class(i, q, close_terms(divergence, log_ratio(s[i], t[i]), lp, lq, exp_of(lp), q));
       }
-      body(position, s, q, terms);
+      of_group(position, s);
     }
   }
   template <class D> __device__ CloseSums sums(const D& divergence, float shift) const {
     CloseSums x = CloseSums::none();
-    each_group(divergence, shift, [&](int, const auto&, const auto&, const CloseTerms<float>(&terms)[kGroup]) {
-      for (int i = 0; i < kGroup; ++i) x.merge({terms[i].phi, terms[i].psi, terms[i].excess});
-    });
+    auto add = [&](int, float, CloseTerms<float> terms) { x.merge({terms.phi, terms.psi, terms.excess}); };
+    each_group(divergence, shift, add, [](int, const auto&) {});
     return x;
   }
   template <class D> __device__ void write(const D& divergence, float shift, const GradientSlice& gradient) const {
-    each_group(divergence, shift, [&](int position, const auto& s, const auto& q, const auto& terms) {
-      float slope[kGroup];
-      for (int i = 0; i < kGroup; ++i) slope[i] = terms[i].psi;
-      gradient.store<false>(position, s, q, slope);
-    });
+    float q[kGroup], slope[kGroup];
+    auto keep = [&](int i, float q_of_class, CloseTerms<float> terms) { q[i] = q_of_class, slope[i] = terms.psi; };
+    each_group(divergence, shift, keep,
+               [&](int position, const auto& s) { gradient.store<false>(position, s, q, slope); });
   }
 };
 
