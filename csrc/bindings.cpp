@@ -14,8 +14,6 @@
 #include <stdexcept>
 #include <string>
 #include <omp.h>
-#include <pthread.h>
-#include <sys/stat.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -100,19 +98,9 @@ void advise_huge_pages(uintptr_t data, int64_t bytes) {
 
 // ---- the processors
 
-// OpenMP keeps the threads of a region for later regions. A forked child has only the thread that forked, so a region
-// of several threads would wait forever for the threads that the parent has kept.
-bool parent_has_threads = false, has_lost_threads = false;
-
-void before_fork() {
-  struct stat threads;  // a folder with a link for each thread, on Linux
-  parent_has_threads = stat("/proc/self/task", &threads) != 0 || threads.st_nlink != 2 + 1;
-}
-void in_child() { has_lost_threads = has_lost_threads || parent_has_threads; }
-
-// The processors that the calling thread may use, or 0 in a child that must start no threads. OpenMP counts: where it
-// has bound the thread to one processor, the thread's own affinity is that one.
-int processors() { return has_lost_threads ? 0 : omp_get_num_procs(); }
+// The processors that the calling thread may use. OpenMP counts: where it has bound the thread to one processor, the
+// thread's own affinity is that one.
+int processors() { return omp_get_num_procs(); }
 
 // ---- the calls
 
@@ -159,7 +147,6 @@ PYBIND11_MODULE(_native, m) {
   m.attr("border") = KDK_BORDER;
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("processors", &processors);
-  pthread_atfork(before_fork, nullptr, in_child);
 #define KDK_DEFINE(name, Call) define(m, "cpu_" #name, cpu.name, cpu.name##_bytes);
   KDK_CPU_KERNELS(KDK_DEFINE)
 #undef KDK_DEFINE

@@ -218,7 +218,7 @@ def in_child(text):
     return answer
 
 alone = len(os.listdir("/proc/self/task")) == 1
-told = {"alone": alone, "processors alone": in_child(native._native.processors)}
+told = {"alone": alone, "processors alone": in_child(native.processors)}
 torch.set_num_threads(2)
 torch.randn(1 << 17).exp()  # torch starts a thread
 inputs = [x.clone() for x in (flat, sloped, total)]
@@ -226,7 +226,7 @@ wanted = {name: digest(call) for name, call in FAMILIES.items()}
 for x, y in zip((flat, sloped, total), inputs):
     x.copy_(y)
 told["threads"] = len(os.listdir("/proc/self/task"))
-told["processors"] = in_child(native._native.processors)
+told["processors"] = in_child(native.processors)
 told["children"] = {name: [wanted[name], in_child(lambda: digest(call))] for name, call in FAMILIES.items()}
 print(json.dumps(told))
 """
@@ -257,6 +257,35 @@ def test_a_child_of_a_parent_with_threads_finds_the_parents_bits(told_by_childre
     in_parent, in_child = told_by_children["children"][family]
     assert in_child is not None, "the child hangs"
     assert in_child == in_parent
+
+
+FORKED_BEFORE_A_LOSS = """
+import json, os, select, signal
+import torch, kdkernels
+
+torch.set_num_threads(2)
+student, teacher = torch.randn(8, 20_000, requires_grad=True), torch.randn(8, 20_000)
+torch.randn(1 << 18).exp()  # torch starts a thread
+reading, writing = os.pipe()
+child = os.fork()
+if not child:
+    loss = kdkernels.fused_kl(student, teacher)
+    loss.backward()
+    os.write(writing, str(loss.item()).encode())
+    os._exit(0)
+answer = os.read(reading, 1000).decode() if select.select([reading], [], [], 15)[0] else None
+os.kill(child, signal.SIGKILL)
+print(json.dumps({"in_child": answer, "in_parent": str(kdkernels.fused_kl(student, teacher).item())}))
+"""
+
+
+@needs_linux
+@needs_module
+def test_a_child_of_a_parent_without_a_loss_starts_no_threads():
+    """The parent has not loaded the native module when it forks."""
+    told = printed_by(FORKED_BEFORE_A_LOSS)
+    assert told["in_child"] is not None, "the child hangs"
+    assert told["in_child"] == told["in_parent"]
 
 
 @needs_linux

@@ -6,6 +6,8 @@ ops.py). This module imports a backend only when a call needs it.
 
 import torch
 
+from .. import forks  # noqa: F401, imported before the process forks
+
 # Tried in this order by backend="auto".
 NAMES = ("cpu", "cuda", "triton", "reference")
 # GPU backends. They can run on CPU tensors (Triton's interpreter, the tests' CUDA model), but slower than the

@@ -29,8 +29,7 @@ except ImportError:  # Windows has no fcntl
 FORMAT, VERSION = "kdkernels top-k cache", 3
 MANIFEST, LOCK = "manifest.json", "writer.lock"
 _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
-# What a cache may hold beside the teacher, one number for each token: the dtype on disk by its names in safetensors and
-# numpy.
+# The optional columns of a cache, one number for each token: the names of the dtype on disk, in safetensors and numpy.
 COLUMNS = {"labels": ("I32", np.int32), "mask": ("BOOL", np.bool_), "document_ids": ("I32", np.int32)}
 _LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
 

@@ -149,9 +149,10 @@ def fused_divergence(
         student's dtype (for a head, the dtype of each tensor); between logits and gradient all arithmetic is fp32
         (fp64). In fp32, the error of a row's loss is at most 1e-6 of the loss plus 4 units in the last place of its
         log-sum-exp. `Divergence.magnification` multiplies the latter; it is large for alpha near 0 and 1. A small
-        divergence, and one at a temperature of 16 or more, is off by at most 3e-6 of itself, and its gradient by 3e-6
-        of the row's largest element; rows of a `SparseLogProbs` have the former bound, unless its tail is "uniform".
-        Such a row is swept a second time, and takes two to four times as long on a CPU.
+        divergence of stored logits, and one at a temperature of 16 or more, is off by about 3e-6 of itself, and its
+        gradient by as much of the row's largest element, before rounding to the student's dtype; docs/architecture.md
+        ("Numbers") has the exceptions. Such a row is swept a second time: on a CPU it takes two to four and a half
+        times as long. Rows of a `SparseLogProbs` have the former bound.
         The terms of a steep divergence (`Divergence.is_steep`: alpha outside (0, 1), chi_square) are exponentials of
         the log-ratio: their rounding is relative to the loss, and they overflow in fp32 before they do in fp64.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...families.options import check_values
+from ...forks import has_lost_threads
 from .linear import CpuLinearKernels, LinearKernels
 from .module import build_record, find, load
 from .pairwise import PairwiseKernels
@@ -54,6 +55,11 @@ _HUGE_PAGE = 2 << 20
 _MOST_POINTS = 2048  # on a side of a transport problem, whose vectors must fit the shared memory of a block
 
 
+def processors() -> int:
+    """The processors that the calling thread may use, or 0 in a process that must start no threads."""
+    return 0 if has_lost_threads() else _native.processors()
+
+
 def refuse(name: str, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
     """Why "cpu" or "cuda" cannot serve these tensors, or None. `points`: the larger side of a transport problem."""
     return KERNELS[name].refuse(student, teacher, points)
@@ -69,7 +75,7 @@ class Cpu(RowKernels, CpuLinearKernels, CpuTopkKernels, PairwiseKernels, CpuSink
 
     def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
         """Runs a kernel. Raises if a kept row has an invalid label, temperature or hard weight."""
-        if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, count_threads(_native.processors)):
+        if getattr(_native, f"cpu_{kernel}")(fields, _cpu_bytes, count_threads(processors)):
             check_values(fields["options"], fields["columns"])
             raise RuntimeError("the kernel refused a row option that check_values accepts; expected both to agree")
 

@@ -31,7 +31,7 @@ def build_record() -> dict:
 
 
 def find() -> ModuleSpec | None:
-    """Where the module is, whether or not it serves; None without a module for this Python."""
+    """The place of the compiled module, which may be stale; None if no module was built for this Python."""
     try:
         return importlib.util.find_spec(NAME)
     except ValueError:  # another object stands under the name in sys.modules

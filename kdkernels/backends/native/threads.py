@@ -18,7 +18,7 @@ def count_threads(processors: Callable[[], int]) -> int:
     change.
 
     Args:
-        processors: the native module's function of that name.
+        processors: the processors of the calling thread, or 0 in a process that must start no threads.
     """
     threads = torch.get_num_threads()
     if threads == 1:

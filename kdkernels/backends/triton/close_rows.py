@@ -83,7 +83,7 @@ def _rest(a, b):
 
 @triton.jit
 def first_shift(floats, inverse_temperature):
-    """What (s - t) / T, less the rounded difference of the maxima, is above lq - lp: before a correction."""
+    """The shift before its correction: the difference of the log-sums, and the rounding of the maxima's difference."""
     log_sums = floats.student_log_sum - floats.teacher_log_sum
     return log_sums + _rest(floats.student_max, floats.teacher_max) * inverse_temperature
 
@@ -94,7 +94,7 @@ def _terms(
     VALUE: tl.constexpr, SLOPE: tl.constexpr, CLOSE_VALUE: tl.constexpr, CLOSE_SLOPE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: the student's logits, p and q, phi, psi, and p (exp(d) - 1)."""
+    """The student's logits, q, phi, psi and p (exp(d) - 1) in one tile."""
     s, t, lp, lq = load_log_probs(logits, floats, start, BLOCK)
     p = tl.exp(lp)
     q = tl.exp(lq)
