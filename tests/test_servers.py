@@ -702,6 +702,28 @@ def test_wrong_rows_of_tensors_and_of_columns():
         topk_from_vllm(TENSORS._replace(logprob_token_ids=TENSORS.logprob_token_ids.bool()))
 
 
+def test_the_mass_is_that_of_the_kept_entry_of_the_scored_token():
+    """vLLM's scored entry comes first and is kept; in SGLang's rows the top k's entry is."""
+    ids, log_probs = [[7, 7, 3], [7, 7, 3]], [[-5.0, -0.01, -0.5], [-0.01, -5.0, -0.5]]
+    tensors = LogprobsTensors(torch.tensor(ids), torch.tensor(log_probs), None)
+    for form in (tensors, LogprobsTensors(ids, log_probs, None)):
+        with pytest.warns(
+            RuntimeWarning, match=r"1 of 2 rows.* row 1 \(token 2\): .*a sum of at most 1; got a sum of 1.59"
+        ):
+            served = topk_from_vllm(form)
+        assert served.valid.tolist() == [True, False, False]
+        assert served.teacher.indices[0].tolist()[:2] == [3, 7] and served.teacher.log_probs[0, 1] == -5.0
+
+
+def test_a_wrong_row_of_lists_does_not_lose_the_prompt():
+    ids, log_probs = [[5, 6], [5], None, [0, 0], [5, 6]], [[-0.1, -3.0], [-0.1, -2.0], [-1.0], [0.0, 0.0], [-0.2, -2.5]]
+    with pytest.warns(RuntimeWarning, match=r"3 of 5 rows.* row 1 \(token 2\): .*for each token id; got 2 for 1"):
+        served = topk_from_vllm(LogprobsTensors(ids, log_probs, None))
+    assert served.valid.tolist() == [True, False, False, False, True, False]
+    with pytest.raises(ValueError, match="of one length; got 5 and 4 rows"):
+        topk_from_vllm(LogprobsTensors(ids, log_probs[:4], None))
+
+
 def test_a_row_of_a_mass_of_1_up_to_rounding_is_right():
     mass = torch.tensor([0.25, 0.5, 0.25]) * (1 + 9e-4)
     assert topk_from_vllm([None, dict(enumerate(mass.log().tolist()))], strict=True).valid.tolist() == [True, False]

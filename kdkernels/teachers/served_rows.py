@@ -100,8 +100,22 @@ def rows_of_flat(flat) -> ServedRows:
 def rows_of_tensors(tensors) -> ServedRows:
     given_ids, given_log_probs = tensors.logprob_token_ids, tensors.logprobs
     if isinstance(given_ids, (list, tuple)) and isinstance(given_log_probs, (list, tuple)):
-        rows = [list(zip(*row, strict=True)) for row in zip(given_ids, given_log_probs, strict=True)]
-        return _rows_of_pairs(rows, first=1)
+        if len(given_ids) != len(given_log_probs):
+            raise ValueError(
+                "prompt_logprobs: expected logprob_token_ids and logprobs of one length; got "
+                f"{len(given_ids)} and {len(given_log_probs)} rows"
+            )
+
+        def pairs(row) -> Iterable:
+            for part in row:
+                if not isinstance(part, (list, tuple)):
+                    raise TypeError(f"expected lists of token ids and log-probabilities; got {_start_of(part)}")
+            if len(row[0]) != len(row[1]):
+                raise ValueError(f"expected a log-probability for each token id; got {len(row[1])} for {len(row[0])}")
+            return zip(*row, strict=True)
+
+        rows = _rows_of_pairs(list(zip(given_ids, given_log_probs, strict=True)), first=1, entries=pairs)
+        return _without_unfilled(rows, tensors)
     indices, log_probs = torch.as_tensor(given_ids), torch.as_tensor(given_log_probs)
     if not _is_integer(indices.dtype) or not log_probs.is_floating_point():
         raise TypeError(
@@ -124,9 +138,16 @@ def rows_of_tensors(tensors) -> ServedRows:
             _checked(*pair)
         except ValueError as error:
             rows.wrong[row] = _error(rows.name, rows.first, row + 1, f"{error}; got {_shown_pair(pair)}", ValueError)
-    # An engine fills the rows of a prompt in parts. A row that it has not filled may be 0 throughout. The row of a
-    # certain token 0 may be 0 throughout too, but its rank is 1.
-    unfilled = ((indices == 0) & (log_probs == 0)).all(-1)
+    return _without_unfilled(rows, tensors)
+
+
+def _without_unfilled(rows: ServedRows, tensors) -> ServedRows:
+    """The rows, with those that the engine has not filled among the wrong ones.
+
+    An engine fills the rows of a prompt in parts. A row that it has not filled may be 0 throughout. The row of a
+    certain token 0 may be 0 throughout too, but its rank is 1.
+    """
+    unfilled = ((rows.indices == 0) & (rows.log_probs == 0)).all(-1)
     ranks = getattr(tensors, "selected_token_ranks", None)
     if ranks is not None and len(ranks) == len(unfilled):
         unfilled &= torch.as_tensor(ranks, device=unfilled.device) < 1
@@ -187,8 +208,12 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
     if rows.scored is not None:
         scored = others[:, rows.scored].clone()
         others[:, rows.scored] = -1
-        once_more = (scored >= 0) & (others == scored[:, None]).any(-1)
-        probabilities[:, rows.scored] = torch.where(once_more, 0, probabilities[:, rows.scored])
+        copies = (scored >= 0)[:, None] & (others == scored[:, None])
+        # The first entry of a token is kept: the mass is that of the kept entries.
+        if rows.scored == 0:
+            probabilities = torch.where(copies, 0, probabilities)
+        else:
+            probabilities[:, rows.scored] = torch.where(copies.any(-1), 0, probabilities[:, rows.scored])
     ordered = others.sort(-1).values
     repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     wrong = dict(rows.wrong)
@@ -296,13 +321,13 @@ def _dense(ids: Tensor, values: Tensor, starts: Tensor, widths: Tensor) -> tuple
     return pad(ids, (0, 1), value=-1)[places], pad(values, (0, 1), value=-torch.inf)[places]
 
 
-def _rows_of_pairs(rows: list, first: int) -> ServedRows:
+def _rows_of_pairs(rows: list, first: int, entries: Callable = iter) -> ServedRows:
     """Rows of (token id, log-probability), the scored token's first."""
 
     def read(pair) -> tuple[int, float]:
         return _checked(*pair)
 
-    return _rows_of_entries("prompt_logprobs", rows, lambda row: row, read, _shown_pair, first=first)._replace(scored=0)
+    return _rows_of_entries("prompt_logprobs", rows, entries, read, _shown_pair, first=first)._replace(scored=0)
 
 
 def _shown_pair(pair) -> str:
