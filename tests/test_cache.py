@@ -372,6 +372,32 @@ def test_a_second_writer_is_refused(tmp_path):
     CacheWriter(tmp_path, **SETTINGS).close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
+    """As the worker of a DataLoader that feeds the writer."""
+    reading, writing = os.pipe()
+    with CacheWriter(tmp_path, **SETTINGS):
+        child = os.fork()
+        if not child:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent ends or closes its side
+            os._exit(0)
+    try:
+        CacheWriter(tmp_path, **SETTINGS).close()
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+
+
+def test_a_directory_is_that_of_the_start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    with CacheWriter("cache", **SETTINGS) as writer:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        writer.append(*sequences_of(range(2)))
+    assert len(TopKCache(tmp_path / "cache")) == 2
+
+
 def test_a_shard_of_the_default_size_holds_a_minute_of_work_at_most(tmp_path, monkeypatch):
     """The clock is a mock: an append after each of the teacher's batches of 7, 25 and 100 seconds."""
     now = 0.0

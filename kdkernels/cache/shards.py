@@ -5,6 +5,7 @@ manifest, replaced as a whole, names the shard. So every file that the manifest 
 killed. A file that it does not name is a leftover. docs/cache.md describes the format.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -266,8 +267,7 @@ def has_shards(directory: Path) -> bool:
 
 
 def lock(directory: Path):
-    """The open file that holds the lock of the directory's writer; closing it, or the end of the process, frees the
-    lock.
+    """The open file that holds the lock of the directory's writer; `unlock`, or the end of the process, frees the lock.
 
     Raises:
         RuntimeError: if another writer holds the lock.
@@ -283,6 +283,14 @@ def lock(directory: Path):
     except OSError as error:  # some network file systems have no locks
         warnings.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", stacklevel=3)
     return file
+
+
+def unlock(file, process: int) -> None:
+    """Frees the lock that this process took, also if a forked child still has the file open, and closes the file."""
+    if fcntl is not None and not file.closed and os.getpid() == process:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def _write_whole(path: Path, data: bytes) -> None:

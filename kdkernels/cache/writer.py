@@ -69,7 +69,7 @@ class CacheWriter:
         columns: Iterable[str] = (),
         sequences_per_shard: int | None = None,
     ):
-        self.directory = Path(directory)
+        self.directory = Path(directory).absolute()
         self.settings = shards.Settings(
             vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher, samples, tuple(columns)
         )
@@ -84,7 +84,7 @@ class CacheWriter:
 
         named_shards(self.directory, self.settings)  # raises before the writer makes a file
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._lock = shards.lock(self.directory)
+        self._lock, self._process = shards.lock(self.directory), os.getpid()
         try:
             # Again: another writer may have added shards before the lock.
             self.shards = named_shards(self.directory, self.settings)
@@ -93,7 +93,7 @@ class CacheWriter:
                 shards.write_manifest(self.directory, self.settings, self.shards)
             shards.remove_leftovers(self.directory, self.shards)
         except BaseException:
-            self._lock.close()
+            shards.unlock(self._lock, self._process)
             raise
 
     @property
@@ -136,14 +136,14 @@ class CacheWriter:
             if self._pending and not self._lock.closed:
                 self._write_shard(len(self._pending))
         finally:
-            self._lock.close()
+            shards.unlock(self._lock, self._process)
 
     def __enter__(self):
         return self
 
     def __exit__(self, error_type, error, traceback):
         if error_type is not None:
-            self._lock.close()
+            shards.unlock(self._lock, self._process)
         self.close()
 
     def _write_shard(self, sequences: int) -> None:
