@@ -266,7 +266,7 @@ def ninja_command() -> list[str]:
         import ninja
 
         return [str(Path(ninja.BIN_DIR) / "ninja")]
-    except ImportError:
+    except (ImportError, AttributeError):  # AttributeError: an empty folder of that name
         return ["ninja"]
 
 

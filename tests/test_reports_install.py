@@ -58,6 +58,11 @@ def test_without_pybind11_the_reason_names_it(reason_of, monkeypatch, found):
     assert reason_of() == "pybind11 is not installed here (pip install pybind11)"
 
 
+def test_an_empty_folder_named_ninja_is_no_ninja(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", SimpleNamespace())
+    assert build.ninja_command() == ["ninja"]
+
+
 def test_without_ninja_the_reason_names_it(reason_of, monkeypatch):
     monkeypatch.setattr(build, "ninja_command", lambda: ["/nowhere/ninja"])
     assert reason_of() == "ninja is not installed here (pip install ninja)"
@@ -190,6 +195,16 @@ def test_an_object_in_the_place_of_the_module_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, loading.NAME, ModuleType("_native"))  # its __spec__ is None
     module, reason = loading.load()
     assert module is None and "rebuild" in reason
+
+
+def test_a_module_of_another_checkout_is_not_taken(monkeypatch, tmp_path):
+    """An editable installation finds its own module for every copy of the package that has none."""
+    (tmp_path / "kdkernels").mkdir()
+    (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(loading, "PACKAGE", tmp_path / "kdkernels")
+    module, reason = loading.load()
+    assert module is None and loading.find() is None
+    assert f"{tmp_path} is a source tree in which no build has run" in reason and "pip install -e ." in reason
 
 
 def test_the_recorded_border_serves_without_the_sources(monkeypatch, tmp_path):

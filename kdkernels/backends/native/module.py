@@ -31,11 +31,15 @@ def build_record() -> dict:
 
 
 def find() -> ModuleSpec | None:
-    """The place of the compiled module, which may be stale; None if no module was built for this Python."""
+    """The place of the compiled module, which may be stale; None if no module beside the package is for this Python.
+
+    An editable installation of another checkout offers that checkout's module.
+    """
     try:
-        return importlib.util.find_spec(NAME)
+        found = importlib.util.find_spec(NAME)
     except ValueError:  # another object stands under the name in sys.modules
         return None
+    return found if found and found.origin and Path(found.origin).parent == PACKAGE else None
 
 
 def load() -> tuple[ModuleType | None, str | None]:
@@ -58,6 +62,11 @@ def load() -> tuple[ModuleType | None, str | None]:
 def _not_built() -> str:
     record = build_record()
     reason = record.get("native_missing_because")
+    if not (PACKAGE / "_build.json").exists() and (PACKAGE.parent / "setup.py").exists():
+        return (
+            f"{PACKAGE.parent} is a source tree in which no build has run; run Python in another folder to use an "
+            "installed kdkernels, or `pip install -e .` there"
+        )
     if reason:
         return f"they were not built: {reason}; reinstall kdkernels when that is mended"
     built = f"Python {record.get('python')} on {record.get('machine')}"
