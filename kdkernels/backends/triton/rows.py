@@ -7,10 +7,10 @@ One program works on one row, a tile of BLOCK columns at a time, and sweeps over
     gradient    scale / temperature * (psi - q * sum psi), and the label term            -> gradient
 
 Some divergences (kl, reverse_kl, mixed_kl: see table.py) give sum psi after the first sweep. For them one sweep does
-the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. But a row whose
-divergence comes out small is swept again, by close_rows.py, and keeps its logits until then: a gradient that overwrites
-logits has a sweep of its own, unless the first sweep shows that the row is far. A tile is summed as a tree, and
-tiles are summed one after the other, so that no running sum is long.
+the work of the last two, so that a row in bf16 moves 10 bytes a column instead of 14. But a row whose divergence comes
+out small is swept again, by close_rows.py, and keeps its logits until then: a gradient that overwrites logits has a
+sweep of its own, unless the first sweep shows that the row is far. A tile is summed as a tree, and tiles are summed one
+after the other, so that no running sum is long.
 
 Log-probabilities are (x - max) / temperature - log sum. The difference comes first, so that a large common offset of
 the logits costs no digits. Logits are widened to fp32 right after the load. Columns past the row's end are read as
