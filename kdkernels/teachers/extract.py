@@ -143,8 +143,8 @@ def sampled_log_probs(
     kernels = backends.kernels(backends.select(backend, logits, logits))
     entries = exact + samples
     # A chunk holds, besides its logits: a copy of them, both distributions, and the proposal in fp64; the classes and
-    # targets of the entries, before and after sorting and merging. torch.multinomial allocates as much as the proposal
-    # for a single sample, twice as much on a GPU, and else the sums of one row.
+    # targets of the entries, before and after sorting and merging. On a CPU torch.multinomial allocates as much as the
+    # proposal for a single sample, and else the sums of one row. On a GPU twice the proposal is counted, unmeasured.
     proposals = 3 if logits.device.type != "cpu" else 2 if samples == 1 else 1
     row_bytes = vocab_size * (3 * dtype.itemsize + proposals * 8) + entries * 8 * (8 + dtype.itemsize)
     indices = torch.full((row_scale.shape[0], entries), -1, dtype=torch.int32, device=logits.device)
