@@ -6,6 +6,7 @@ The report is for machines on which something is wrong: a part of the report tha
 import platform
 import sys
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 
 import torch
@@ -87,9 +88,46 @@ def auto_lines() -> list[tuple[str, str]]:
     return [(f"auto on {device}", backends.automatic(x, x)) for device, x in tensors.items()]
 
 
+def launches(call: Callable[[], object]) -> list[dict]:
+    """The launches of CUDA kernels during call(), in order: kernel, way (halves, staged or streaming), cluster (blocks),
+    threads and shared (threads and bytes of shared memory of a block), grid (blocks).
+
+    A launch on another thread counts too, as autograd's backward is on a GPU. Raises RuntimeError if no CUDA kernels are
+    built.
+    """
+    from .backends import native
+
+    module = native.cuda.compiled()
+    if not hasattr(module, "record_launches"):
+        raise RuntimeError(f"no CUDA kernels are here: {native.missing_because or native.cuda_missing_because}")
+    module.record_launches(True)
+    try:
+        call()
+    finally:
+        found = module.record_launches(False)
+    return found
+
+
+def plan_lines(device: str = "cuda") -> list[tuple[str, str]]:
+    """How the CUDA kernels are launched for 8 rows of kl with its gradient."""
+    from . import fused_kl
+
+    lines = []
+    for dtype in (torch.bfloat16, torch.float32):
+        if device not in devices():
+            return []
+        student, teacher = torch.zeros(2, 8, 151_936, dtype=dtype, device=device)
+        if backends.refuse("cuda", student, teacher) is None:
+            plan = launches(lambda: fused_kl(student.requires_grad_(), teacher, backend="cuda"))[0]  # noqa: B023
+            text = "{way}, clusters of {cluster}, {threads} threads and {shared:,} bytes a block, grid {grid}"
+            name = str(dtype).removeprefix("torch.")
+            lines.append((f"plan, {name}", f"{text.format(**plan)} (kl, 151,936 classes; KDKERNELS_PLAN forces one)"))
+    return lines
+
+
 def report() -> str:
     lines = []
-    for part in (version_lines, gpu_lines, backend_lines, native_lines, auto_lines):
+    for part in (version_lines, gpu_lines, backend_lines, native_lines, auto_lines, plan_lines):
         try:
             lines += part()
         except Exception as error:

@@ -527,7 +527,7 @@ def test_a_row_is_held_by_the_smallest_cluster_that_leaves_room_for_another(voca
     assert launch["cluster"] == cluster
     per_block = -(-vocab // cluster // 8) * 8
     staged = per_block * dtype.itemsize + per_block // 8
-    assert staged <= launch["shared"] < staged + 1000
+    assert staged <= launch["shared"] < staged + 2000
     assert 2 * (launch["shared"] + 1024) <= 228 * 1024
 
 

@@ -74,6 +74,7 @@ struct Execution {
   int threads;      // CPU: the number of threads
   int device;       // GPU: its index
   void* stream;     // GPU: a cudaStream_t
+  const char* kernel;  // GPU: the kernel's name, for reports
 };
 
 }  // namespace kdk

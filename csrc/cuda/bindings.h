@@ -3,6 +3,7 @@
 #pragma once
 #include "../calls/fields.h"
 #include "../calls/kernels.h"
+#include "launch.h"
 
 namespace kdk {
 
@@ -13,6 +14,7 @@ void define_cuda(pybind11::module_& m, const char* name, void (*kernel)(const Ca
     Call call{};
     FieldReader(name).read_call(fields.ptr(), call);
     if (call.run.fp64) throw std::runtime_error(std::string(name) + ": these kernels compute in fp32");
+    call.run.kernel = name;
     call.run.device = device;
     call.run.stream = (void*)stream;
     const Workspace workspace(bytes(call), allocate);
@@ -27,6 +29,18 @@ inline void bind_cuda(pybind11::module_& m) {
 #define KDK_DEFINE(name, Call) define_cuda(m, "cuda_" #name, &cuda::name, &cuda::name##_bytes);
   KDK_CUDA_KERNELS(KDK_DEFINE)
 #undef KDK_DEFINE
+  // Begins or ends a recording of launches. Returns those of the recording before, as dicts.
+  m.def("record_launches", [](bool on) {
+    pybind11::list all;
+    for (const cuda::Recorded& one : cuda::recording.turn(on)) {
+      pybind11::dict launch;
+      launch["kernel"] = one.kernel, launch["way"] = cuda::kWays[(int)one.launch.way];
+      launch["cluster"] = one.launch.blocks, launch["threads"] = one.launch.threads;
+      launch["shared"] = one.launch.shared, launch["grid"] = one.launch.grid;
+      all.append(launch);
+    }
+    return all;
+  });
   m.def("cuda_refusal", &cuda::refusal, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -79,34 +79,24 @@ inline __device__ uint32_t f16x2_of_floats(float first, float second) {
 
 // ---- clusters: blocks that run at the same time and reach each other's shared memory
 
-// All threads of all blocks of the cluster arrive before any thread leaves, and then see what all threads wrote to
-// shared memory. In a cluster of one block this is __syncthreads.
+// Waits until all threads of all blocks of the cluster have come. Blocks see each other's initialised barriers after
+// that, and no other memory. In a cluster of one block this is __syncthreads.
 inline __device__ void cluster_sync(int blocks) {
 #if defined(KDK_HOPPER)
   if (blocks > 1) {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
     return;
   }
 #endif
   __syncthreads();
 }
 
-// The address in block `rank`'s shared memory that corresponds to `mine` in this block's.
-template <class T> inline __device__ const T* map_shared_rank(const T* mine, int rank) {
-#if defined(KDK_HOPPER)
-  uint64_t theirs;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(theirs) : "l"(mine), "r"(rank));
-  return (const T*)theirs;
-#else
-  return mine;
-#endif
-}
-
-// ---- bulk copies from global to shared memory, and the barrier in shared memory that counts the bytes
+// ---- copies that run on by themselves, and the barrier in shared memory that counts their bytes
 
 inline __device__ uint32_t shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
-// One thread calls this. The other threads may use the barrier after the next __syncthreads.
+// One thread calls this. The block's threads may use the barrier after the next __syncthreads, and the threads of its
+// cluster after the next cluster_sync.
 inline __device__ void bulk_barrier_init(uint64_t* barrier) {
 #if defined(KDK_HOPPER)
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
@@ -115,6 +105,7 @@ inline __device__ void bulk_barrier_init(uint64_t* barrier) {
 #endif
 }
 // Begins a phase of the barrier, for this many bytes. The thread that copies the bytes calls this before it copies.
+// Bytes that other blocks store may come before the call.
 inline __device__ void bulk_barrier_expect(uint64_t* barrier, uint32_t bytes) {
 #if defined(KDK_HOPPER)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(shared_address(barrier)), "r"(bytes)
@@ -145,6 +136,20 @@ inline __device__ void bulk_copy(void* shared, const void* global, uint32_t byte
                    shared_address(shared)),
                "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+#endif
+}
+
+// Stores 16 bytes to block `rank`'s shared memory, at the address that corresponds to `to` in this block's. They count at
+// the barrier there that corresponds to `barrier`. Only threads that have waited for that barrier may read them.
+inline __device__ void store_to_block(int rank, void* to, uint4 value, uint64_t* barrier) {
+#if defined(KDK_HOPPER)
+  uint32_t address, counter;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(to)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counter) : "r"(shared_address(barrier)), "r"(rank));
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w), "r"(counter)
+      : "memory");
 #endif
 }
 

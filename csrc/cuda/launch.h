@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "../calls/kernels.h"
 
@@ -71,12 +73,41 @@ struct Chip {
   }
 };
 
+// How a kernel reads its rows. staged: clusters copy rows to shared memory. halves: the same for logits of one 16-bit
+// dtype, as in most training, with fewer instructions. streaming: from global memory.
+enum class Way { halves, staged, streaming };
+constexpr const char* kWays[] = {"halves", "staged", "streaming"};
+
 struct Launch {
   int blocks;   // of a cluster
   int threads;  // of a block
   int shared;   // bytes of a block
   int grid;     // blocks of the launch
+  Way way = Way::streaming;
 };
+
+// The launches since a recording began, for reports: of every thread, since autograd has threads of its own.
+struct Recorded {
+  std::string kernel;
+  Launch launch;
+};
+struct Recording {
+  std::mutex mutex;
+  bool on = false;
+  std::vector<Recorded> launches;
+
+  void add(const char* kernel, const Launch& launch) {
+    std::lock_guard<std::mutex> lock(mutex);
+    if (on) launches.push_back({kernel, launch});
+  }
+  // Begins or ends a recording. Returns the launches of the one before.
+  std::vector<Recorded> turn(bool to) {
+    std::lock_guard<std::mutex> lock(mutex);
+    on = to;
+    return std::exchange(launches, {});
+  }
+};
+inline Recording recording;
 
 inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribute* cluster, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
@@ -99,6 +130,7 @@ void launch(Kernel kernel, const Launch& plan, const Execution& run, const Argum
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(plan, &cluster, (cudaStream_t)run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
+  recording.add(run.kernel, plan);
 }
 
 inline void require_room(bool has_room) {

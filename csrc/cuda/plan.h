@@ -1,9 +1,13 @@
 // How a call is launched: the way of its kernels, one of three, and the number of blocks in a cluster. The host makes
 // the plan from sizes alone.
 #pragma once
+#include <limits.h>
 #include <stdint.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
+#include <string>
 
 #include "../calls/rows.h"
 #include "groups.h"
@@ -13,17 +17,14 @@
 namespace kdk {
 namespace cuda {
 
-// staged: clusters copy rows to shared memory. halves: the same for logits of one 16-bit dtype, as in most training,
-// with fewer instructions. streaming: kernels read rows from global memory.
-enum class Way { halves, staged, streaming };
-// The largest number of threads of a block.
-constexpr int threads_of(Way way) { return way == Way::streaming ? kMaxThreads : 256; }
-// Blocks of a multiprocessor.
-constexpr int blocks_of(Way way) { return way == Way::halves ? 3 : way == Way::staged ? 2 : 1; }
+// The threads that a multiprocessor holds of a kernel: as many as the registers of its way allow.
+constexpr int threads_held(Way way) { return way == Way::halves ? 768 : 512; }
+// The threads of a block that shares its multiprocessor with another. A block alone may have kMaxThreads.
+constexpr int kThreadsOfTwo = 256;
 
 struct Plan : Launch {
-  Way way;
   int slice;  // columns of a block, a multiple of kGroup
+  int teams;  // of the launch
 };
 
 inline int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -63,9 +64,9 @@ struct Shape {
   bool halves;
 };
 
-// A plan for clusters of `blocks` blocks, without the number of clusters and without the shared memory of staged
-// logits.
-inline Plan cut(const Shape& shape, Way way, int blocks) {
+// A plan for clusters of `blocks` blocks, without the number of clusters. `threads`: of a block, 0 for as many as its
+// slice needs, at most `most`.
+inline Plan cut(const Shape& shape, Way way, int blocks, int most, int threads = 0) {
   const int64_t positions = shape.columns + (shape.aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
   Plan plan = {};
   plan.way = way;
@@ -73,13 +74,16 @@ inline Plan cut(const Shape& shape, Way way, int blocks) {
   plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
   // Around its loops a row costs a thread as much time as two groups inside. A thread that reads global memory should
   // still wait for few groups.
-  plan.threads = threads_for(plan.slice, way == Way::streaming ? 2 : 8, threads_of(way));
-  plan.shared = (int)(sizeof(Board) + round_up((int64_t)plan.slice * shape.column_bits, 128) / 8);
+  plan.threads = threads ? threads : threads_for(plan.slice, way == Way::streaming ? 2 : 8, most);
+  const int64_t staged = way == Way::streaming ? 0 : (int64_t)plan.slice * shape.column_bytes;
+  const int64_t shared = shared_with_board(plan.threads, blocks, staged + (int64_t)plan.slice * shape.column_bits / 8);
+  plan.shared = (int)(shared < INT_MAX ? shared : INT_MAX);
   return plan;
 }
 
 inline Plan with_teams(Plan plan, const Shape& shape, int64_t teams) {
-  plan.grid = (int)(teams < shape.rows ? teams : shape.rows) * plan.blocks;
+  plan.teams = (int)(teams < shape.rows ? teams : shape.rows);
+  plan.grid = plan.teams * plan.blocks;
   return plan;
 }
 
@@ -101,10 +105,8 @@ template <class KernelOf> Plan plan_staged(const Shape& shape, const Chip& chip,
   const Way way = shape.halves ? Way::halves : Way::staged;
   for (int occupancy : {2, 1, 0}) {
     for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
-      Plan plan = cut(shape, way, blocks);
-      const int64_t shared = plan.shared + (int64_t)plan.slice * shape.column_bytes;
-      if (shared > chip.shared_of(occupancy)) continue;
-      plan.shared = (int)shared;
+      const Plan plan = cut(shape, way, blocks, occupancy == 2 ? kThreadsOfTwo : kMaxThreads);
+      if (plan.shared > chip.shared_of(occupancy)) continue;
       const int teams = teams_at_once(kernel_of(way), plan, chip, device);
       if (teams > 0 && teams * blocks >= 0.75 * occupancy * chip.multiprocessors) return with_teams(plan, shape, teams);
     }
@@ -120,7 +122,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
   int64_t teams = 0;
   for (int blocks = 1; blocks <= 8; blocks *= 2) {
     if (blocks > 1 && !chip.clusters) break;
-    const Plan larger = cut(shape, Way::streaming, blocks);
+    const Plan larger = cut(shape, Way::streaming, blocks, kMaxThreads);
     if (larger.shared > chip.shared) continue;
     const int64_t at_once = teams_at_once(kernel_of(Way::streaming), larger, chip, device);
     if (at_once == 0) break;
@@ -131,8 +133,49 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
   return with_teams(plan, shape, limited_teams(teams, shape, chip, plan.blocks, fit));
 }
 
+// The plan that KDKERNELS_PLAN asks for, "way,blocks,threads" as in "staged,4,256", so that plans can be compared without
+// a rebuild. Read once.
+struct Forced {
+  std::string text;
+  Way way = Way::streaming;
+  int blocks = 0, threads = 0;  // blocks is 0 if nothing is asked for
+
+  explicit Forced(const char* value) : text(value ? value : "") {
+    if (text.empty()) return;
+    char name[16] = {}, more = 0;
+    const int read = std::sscanf(text.c_str(), "%15[a-z],%d,%d%c", name, &blocks, &threads, &more);
+    int found = 0;
+    while (found < 3 && std::string(name) != kWays[found]) ++found;
+    const bool powers = blocks > 0 && !(blocks & (blocks - 1)) && threads > 0 && !(threads & (threads - 1));
+    if (read != 3 || found == 3 || !powers || blocks > kMaxBlocks || threads < kWarp || threads > kMaxThreads)
+      fail("expected WAY,BLOCKS,THREADS: halves, staged or streaming; the blocks of a cluster, a power of 2 up to 16; "
+           "the threads of a block, a power of 2 from 32 to 512");
+    way = (Way)found;
+  }
+  [[noreturn]] void fail(const std::string& why) const { throw std::runtime_error("KDKERNELS_PLAN=" + text + ": " + why); }
+};
+inline const Forced& forced_plan() {
+  static const Forced forced(std::getenv("KDKERNELS_PLAN"));
+  return forced;
+}
+
+template <class KernelOf>
+Plan plan_forced(const Forced& forced, const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
+  if (forced.way == Way::halves && !shape.halves) forced.fail("the logits of this call are not of one 16-bit dtype");
+  if ((forced.way != Way::streaming || forced.blocks > 1) && !chip.clusters)
+    forced.fail("these kernels have no clusters and no bulk copies on this device");
+  const Plan plan = cut(shape, forced.way, forced.blocks, kMaxThreads, forced.threads);
+  const int64_t teams = plan.shared > chip.shared ? 0 : teams_at_once(kernel_of(forced.way), plan, chip, device);
+  if (teams == 0)
+    forced.fail("the device has no room for a cluster: a block takes " + std::to_string(plan.shared) +
+                " bytes of shared memory, and may have " + std::to_string(chip.shared));
+  const bool streams = forced.way == Way::streaming;
+  return with_teams(plan, shape, streams ? limited_teams(teams, shape, chip, plan.blocks, rows_in_cache(shape, chip)) : teams);
+}
+
 // kernel_of(way) returns the kernel of a way.
 template <class KernelOf> Plan plan(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
+  if (const Forced& forced = forced_plan(); forced.blocks) return plan_forced(forced, shape, chip, device, kernel_of);
   if (chip.clusters && shape.sweeps > 1) {
     const Plan staged = plan_staged(shape, chip, device, kernel_of);
     if (staged.blocks) return staged;
@@ -142,4 +185,3 @@ template <class KernelOf> Plan plan(const Shape& shape, const Chip& chip, int de
 
 }  // namespace cuda
 }  // namespace kdk
-

@@ -132,7 +132,7 @@ struct Staging {
 
   __device__ Staging(Dtype student_dtype, const Plan& plan, Board& board)
       : board(board),
-        student((char*)(&board + 1)),
+        student(board.data()),
         teacher(student + plan.slice * bytes_of(student_dtype)),
         parity(0) {
     if (threadIdx.x == 0) bulk_barrier_init(&board.arrived);

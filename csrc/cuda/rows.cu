@@ -184,18 +184,17 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   const bool waits = call.options.gradient_needs_loss() && (call.sweeps & kGradient);
   const bool knows = slope_sum_of<D> != SlopeSum::swept && (call.sweeps & kFloats) && !waits;
 
-  // The gradient may overwrite the logits, and any block of the team may overwrite the label's logit. The thread loads
-  // the label's logit before the first merge, because no thread leaves the merge before all threads have come to it.
-  const bool labelled = call.options.labels && (call.sweeps & kSums) && team.first_thread();
+  // The gradient may overwrite the logits, and any block of the team may overwrite the label's logit. Each block stores
+  // the label's logit before the first merge, because no thread leaves the merge before all blocks have come to it.
+  const bool stores_label = call.options.labels && ((call.sweeps & kSums) || waits) && threadIdx.x == 0;
   float label_logit = 0;
-  if (labelled || (waits && call.options.labels))
-    label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
+  if (stores_label) label_logit = load_logit(row_start(call.student, call, row), call.student.dtype, numbers.label);
 
   float floats[kRowFloats];  // student_max, student_log_sum, teacher_max, teacher_log_sum, unit_log_sum
   float log_ratio = 0;       // E_q[lq - lp]
   if (call.sweeps & kFloats) {
     const Floats mine = floats_of<D, way>(student, teacher, at);
-    if (labelled) team.board.label_logit = label_logit;
+    if (stores_label) team.board.label_logit = label_logit;
     Floats x = team.merged(mine, at);
     // A row of -inf alone has no distribution. Its log sum is NaN, as in log_softmax.
     floats[0] = x.student_max, floats[1] = x.student_sum == 0 ? NAN : logf(x.student_sum);
@@ -205,7 +204,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     if (team.first_thread()) write_column(call.floats, call, row, floats, kRowFloats);
   } else {
     for (int i = 0; i < kRowFloats; ++i) floats[i] = load((const float*)call.floats + i * call.rows + row);
-    if (labelled) team.board.label_logit = label_logit;
+    if (stores_label) team.board.label_logit = label_logit;
   }
   if (!(call.sweeps & (kSums | kGradient))) return;
 
@@ -254,7 +253,9 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     if (team.first_thread()) {
       const float values[kRowSums] = {sums.phi, sums.psi, shift < INFINITY ? shift : INFINITY};
       write_column(call.sums, call, row, values, kRowSums);
-      const Outcome outcome = {call, row, numbers, student_norm, teacher_norm, floats[4], team.board.label_logit};
+      // Read again, from the first-level cache, so that the sweeps keep fewer numbers in registers.
+      const RowTerms again(call, row);
+      const Outcome outcome = {call, row, again, student_norm, teacher_norm, floats[4], team.board.label_logit};
       if (call.loss) outcome.write_loss(sums.phi);
       if (call.statistics) outcome.write_statistics(sums.phi, statistics);
     }
@@ -266,8 +267,12 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
     shift = load((const float*)call.sums + 2 * call.rows + row);
   }
   if (!(call.sweeps & kGradient)) return;
-  if (waits)
+  if (waits) {
+    __syncthreads();  // the label's logit is stored
+    if (call.options.labels) label_logit = team.board.label_logit;
     gradient.set(numbers.factors(call.options, at.inverse_temperature, phi, floats[4] + (floats[0] - label_logit)));
+    __syncthreads();  // the next row's label comes after all threads have read this one's
+  }
   if (!at_once && !(shift < INFINITY))
     write_gradient<D, way>(divergence, student, teacher, student_norm, teacher_norm, gradient);
   fill_gradient(call, team, row, call.columns, 0);
@@ -276,13 +281,13 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
 // ---- the kernels
 
 template <class D, Way way>
-__global__ void __launch_bounds__(threads_of(way), blocks_of(way))
+__global__ void __launch_bounds__(threads_held(way))
     rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (way != Way::streaming) return;  // no plan has this way on these chips
 #endif
-  Team team(plan.blocks);
-  const int64_t teams = gridDim.x / plan.blocks;
+  Team team(plan);
+  const int64_t teams = plan.teams;
   auto each_row = [&](auto sweep) {
     for (int64_t row = blockIdx.x / plan.blocks; row < call.rows; row += teams) {
       const RowTerms numbers(call, row);
@@ -314,7 +319,6 @@ __global__ void __launch_bounds__(threads_of(way), blocks_of(way))
       __syncthreads();  // all threads have read the staged row
     });
   }
-  if (team.blocks > 1) cluster_sync(team.blocks);  // no block leaves while another may read its shared memory
 }
 
 __global__ void __launch_bounds__(kMaxThreads)

@@ -67,10 +67,12 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
   const float inverse_temperature = 1 / numbers.temperature;
   const CloseRow slices = {cut.slice(cut.student, call.student.dtype), cut.slice(cut.teacher, call.teacher.dtype),
                            {floats[0], floats[1], inverse_temperature}, {floats[2], floats[3], inverse_temperature}};
-  // The gradient may overwrite the label's logit, but only after a merge.
-  const float label_logit =
-      call.options.labels ? load_logit(cut.student, call.student.dtype, numbers.label) : 0;
-  const Outcome outcome = {call, row, numbers, slices.student_norm, slices.teacher_norm, floats[4], label_logit};
+  // The gradient may overwrite the label's logit, but only after all blocks have come to the first merge.
+  if (call.options.labels && threadIdx.x == 0)
+    team.board.label_logit = load_logit(cut.student, call.student.dtype, numbers.label);
+  __syncthreads();
+  const Outcome outcome = {call, row, numbers, slices.student_norm, slices.teacher_norm, floats[4],
+                           team.board.label_logit};
 
   if (call.sweeps & kSums) {
     bool again = false;
@@ -109,8 +111,8 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
 // One block on a multiprocessor is enough: without that number, the compiler spills registers on sm_100.
 __global__ void __launch_bounds__(kMaxThreads, 1)
     close_rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
-  Team team(plan.blocks);
-  const int64_t teams = gridDim.x / plan.blocks;
+  Team team(plan);
+  const int64_t teams = plan.teams;
   const int lane = threadIdx.x % kWarp;
   // A team looks for close rows among 32 of its rows at a time: most calls have none.
   for (int64_t first = blockIdx.x / plan.blocks; first < call.rows; first += kWarp * teams) {
@@ -124,9 +126,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const RowTerms numbers(call, row);
       const RowCut cut(call, plan, team, row);
       sweep_close_row(call, team, row, numbers, cut);
+      __syncthreads();  // all threads have read the label's logit
     }
   }
-  if (const int blocks = plan.blocks; blocks > 1) cluster_sync(blocks);  // as in rows_kernel
 }
 
 }  // namespace cuda

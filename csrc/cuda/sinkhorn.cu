@@ -403,9 +403,9 @@ inline __device__ Facts read_problem(const SinkhornCall& call, int64_t problem, 
 template <InShared in_shared>
 __global__ void __launch_bounds__(kMaxThreads)
     sinkhorn_kernel(const __grid_constant__ SinkhornCall call, const __grid_constant__ SinkhornPlan plan) {
-  Team team(1);
+  Team team(plan);
   const int n = (int)call.n, m = (int)call.m;
-  char* memory = (char*)(&team.board + 1);
+  char* memory = team.board.data();
   void* const parts = memory;
   float* vectors = (float*)memory + 2 * (blockDim.x > m ? (int)blockDim.x : m);
   const Points rows(vectors, n), columns(vectors + Points::kVectors * n, m);
@@ -451,21 +451,21 @@ SinkhornPlan plan_sinkhorn(const SinkhornCall& call) {
   plan.threads = kWarp;
   while (plan.threads < kMaxThreads && n * m > 16 * plan.threads) plan.threads *= 2;
   const int64_t floats = Points::kVectors * (n + m) + 2 * (plan.threads > m ? plan.threads : m);
-  const int64_t vectors = (int64_t)sizeof(Board) + floats * (int64_t)sizeof(float);
-  if (vectors > chip.shared)
+  auto bytes_with = [&](int64_t more) { return shared_with_board(plan.threads, 1, (floats + more) * sizeof(float)); };
+  if (bytes_with(0) > chip.shared)
     throw std::runtime_error("sinkhorn: problems of " + std::to_string(n) + " and " + std::to_string(m) +
-                             " points take " + std::to_string(vectors) + " bytes of shared memory beside their " +
+                             " points take " + std::to_string(bytes_with(0)) + " bytes of shared memory beside their " +
                              "costs, and a block of this device may have " + std::to_string(chip.shared) +
                              "; the backend reference takes any number");
   const int64_t matrix = n * m, history = call.unrolled ? History<InShared::nothing>::floats(n, m, call.iterations) : 0;
-  auto fits = [&](int64_t more) { return vectors + more * (int64_t)sizeof(float) <= chip.shared; };
+  auto fits = [&](int64_t more) { return bytes_with(more) <= chip.shared; };
   plan.in_shared = fits(matrix + history) ? InShared::matrix_and_history
                    : fits(matrix)         ? InShared::matrix
                                           : InShared::nothing;
   const int64_t shared = plan.in_shared == InShared::nothing  ? 0
                          : plan.in_shared == InShared::matrix ? matrix
                                                               : matrix + history;
-  plan.shared = (int)(vectors + shared * (int64_t)sizeof(float));
+  plan.shared = (int)bytes_with(shared);
   plan.workspace = matrix + history - shared;
   const int64_t at_once = teams_at_once(sinkhorn_kernel_of(plan.in_shared), plan, chip, device);
   require_room(at_once > 0);

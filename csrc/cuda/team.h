@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "device.h"
+#include "launch.h"
 
 namespace kdk {
 namespace cuda {
@@ -52,6 +53,7 @@ inline __device__ float warp_max(float x) {
   return x;
 }
 
+// A partial result, or the merge of some. Eight words are enough for each X.
 struct alignas(16) Slot {
   uint32_t words[8];
 
@@ -67,46 +69,91 @@ struct alignas(16) Slot {
   }
 };
 
-// The header of a block's shared memory. A kernel's own data follows it.
-struct alignas(128) Board {
-  Slot of_warp[kMaxThreads / kWarp];
-  Slot of_block[2];   // read by the other blocks; they alternate, so that a fast block overwrites nothing
+// The head of a block's shared memory. A kernel's own data follows it. At the end stand a slot for each warp and, in a
+// cluster, two slots for each of its blocks.
+struct alignas(16) Board {
   Slot of_team;
   uint64_t arrived;   // barrier for bulk copies
-  float label_logit;  // of the student; stored by the first thread for itself, which frees a register in the sweeps
+  uint64_t met[2];    // barriers for the partial results of the cluster's blocks
+  int merges;         // of the cluster, so far
+  float label_logit;  // of the student; stored by the first thread. Both free a register in the sweeps.
+
+  __device__ char* data() { return (char*)(this + 1); }
 };
+inline __host__ __device__ int bytes_of_slots(int threads, int blocks) {
+  return (threads / kWarp + (blocks > 1 ? 2 * blocks : 0)) * (int)sizeof(Slot);
+}
+// The shared memory of a block with so many bytes of data.
+inline int64_t shared_with_board(int threads, int blocks, int64_t data) {
+  return sizeof(Board) + (data + 15) / 16 * 16 + bytes_of_slots(threads, blocks);
+}
 
 struct Team {
   Board& board;
+  const Launch& launch;
   const int blocks, rank;
-  int turn;
 
-  __device__ Team(int blocks) : board(*(Board*)shared_memory()), blocks(blocks), rank(blockIdx.x % blocks), turn(0) {}
+  // All threads of the team call this.
+  __device__ Team(const Launch& launch)
+      : board(*(Board*)shared_memory()),
+        launch(launch),
+        blocks(launch.blocks),
+        rank(blockIdx.x % launch.blocks) {
+    if (blocks == 1) return;
+    if (threadIdx.x == 0) {
+      board.merges = 0;
+      for (uint64_t& barrier : board.met) bulk_barrier_init(&barrier);
+    }
+    cluster_sync(blocks);
+  }
 
   __device__ bool first_thread() const { return rank == 0 && threadIdx.x == 0; }
+
+  __device__ Slot* slots_of_warps() const {
+    return (Slot*)(shared_memory() + launch.shared - bytes_of_slots(launch.threads, blocks));
+  }
 
   // Returns, in every thread, the merge of every thread's x. An X is a struct of floats and ints with merge(other) and
   // with none(), the neutral element. It may have share(options), which moves x to a base that the whole warp shares.
   template <class X, class... Options> __device__ X merged(const X& mine, const Options&... options) {
-    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = launch.threads / kWarp;
     X x = merged_in_warp(mine, options...);
-    if (lane == 0) board.of_warp[warp].put(x);
+    if (lane == 0) slots_of_warps()[warp].put(x);
     __syncthreads();
-    Slot& whole = blocks == 1 ? board.of_team : board.of_block[turn];
     if (warp == 0) {
-      x = merged_in_warp(lane < warps ? board.of_warp[lane].get<X>() : X::none(), options...);
-      if (lane == 0) whole.put(x);
-    }
-    if (blocks > 1) {
-      cluster_sync(blocks);
-      if (warp == 0) {
-        x = merged_in_warp(lane < blocks ? map_shared_rank(&whole, lane)->get<X>() : X::none(), options...);
-        if (lane == 0) board.of_team.put(x);
+      x = merged_in_warp(lane < warps ? slots_of_warps()[lane].get<X>() : X::none(), options...);
+      if (blocks > 1) {
+        const Slot* of_blocks = exchanged(x);
+        x = merged_in_warp(lane < blocks ? of_blocks[lane].get<X>() : X::none(), options...);
       }
-      turn ^= 1;
+      if (lane == 0) board.of_team.put(x);
     }
     __syncthreads();
     return board.of_team.get<X>();
+  }
+
+  // The first warp sends its first lane's x to every block of the cluster. Returns the slots of all blocks, which are
+  // complete. Slots and barriers alternate: a fast block may send its next x before this block has all of these, but
+  // not the one after, which waits for this block's next x.
+  template <class X> __device__ const Slot* exchanged(const X& x) {
+    constexpr int kParts = (sizeof(X) + 15) / 16;
+    const int lane = threadIdx.x, merges = board.merges, turn = merges % 2, parity = merges / 2 % 2;
+    Slot* slots = slots_of_warps() + launch.threads / kWarp + turn * blocks;
+    uint64_t* barrier = &board.met[turn];
+
+    const Words<X> from(x);
+    uint32_t words[4 * kParts] = {};
+    for (int i = 0; i < from.count; ++i) words[i] = __shfl_sync(0xffffffffu, from.words[i], 0);
+    if (lane == 0) {
+      board.merges = merges + 1;  // after the shuffles, so that every lane has read the number
+      bulk_barrier_expect(barrier, blocks * kParts * 16);
+    }
+    if (lane < blocks)
+      for (int i = 0; i < kParts; ++i)
+        store_to_block(lane, slots[rank].words + 4 * i,
+                       make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]), barrier);
+    bulk_barrier_wait(barrier, parity);
+    return slots;
   }
 };
 

@@ -249,7 +249,7 @@ inline __device__ Mass collect(const LogitRow& row, uint64_t word, const Collect
 inline __device__ void topk_of_row(const TopkCall& call, const TopkPlan& plan, Team& team, int64_t row,
                                    float temperature) {
   const int k = (int)call.k;
-  int* count = (int*)(shared_memory() + sizeof(Board));
+  int* count = (int*)team.board.data();
   const Collection found = {(uint64_t*)(count + 2), call.indices + row * k, (float*)call.log_probs + row * k,
                             k <= plan.room, plan.words};
   const int room = found.in_shared ? plan.room : k;
@@ -301,7 +301,7 @@ inline __device__ void topk_of_row(const TopkCall& call, const TopkPlan& plan, T
 
 __global__ void __launch_bounds__(kThreadsOfRow, 2)
     topk_kernel(const __grid_constant__ TopkCall call, const __grid_constant__ TopkPlan plan) {
-  Team team(1);
+  Team team(plan);
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
     const float scale = per_row(call.row_scale, row), temperature = per_row(call.temperature, row);
     if (scale != 0 && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY) {
@@ -335,9 +335,9 @@ TopkPlan plan_topk(const TopkCall& call, const Chip& chip) {
   if (plan.maxima > kMaximaOfThread) plan.maxima = 0;
   plan.room = 512;
   while (plan.room < 2 * call.k && plan.room < 4096) plan.room *= 2;
-  const int around = sizeof(Board) + sizeof(uint64_t);
-  while (plan.room > 1 && around + plan.room * (int)sizeof(uint64_t) > chip.shared) plan.room /= 2;
-  plan.shared = around + plan.room * (int)sizeof(uint64_t);
+  auto shared = [&] { return shared_with_board(plan.threads, 1, (1 + plan.room) * (int64_t)sizeof(uint64_t)); };
+  while (plan.room > 1 && shared() > chip.shared) plan.room /= 2;
+  plan.shared = (int)shared();
   const int64_t at_once = teams_at_once(topk_kernel, plan, chip, call.run.device);
   require_room(at_once > 0);
   const int64_t teams = limited_teams(at_once, shape, chip, 1, rows_in_cache(shape, chip));

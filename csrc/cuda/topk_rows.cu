@@ -236,13 +236,11 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   const bool labelled = wants_label(call), unit = call.options.hard_weight.data || labelled;
   const Tempering at(numbers.temperature, unit);
   const float* log_probs = (const float*)call.log_probs + row * call.entries;
-  // The gradient may overwrite the logits. The thread loads the label's logit before the first merge, because no thread
-  // leaves the merge before all threads have come to it.
-  if (labelled && team.first_thread()) team.board.label_logit = load_logit(logits, dtype, numbers.label);
+  // The gradient may overwrite the logits. Each block stores the label's logit before the first merge, because no thread
+  // leaves the merge before all blocks have come to it.
+  if (labelled && threadIdx.x == 0) team.board.label_logit = load_logit(logits, dtype, numbers.label);
   // Whether the factors of the gradient wait for the loss.
   const bool waits = call.options.gradient_needs_loss() && call.gradient;
-  float label_logit = 0;
-  if (labelled && waits) label_logit = load_logit(logits, dtype, numbers.label);
 
   Masses mine = Masses::none();
   if (wants_others(call)) mine.others = mass_of_others<way>(student, names, at);
@@ -314,8 +312,8 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   TopkGradient gradient;
   gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
   gradient.dtype = dtype;
-  const Factors factors = waits ? numbers.factors(call.options, at.inverse_temperature, sums.phi,
-                                                  unit_log_sum + (max - label_logit))
+  const float cross_entropy = labelled ? unit_log_sum + (max - team.board.label_logit) : 0;
+  const Factors factors = waits ? numbers.factors(call.options, at.inverse_temperature, sums.phi, cross_entropy)
                                 : numbers.factors(call.options, at.inverse_temperature);
   gradient.soft = factors.soft, gradient.hard = factors.hard;
   // An infinite slope makes the whole row's gradient NaN.
@@ -345,16 +343,16 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
 // Without a gradient a streaming kernel reads a row once, from memory. Two blocks share a multiprocessor, so that they
 // wait for memory together.
 template <Way way>
-__global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : blocks_of(way))
+__global__ void __launch_bounds__(way == Way::streaming ? 2 * kMaxThreads : threads_held(way))
     topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (way != Way::streaming) return;  // no plan has this way on these chips
 #endif
-  Team team(plan.blocks);
+  Team team(plan);
   const Dtype dtype = call.student.dtype;
-  const int64_t teams = gridDim.x / plan.blocks;
+  const int64_t teams = plan.teams;
   const int staged_bytes = way == Way::streaming ? 0 : plan.slice * bytes_of(dtype);
-  Names names(shared_memory() + sizeof(Board) + staged_bytes, plan);
+  Names names(team.board.data() + staged_bytes, plan);
   auto cut_of = [&](const char* logits) {
     return Cut(call.columns, shift_of(logits, dtype, logits, dtype), plan, team);
   };
@@ -391,7 +389,6 @@ __global__ void __launch_bounds__(threads_of(way), way == Way::streaming ? 2 : b
       bulk_fence();
     });
   }
-  if (plan.blocks > 1) cluster_sync(plan.blocks);  // no block leaves while another may read its shared memory
 }
 
 // ---- the host

@@ -156,9 +156,10 @@ inline __device__ void sweep_row(const RankedUldCall& call, Team& team, int* of_
   fill(call, row, call.student_columns, call.gradient_columns, 0);
 }
 
-__global__ void __launch_bounds__(kUldThreads, 2) uld_kernel(const __grid_constant__ RankedUldCall call) {
-  Team team(1);
-  int* of_warp = (int*)(shared_memory() + sizeof(Board));
+__global__ void __launch_bounds__(kUldThreads, 2) uld_kernel(
+    const __grid_constant__ RankedUldCall call, const __grid_constant__ Launch launch) {
+  Team team(launch);
+  int* of_warp = (int*)team.board.data();
   for (int64_t row = blockIdx.x; row < call.rows; row += gridDim.x) {
     const float scale = per_row(call.row_scale, row), temperature = per_row(call.temperature, row);
     if (scale != 0 && temperature > 0 && temperature < INFINITY && 1 / temperature < INFINITY) {
@@ -178,11 +179,11 @@ void ranked_uld(const RankedUldCall& call) {
   if (call.rows == 0) return;
   const int device = call.run.device;
   OnDevice guard(device);
-  Launch planned = {1, kUldThreads, (int)(sizeof(Board) + kUldWarps * sizeof(int)), 0};
+  Launch planned = {1, kUldThreads, (int)shared_with_board(kUldThreads, 1, kUldWarps * sizeof(int)), 0};
   const int64_t teams = teams_at_once(uld_kernel, planned, Chip(device, uld_kernel), device);
   require_room(teams > 0);
   planned.grid = (int)(teams < call.rows ? teams : call.rows);
-  launch(uld_kernel, planned, call.run, call);
+  launch(uld_kernel, planned, call.run, call, planned);
 }
 
 int64_t ranked_uld_bytes(const RankedUldCall&) { return 0; }

@@ -222,8 +222,9 @@ template <class T> const T* map_shared_rank(const T* mine, int rank) {
 }
 
 inline void bulk_barrier_init(uint64_t* barrier) {
-  if (model::find_bulk_barrier(barrier)) model::fail("initialises a bulk barrier twice");
-  auto& known = model::machine.current->block->bulk_barriers;
+  model::Block& block = *model::machine.current->block;
+  if (model::find_bulk_barrier(barrier, block)) model::fail("initialises a bulk barrier twice");
+  auto& known = block.bulk_barriers;
   *barrier = model::kBulkBarrier + known.size();
   known.emplace_back();
 }
@@ -231,7 +232,8 @@ inline void bulk_barrier_expect(uint64_t* barrier, uint32_t bytes) {
   model::BulkBarrier& it = model::bulk_barrier(barrier);
   if (it.expecting) model::fail("expects bytes at a bulk barrier whose phase has not ended");
   it.expecting = true;
-  it.to_issue = it.to_arrive = bytes;
+  it.to_issue = bytes;
+  it.to_arrive += bytes;  // bytes that other blocks store may have come before
   model::end_phase_if_complete(it);
 }
 inline void bulk_barrier_wait(uint64_t* barrier, uint32_t parity, model::Place place = {}) {
@@ -250,7 +252,17 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   if (bytes > it.to_issue) model::fail("copies more bytes than the bulk barrier expects");
   it.to_issue -= bytes;
   memset(shared, 0xff, bytes);
-  model::machine.copies.push_back({model::machine.current->block, (char*)shared, (const char*)global, bytes, &it});
+  model::machine.copies.push_back({model::machine.current->block, (char*)shared, (const char*)global, bytes, &it, {}});
+}
+inline void store_to_block(int rank, void* to, uint4 value, uint64_t* barrier) {
+  if (rank < 0 || rank >= model::machine.cluster) model::fail("stores to block " + std::to_string(rank));
+  const size_t offset = model::shared_offset(to, 16, 16, "the destination of a store to another block");
+  model::Block& block = model::machine.blocks[rank];
+  if (block.ended) model::fail("stores to the shared memory of a block that has ended");
+  model::BulkCopy copy = {&block, block.shared + offset, nullptr, 16, &model::bulk_barrier(barrier, block), {}};
+  memcpy(copy.value, &value, 16);
+  memset(copy.to, 0xff, 16);
+  model::machine.copies.push_back(copy);
 }
 inline void bulk_fence() {}
 inline void bulk_prefetch(const void* global, uint32_t bytes) {

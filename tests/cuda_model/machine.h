@@ -119,12 +119,14 @@ struct Block {
   std::deque<BulkBarrier> bulk_barriers;
 };
 
+// A copy under way: from global memory; or, if `from` is null, of a value that another block's thread stores.
 struct BulkCopy {
   Block* block;
   char* to;
   const char* from;
   uint32_t bytes;
   BulkBarrier* barrier;
+  char value[16];
 };
 
 // The set of runnable priorities: one bit a priority in `words`, and one bit in `summary` for each word that is not 0.

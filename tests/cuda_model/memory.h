@@ -18,15 +18,16 @@ inline size_t shared_offset(const void* address, size_t bytes, size_t alignment,
   return offset;
 }
 
-// The state of a barrier, or null if the word is no barrier.
-inline BulkBarrier* find_bulk_barrier(const uint64_t* word) {
+// The state of the barrier at this place of a block's shared memory, or null if the word is no barrier. `word` is in the
+// shared memory of the running thread's block.
+inline BulkBarrier* find_bulk_barrier(const uint64_t* word, Block& block) {
   if (machine.devices[machine.current_device].major < 9) fail("uses a bulk barrier, which came with sm_90");
-  shared_offset(word, 8, 8, "uses a bulk barrier that");
-  auto& known = machine.current->block->bulk_barriers;
-  return *word - kBulkBarrier < known.size() ? &known[*word - kBulkBarrier] : nullptr;
+  const size_t offset = shared_offset(word, 8, 8, "uses a bulk barrier that");
+  const uint64_t index = *(const uint64_t*)(block.shared + offset) - kBulkBarrier;
+  return index < block.bulk_barriers.size() ? &block.bulk_barriers[index] : nullptr;
 }
-inline BulkBarrier& bulk_barrier(const uint64_t* word) {
-  BulkBarrier* barrier = find_bulk_barrier(word);
+inline BulkBarrier& bulk_barrier(const uint64_t* word, Block& block = *machine.current->block) {
+  BulkBarrier* barrier = find_bulk_barrier(word, block);
   if (!barrier) fail("uses a bulk barrier that is not initialised yet, or was overwritten");
   return *barrier;
 }
@@ -44,7 +45,8 @@ inline void end_copy() {
   std::swap(machine.copies[random_below((int)machine.copies.size())], machine.copies.back());
   BulkCopy copy = machine.copies.back();
   machine.copies.pop_back();
-  memcpy(copy.to, copy.from, copy.bytes);
+  if (copy.block->ended == block_threads()) fail("lets a copy arrive in the shared memory of a block that has ended");
+  memcpy(copy.to, copy.from ? copy.from : copy.value, copy.bytes);
   copy.barrier->to_arrive -= copy.bytes;
   end_phase_if_complete(*copy.barrier);
 }
