@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from rows import add_peers, eager_loss, trl_loss
 from timing import ratio
 
 from kdkernels import LinearLogits, fused_kl
-from kdkernels.families.linear import current_budget
+from kdkernels.families import linear as chunks
 
 CASE, IN_TURN, MEMORY = "heads", "heads: each after another", "heads: memory"
 ERRORS = "heads: errors against fp64 from the hidden states, in norm"
@@ -37,9 +38,9 @@ class Plan:
     rows: int
     width: int
     vocabulary: int
-    chunk_rows: int  # the rows of a chunk under the default budget
     checked_rows: int
     rounds: int
+    chunk_rows: int | None = None  # of the products; None: as many as the loss takes
     real: bool = False  # hidden states and heads of a language model, where its packages are installed
     slow: tuple[str, ...] = ()  # contenders that are timed once, on `slow_rows`
     slow_rows: int = 1024
@@ -58,7 +59,6 @@ CPU = Plan(
     rows=4096,
     width=576,  # SmolLM2-135M
     vocabulary=49_152,
-    chunk_rows=1024,
     checked_rows=1024,
     rounds=3,
     real=True,
@@ -74,7 +74,6 @@ GPU = Plan(
     rows=8192,
     width=4096,  # Llama 3 8B
     vocabulary=128_256,
-    chunk_rows=448,
     checked_rows=512,
     rounds=20,
     memory_rows=(1024, 4096, 16_384, 32_768),
@@ -166,6 +165,16 @@ def problem(shape: Shape, device: str) -> Problem:
     return Problem(*synthetic_heads(shape.rows, shape.width, shape.classes, device=device))
 
 
+def chunk_rows(problem: Problem) -> int:
+    """The rows of the loss's chunks, whose buffers are the logits and the hidden states of both sides in bf16."""
+    hidden, weight = problem.student.hidden, problem.student.weight
+    device = hidden.device
+    slab = 0 if device.type == "cuda" else min(chunks._SLAB, weight.nbytes)
+    buffers = SimpleNamespace(row_bytes=2 * 2 * (len(weight) + hidden.shape[1]), fixed_bytes=slab)
+    chunking = chunks.Chunking(None, None, 0, chunks.current_budget(device), False)
+    return chunks._chunk_size(len(hidden), chunking, [buffers], device)
+
+
 def products(problem: Problem, chunk_rows: int) -> Callable[[], None]:
     """The four matrix products of each chunk and nothing else, into memory that exists already."""
     student, (teacher,) = problem.student.detach(), problem.others
@@ -250,7 +259,7 @@ def time_heads(benchmark, plan: Plan, kl: Family, heads, slow: dict[str, Loss]) 
 
 def time_rows(benchmark, case: str, plan: Plan, kl: Family, problem: Problem, rounds: int) -> dict[str, list[float]]:
     """Seconds of every contender that runs, and of the products. A contender that raises goes to `kl.skipped`."""
-    steps, shape = {PRODUCTS: products(problem, plan.chunk_rows)}, problem.shape
+    steps, shape = {PRODUCTS: products(problem, plan.chunk_rows or chunk_rows(problem))}, problem.shape
     for name, loss in kl.losses.items():
         problem.drop_gradients()
         try:
@@ -287,11 +296,13 @@ def measure_memory(benchmark, plan: Plan, kl: Family) -> None:
     wanted = [pair for pair in timed if pair[0] != PRODUCTS]
     wanted += [(OURS, rows) for rows in plan.memory_rows] + [(EAGER, rows) for rows in plan.eager_memory_rows]
     wanted = [(name, plan.shape(rows)) for name, rows in wanted]
-    if parts := weigh(benchmark, kl, MEMORY, wanted, allowed=allowed_bytes):
+    if parts := weigh(
+        benchmark, kl, MEMORY, wanted, allowed=partial(allowed_bytes, device=torch.device(benchmark.device))
+    ):
         what = "kl from hidden states, any number of rows: peak memory over dWeight in fp32 + dHidden + chunk budget"
         benchmark.target(what, max(parts), 1.0)
 
 
-def allowed_bytes(shape: Shape) -> int:
+def allowed_bytes(shape: Shape, device: torch.device) -> int:
     """The weight's gradient in fp32, the hidden states' gradient in bf16, and the chunks' budget."""
-    return 4 * shape.classes * shape.width + 2 * shape.rows * shape.width + current_budget()
+    return 4 * shape.classes * shape.width + 2 * shape.rows * shape.width + chunks.current_budget(device)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,13 +265,14 @@ def test_the_products_are_those_of_the_loss():
     assert counted.get_total_flops() == 4 * 2 * 40 * 8 * 20
 
 
-@pytest.mark.parametrize("plan", [linear.CPU, linear.CPU_QUICK, linear.GPU], ids=["cpu", "cpu quick", "gpu"])
-def test_the_products_have_the_chunks_of_the_loss(plan):
-    row_bytes = 2 * 2 * (plan.vocabulary + plan.width)  # student's and teacher's logits and hidden states in bf16
-    slab = 0 if plan is linear.GPU else chunks._SLAB
-    chunking = chunks.Chunking(None, None, 0, chunks.current_budget(), False)
-    buffers = SimpleNamespace(fixed_bytes=slab, row_bytes=row_bytes)
-    assert plan.chunk_rows == chunks._chunk_size(plan.rows, chunking, [buffers])
+def test_the_products_have_the_chunks_of_the_loss(monkeypatch):
+    sizes, allocate = [], chunks._HeadLogits.allocate
+    monkeypatch.setattr(chunks._HeadLogits, "allocate", lambda x, n, **o: (sizes.append(n), allocate(x, n, **o))[1])
+    problem = linear.problem(family.Shape(900, 1000, "bfloat16", 24), "cpu")
+    with kdkernels.chunk_budget(2 << 20):
+        problem.step(kdkernels.fused_kl)()
+        assert sizes == [linear.chunk_rows(problem)] * 2
+    assert 64 <= sizes[0] < 900
 
 
 @pytest.mark.parametrize("fault", ["loss", "weight gradient", "raises"])

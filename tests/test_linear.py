@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from kdkernels.families import linear as chunks
 from kdkernels.families.linear import LogitsSource
 from kdkernels.families.options import RowOptions
 from kdkernels.losses.options import STATISTICS
+
+CPU = torch.device("cpu")
 
 KERNELS = ["cpu", "cuda", "triton"]
 EXAMPLES = {"cpu": 40, "cuda": 12, "triton": 4, "reference": 8}
@@ -443,12 +446,9 @@ def test_budget_decides_the_chunks(monkeypatch):
             assert rows_of()[0][0] == 1000
         assert rows_of()[0][0] < 300
     assert rows_of()[0][0] == 1000
-    before = chunks.current_budget()
-    try:
+    with chunk_budget(2**30):
         chunk_budget(64 * 4 * 2 * 300)  # as a setter
         assert rows_of()[0][0] < 300
-    finally:
-        chunk_budget(before)
 
 
 def test_a_budget_below_one_row_takes_one_and_warns():
@@ -565,13 +565,29 @@ def test_a_scale_that_changes_compiles(fresh_compiler):
         torch.testing.assert_close(compiled(student.hidden, student.weight, teacher, scale, cap), want)
 
 
+def test_a_gpu_has_a_larger_budget(monkeypatch):
+    """At least 1 GiB, 2 % of its memory, and rows in steps of a product's tile."""
+    device = torch.device("cuda", 1)
+    memory = {0: 16 << 30, 1: 140 << 30}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=memory[i]))
+    assert chunks.current_budget(device) == (140 << 30) // 50 > 1 << 30
+    assert chunks.current_budget(torch.device("cuda")) == 1 << 30
+    assert chunks.current_budget(CPU) == 256 << 20
+    with chunk_budget(7000):
+        assert chunks.current_budget(device) == 7000
+    chunking = chunks.Chunking(None, None, 0, 300, False)
+    sources = [SimpleNamespace(row_bytes=1, fixed_bytes=0)]
+    assert chunks._chunk_size(550, chunking, sources, CPU) == 192
+    assert chunks._chunk_size(550, chunking, sources, device) == 256
+
+
 def test_a_budget_object_serves_several_blocks():
     with chunk_budget(7000):
         budget = chunk_budget(5000)
         for _ in range(2):
             with budget:
-                assert chunks.current_budget() == 5000
-            assert chunks.current_budget() == 7000
+                assert chunks.current_budget(CPU) == 5000
+            assert chunks.current_budget(CPU) == 7000
 
 
 @each_backend
@@ -837,10 +853,10 @@ def test_bad_input_raises():
         (lambda: chunk_budget(2**63), ValueError, "from 1 byte"),
         (lambda: chunk_budget(1e9), TypeError, "expected an int"),
     ):  # fmt: skip
-        before = chunks.current_budget()
+        before = chunks.current_budget(CPU)
         with pytest.raises(error, match=expected):
             call()
-        assert chunks.current_budget() == before
+        assert chunks.current_budget(CPU) == before
         weight.requires_grad_(False), hidden.requires_grad_(False)
 
 

@@ -134,7 +134,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
 }
 
 // The plan that KDKERNELS_PLAN asks for, "way,blocks,threads" as in "staged,4,256", so that plans can be compared without
-// a rebuild. Read once.
+// a rebuild. Each call reads it.
 struct Forced {
   std::string text;
   Way way = Way::streaming;
@@ -154,10 +154,6 @@ struct Forced {
   }
   [[noreturn]] void fail(const std::string& why) const { throw std::runtime_error("KDKERNELS_PLAN=" + text + ": " + why); }
 };
-inline const Forced& forced_plan() {
-  static const Forced forced(std::getenv("KDKERNELS_PLAN"));
-  return forced;
-}
 
 template <class KernelOf>
 Plan plan_forced(const Forced& forced, const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
@@ -175,7 +171,8 @@ Plan plan_forced(const Forced& forced, const Shape& shape, const Chip& chip, int
 
 // kernel_of(way) returns the kernel of a way.
 template <class KernelOf> Plan plan(const Shape& shape, const Chip& chip, int device, KernelOf kernel_of) {
-  if (const Forced& forced = forced_plan(); forced.blocks) return plan_forced(forced, shape, chip, device, kernel_of);
+  if (const Forced forced(std::getenv("KDKERNELS_PLAN")); forced.blocks)
+    return plan_forced(forced, shape, chip, device, kernel_of);
   if (chip.clusters && shape.sweeps > 1) {
     const Plan staged = plan_staged(shape, chip, device, kernel_of);
     if (staged.blocks) return staged;

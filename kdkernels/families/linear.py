@@ -29,15 +29,17 @@ from . import topk
 from .options import RowOptions, at_one_stride, bad_values_raise, check_values, rows_of
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
-_budget = 256 << 20  # bytes of a chunk's buffers
+_budget = None  # bytes of a chunk's buffers; None: _default_budget
 _SLAB = 2 << 20  # bytes of a product that is added while it is in the cache
 _ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
-_ROUND = 64  # a chunk has a multiple of 64 rows, if the budget holds 64
 _HALVES = (torch.bfloat16, torch.float16)
 
 
 class chunk_budget:
-    """Sets the bytes that a call's chunk buffers may take if `chunk_rows` is None: 256 MiB unless set.
+    """Sets the bytes that a call's chunk buffers may take if `chunk_rows` is None.
+
+    Unless set, they are 256 MiB on a CPU; on a GPU 1 GiB, or 2 % of its memory if that is more. A GPU adds each chunk's
+    part to the weight's gradient in its memory, which takes longer than the chunk's products if a chunk has few rows.
 
     ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` sets it for a block.
     Raises TypeError for a value that is no int, ValueError below 1 and from 2**63 on.
@@ -62,8 +64,23 @@ class chunk_budget:
         _budget = self._before
 
 
-def current_budget() -> int:
-    return _budget
+def current_budget(device: torch.device) -> int:
+    if _budget is not None:
+        return _budget
+    return _default_budget_of_gpu(device.index or 0) if device.type == "cuda" else 256 << 20
+
+
+def _default_budget_of_gpu(index: int) -> int:
+    return max(1 << 30, torch.cuda.get_device_properties(index).total_memory // 50)
+
+
+# While a compiler traces a call, it runs this function and takes the answer as a constant.
+_default_budget_of_gpu._dynamo_marked_constant = True
+
+
+def _rows_per_step(device: torch.device) -> int:
+    """A chunk has a multiple of these rows, if the budget holds them: rows of a tile of the products."""
+    return 128 if device.type == "cuda" else 64
 
 
 def product_dtype(hidden: torch.dtype, weight: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
@@ -164,7 +181,7 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
         sources.append(logits_of(problem.teacher, NeedsGrad()))
     elif not teacher_is_entries:
         sources.append(_UniformTailLogits(kernels, entries, options, problem.vocab_size))
-    size = _chunk_size(count, chunking, sources)
+    size = _chunk_size(count, chunking, sources, row_scale.device)
     for x in sources:
         x.allocate(size, chunks=-(-count // size), all_rows_written=all_rows_written)
 
@@ -232,7 +249,7 @@ def logits_in_chunks(
         chunked = _HeadLogits(kernels, source, NeedsGrad(), vocab_size, chunking)
     chunked.row_bytes += own_bytes[0]
     chunked.fixed_bytes += own_bytes[1]
-    size = _chunk_size(count, chunking, [chunked])
+    size = _chunk_size(count, chunking, [chunked], row_scale.device)
     chunked.allocate(size, chunks=-(-count // size), all_rows_written=True)
     for chunk in _chunks(count, size, kept_rows):
         yield chunk, chunked.logits(chunk, row_scale[chunk])
@@ -250,7 +267,7 @@ def _chunks(count: int, size: int, kept_rows: Tensor | None) -> Iterator[slice |
         yield chunk if kept_rows is None else kept_rows[chunk]
 
 
-def _chunk_size(count: int, chunking: Chunking, sources: list) -> int:
+def _chunk_size(count: int, chunking: Chunking, sources: list, device: torch.device) -> int:
     """Rows per chunk: the requested number, or as many as the budget holds, spread evenly over the chunks."""
     if chunking.chunk_rows:
         return max(min(chunking.chunk_rows, count), 1)
@@ -264,9 +281,10 @@ def _chunk_size(count: int, chunking: Chunking, sources: list) -> int:
             RuntimeWarning,
             stacklevel=2,
         )
-    most = max(most // _ROUND * _ROUND or most, 1)
+    step = _rows_per_step(device)
+    most = max(most // step * step or most, 1)
     evenly = -(-count // max(-(-count // most), 1))
-    return max(min(-(-evenly // _ROUND) * _ROUND, most, count), 1)
+    return max(min(-(-evenly // step) * step, most, count), 1)
 
 
 class _StoredLogits:

@@ -126,7 +126,7 @@ def fused_class_ot(
         epsilon,
         iterations,
         gradient,
-        current_budget(),
+        current_budget(student.device),
     )
     # torch computes the operator's products, so the operator serves "auto" even if no backend has kernels.
     reduce = reduction != "none"

@@ -192,7 +192,7 @@ def fused_divergence(
         options.check_tail(divergence, teacher, rows)
         if teacher.drawn and not divergence.is_linear_in_teacher and not torch.compiler.is_compiling():
             _warn_of_draws(divergence.name)
-        chunking = chunking or head_options.whole_rows()
+        chunking = chunking or head_options.whole_rows(student.device)
     backend = backends.select(backend, student, teacher)
     # A divergence without a parameter is given a number that it does not read.
     parameter = 1.0 if divergence.parameter is None else divergence.parameter

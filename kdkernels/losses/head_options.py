@@ -32,8 +32,8 @@ def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
         check_type("compact_rows", given.compact_rows, bool)
     if given.logits_dtype not in (None, torch.float32):
         raise TypeError(f"logits_dtype: expected torch.float32 or None (the factors' dtype); got {given.logits_dtype}")
-    device = next(iter(heads.values())).device.type
-    autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    device = next(iter(heads.values())).device
+    autocast_dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     for name, x in heads.items():
         dtypes = (x.hidden.dtype, x.weight.dtype)
         # Autocast and products in fp32 cast every dtype but fp64. A sharded weight is cast when it is gathered.
@@ -44,13 +44,13 @@ def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
             else:
                 expected = "hidden and weight of one dtype outside autocast, or logits_dtype=torch.float32"
             raise TypeError(f"{name}: expected {expected}; got {dtypes[0]} and {dtypes[1]}")
-    compact_rows = device == "cpu" if given.compact_rows is None else given.compact_rows
-    return Chunking(autocast_dtype, given.logits_dtype, given.chunk_rows or 0, current_budget(), compact_rows)
+    compact_rows = device.type == "cpu" if given.compact_rows is None else given.compact_rows
+    return Chunking(autocast_dtype, given.logits_dtype, given.chunk_rows or 0, current_budget(device), compact_rows)
 
 
-def whole_rows() -> Chunking:
+def whole_rows(device: torch.device) -> Chunking:
     """The chunking of stored logits."""
-    return Chunking(None, None, 0, current_budget(), False)
+    return Chunking(None, None, 0, current_budget(device), False)
 
 
 def source_of(x: Tensor | LinearLogits, chunking: Chunking) -> LogitsSource:

@@ -131,7 +131,8 @@ def fused_sinkhorn(
     common = problems.detach().where(torch.isfinite(problems.detach()), torch.inf).amin((1, 2))
     common = torch.where(torch.isfinite(common), common, 0)
     problems = problems - common[:, None, None]
-    problem = Sinkhorn(problems, a, b, epsilon, limit, iterations, value == "entropic", gradient, current_budget())
+    entropic, budget = value == "entropic", current_budget(device)
+    problem = Sinkhorn(problems, a, b, epsilon, limit, iterations, entropic, gradient, budget)
     solution = Solution(*run(SINKHORN, problem, backend, "forward"))
     with torch.no_grad():
         plans = transport.plan_of(problems, a, b, solution.f, solution.g, epsilon).view(cost.shape) if plan else None
@@ -295,7 +296,8 @@ def fused_sinkhorn_kd(
         row_mass = torch.where(mask.reshape(row_mass.shape), row_mass, 0)
     views = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
     clouds = Clouds(*views, row_mass, temperature, cost, vocab_size)
-    (loss,) = run(SINKHORN_KD, SinkhornKD(clouds, epsilon, iterations, gradient, current_budget()), backend, "backward")
+    problem = SinkhornKD(clouds, epsilon, iterations, gradient, current_budget(student.device))
+    (loss,) = run(SINKHORN_KD, problem, backend, "backward")
     if reduction == "none":
         return loss.view(leading)
     if reduction == "sum":

@@ -117,7 +117,7 @@ def fused_uld(
     mode = options.gradient_mode(gradient, reduction, [student.dtype])
 
     views = options.as_outer_inner(student, teacher)
-    problem = Uld(*views, _row_scale_of_uld(rows), rows.temperature, topk, *sizes, current_budget())
+    problem = Uld(*views, _row_scale_of_uld(rows), rows.temperature, topk, *sizes, current_budget(student.device))
     row_loss, *detached = run(ULD, problem, backend, mode)
     if rows.hard_weight is not None:
         row_loss = row_loss + run(ROWS, _label_term(views[0], rows, sizes[0]), backend, mode)[0]

@@ -172,7 +172,7 @@ def _checked(logits, temperature, mask, vocab_size, heads: head_options.HeadOpti
     options.check_stored_or_head("logits", logits)
     vocab_size = options.check_vocab_size(vocab_size, {"logits": logits.shape[-1]})
     options.check_temperature("temperature", temperature)
-    chunking = head_options.resolve_chunking(heads, logits=logits) or head_options.whole_rows()
+    chunking = head_options.resolve_chunking(heads, logits=logits) or head_options.whole_rows(logits.device)
     given = options.GivenRowOptions(temperature=temperature, mask=mask, reduction="none")
     rows = options.resolve(logits, logits, given)
     source = head_options.source_of(logits, chunking)
