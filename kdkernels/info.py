@@ -89,11 +89,11 @@ def auto_lines() -> list[tuple[str, str]]:
 
 
 def launches(call: Callable[[], object]) -> list[dict]:
-    """The launches of CUDA kernels during call(), in order: kernel, way (halves, staged or streaming), cluster (blocks),
-    threads and shared (threads and bytes of shared memory of a block), grid (blocks).
+    """The launches of CUDA kernels during call(), in order: kernel; way (halves, staged or streaming); cluster, its
+    number of blocks; threads, and shared, the bytes of shared memory, of a block; grid, the number of blocks.
 
-    A launch on another thread counts too, as autograd's backward is on a GPU. Raises RuntimeError if no CUDA kernels are
-    built.
+    The launches of other threads count too, because autograd runs backward on a thread of its own. Raises RuntimeError
+    if no CUDA kernels are built.
     """
     from .backends import native
 

@@ -10,6 +10,7 @@ The flags and the compilation are those of setup.py: ninja, which skips objects 
 output beside each object.
 """
 
+import functools
 import importlib.util
 import os
 import re
@@ -154,10 +155,9 @@ def disassembler() -> str | None:
     return found
 
 
-def test_no_load_takes_memory_for_constant():
-    """Gradients may overwrite logits, so no load may use the constant path, as const __restrict__ or __ldg would: the
-    compiler could move such a load after the gradient's store.
-    """
+@functools.cache
+def machine_code() -> dict[str, str]:
+    """The disassembly of each object of the default build. Skips the test if a tool is missing."""
     tool = disassembler()
     if tool is None:
         pytest.skip("no cuobjdump")
@@ -167,12 +167,42 @@ def test_no_load_takes_memory_for_constant():
     except build.Unavailable as reason:
         pytest.skip(str(reason))
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(tool).parent), os.environ.get("PATH", "")])}
+    found = {}
     for name in objects:
         command = [tool, "--dump-sass", str(build.native_folder() / name)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+        found[name] = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    return found
+
+
+def test_no_load_takes_memory_for_constant():
+    """Gradients may overwrite logits, so no load may use the constant path, as const __restrict__ or __ldg would: the
+    compiler could move such a load after the gradient's store.
+    """
+    for name, sass in machine_code().items():
         loads = re.findall(r"LDG[.\w]*", sass)
         assert bool(loads) == ("Function :" in sass), name  # refusal.cu has no kernel
         assert not [load for load in loads if "CONSTANT" in load], name
+
+
+def test_no_merge_waits_for_the_whole_gpu():
+    """A merge of a cluster exchanges some bytes of shared memory. A fence of the GPU's scope would wait until the
+    gradient's stores reach the L2 cache, and an invalidation would drop the first-level cache. Only the start of a
+    kernel has a cluster barrier, which invalidates once.
+    """
+    kernels = {}
+    for sass in machine_code().values():
+        for part in sass.split("Function : ")[1:]:
+            arch = sass[: sass.index(part)].rsplit("arch = ", 1)[1].split()[0]
+            kernels[arch, part.split()[0]] = part
+    assert {arch for arch, _ in kernels} >= {"sm_80", "sm_90a", "sm_100"}
+    merging = 0
+    for kernel, sass in kernels.items():
+        assert not re.search(r"MEMBAR\.\w+\.(GPU|SYS|VC)", sass), kernel
+        barriers = len(re.findall("UCGABAR_WAIT", sass))
+        assert len(re.findall(r"CCTL\.IVALL", sass)) <= barriers <= 1, kernel
+        merging += barriers
+        assert bool(barriers) == ("STAS" in sass), kernel
+    assert merging >= 2 * 32, "the row kernels of every divergence, on two architectures with clusters"
 
 
 LOG = """ptxas info    : 0 bytes gmem

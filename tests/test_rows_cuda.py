@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, Logits, logits, row_options
 from truth import DIVERGENCES, assert_gradient_close, assert_loss_close, rounding, run, truth
 
-from kdkernels import fused_js, fused_kl
+from kdkernels import fused_js, fused_kl, info
 from kdkernels.backends import native
 from kdkernels.families.options import RowOptions
 from kdkernels.families.rows import Rows
@@ -60,26 +60,28 @@ def test_wide_rows_on_an_h100(divergence, vocab, dtypes):
 
 
 @pytest.mark.parametrize(
-    ("vocab", "dtype", "cluster", "rows_held"),
+    ("vocab", "dtype", "cluster", "threads", "shared", "held"),
     [
-        (1000, torch.bfloat16, 1, 2),
-        (32_000, torch.bfloat16, 2, 2),
-        (128_256, torch.bfloat16, 8, 2),
-        (151_936, torch.bfloat16, 8, 2),
-        (128_256, torch.float32, 16, 2),
-        (151_936, torch.float32, 16, 2),
-        (262_144, torch.bfloat16, 16, 2),
-        (262_144, torch.float32, 16, 1),
+        (1000, torch.bfloat16, 1, 32, 4096, 45),
+        (32_000, torch.bfloat16, 2, 256, 64_448, 3),
+        (128_256, torch.bfloat16, 8, 256, 64_960, 3),
+        (151_936, torch.bfloat16, 8, 256, 76_800, 3),
+        (32_000, torch.float32, 4, 128, 64_448, 3),
+        (128_256, torch.float32, 16, 128, 65_344, 3),
+        (151_936, torch.float32, 16, 256, 77_312, 2),
+        (262_144, torch.bfloat16, 16, 256, 66_880, 3),
+        (262_144, torch.float32, 16, 512, 132_672, 1),
     ],
 )
-def test_a_row_is_held_by_the_smallest_cluster_that_leaves_room_for_another(vocab, dtype, cluster, rows_held):
+def test_a_row_is_held_by_the_smallest_cluster_that_leaves_room_for_another(
+    vocab, dtype, cluster, threads, shared, held
+):
+    """The last number: the blocks whose shared memory a multiprocessor has. A block alone has twice the threads."""
     student, teacher = torch.zeros(1, vocab, dtype=dtype), torch.zeros(1, vocab, dtype=dtype)
     (launch,) = launches_of(lambda: fused_kl(student, teacher, backend="cuda"), "h100")
-    assert launch["cluster"] == cluster
-    per_block = -(-vocab // cluster // 8) * 8 * 2 * student.element_size()
-    assert per_block <= launch["shared"] < per_block + 2000
+    assert (launch["cluster"], launch["block"][0], launch["shared"]) == (cluster, threads, shared)
     of_multiprocessor, taken_of_each = 228 * 1024, 1024
-    assert (rows_held == 2) == (2 * (launch["shared"] + taken_of_each) <= of_multiprocessor)
+    assert of_multiprocessor // (shared + taken_of_each) == held
 
 
 def test_without_clusters_rows_are_streamed():
@@ -118,6 +120,60 @@ def test_rows_in_flight_fit_the_cache_that_is_swept_again():
             fused_kl(student, teacher, backend="cuda")
             rows[l2_bytes] = serving.launches()[0]["grid"][0]
     assert rows == {40_000: 20, 10_000_000: 64}
+
+
+@pytest.mark.parametrize(
+    ("plan", "dtype", "way", "cluster", "threads"),
+    [
+        ("streaming,1,32", torch.float32, "streaming", 1, 32),
+        ("streaming,4,64", torch.bfloat16, "streaming", 4, 64),
+        ("staged,2,512", torch.float32, "staged", 2, 512),
+        ("staged,4,64", torch.bfloat16, "staged", 4, 64),
+        ("halves,16,32", torch.bfloat16, "halves", 16, 32),
+    ],
+)
+def test_a_plan_can_be_forced(monkeypatch, plan, dtype, way, cluster, threads):
+    student, teacher = torch.randn(3, 1000).to(dtype).requires_grad_(), torch.randn(3, 1000).to(dtype)
+    want = truth(student, teacher, "js")
+    monkeypatch.setenv("KDKERNELS_PLAN", plan)
+    with chips.on("h100"):
+        launch, close = info.launches(lambda: fused_js(student, teacher, backend="cuda"))
+        got = run(student, teacher, "js", backend="cuda", gradient="forward")
+    assert (launch["kernel"], launch["way"]) == ("cuda_rows", way)
+    assert (launch["cluster"], launch["threads"]) == (cluster, threads)
+    assert close["way"] == "streaming" and close["cluster"] == 1, "the kernel of close rows has its own plan"
+    torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.gradient.double(), want.gradient, rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("plan", "chip", "why"),
+    [
+        ("nonsense,0,0", "h100", "expected WAY,BLOCKS,THREADS"),
+        ("staged,3,64", "h100", "a power of 2 up to 16"),
+        ("staged,4", "h100", "expected WAY,BLOCKS,THREADS"),
+        ("staged,4,64,1", "h100", "expected WAY,BLOCKS,THREADS"),
+        ("staged,4,1024", "h100", "from 32 to 512"),
+        ("halves,1,64", "h100", "not of one 16-bit dtype"),
+        ("staged,1,64", "a100", "no clusters and no bulk copies"),
+        ("staged,16,64", "portable", "no room for a cluster"),
+        ("staged,1,64", "small", "no room for a cluster"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(monkeypatch, plan, chip, why):
+    x = torch.randn(3, 1000)
+    monkeypatch.setenv("KDKERNELS_PLAN", plan)
+    with chips.on(chip), pytest.raises(RuntimeError, match=f"KDKERNELS_PLAN={plan}: .*{why}"):
+        fused_js(x, x, backend="cuda")
+
+
+def test_a_report_of_the_plans():
+    with chips.on("h100"):
+        of_bf16, of_fp32 = info.plan_lines("cpu")
+    assert of_bf16[0] == "plan, bfloat16"
+    assert of_bf16[1].startswith("halves, clusters of 8, 256 threads and 76,800 bytes a block")
+    assert of_fp32[1].startswith("staged, clusters of 16, 256 threads")
+    assert info.plan_lines() == [] or torch.cuda.is_available()
 
 
 # ---- races: the result must be bitwise the same for every order of the threads

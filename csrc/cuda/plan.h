@@ -73,8 +73,9 @@ inline Plan cut(const Shape& shape, Way way, int blocks, int most, int threads =
   plan.blocks = blocks;
   plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
   // Around its loops a row costs a thread as much time as two groups inside. A thread that reads global memory should
-  // still wait for few groups.
-  plan.threads = threads ? threads : threads_for(plan.slice, way == Way::streaming ? 2 : 8, most);
+  // still wait for few groups, and so should a thread of a block that is alone on its multiprocessor.
+  const int groups = way == Way::streaming ? 2 : most > kThreadsOfTwo ? 4 : 8;
+  plan.threads = threads ? threads : threads_for(plan.slice, groups, most);
   const int64_t staged = way == Way::streaming ? 0 : (int64_t)plan.slice * shape.column_bytes;
   const int64_t shared = shared_with_board(plan.threads, blocks, staged + (int64_t)plan.slice * shape.column_bits / 8);
   plan.shared = (int)(shared < INT_MAX ? shared : INT_MAX);

@@ -39,13 +39,13 @@
 // memory, each of two blocks 115,712, and each of three blocks 76,800:
 //
 //     columns     bf16: blocks of a cluster, bytes        fp32
-//      32,000      2   64,640  three on a multiprocessor   4   64,640  two
-//     128,256      8   64,768  three                      16   64,768  two
-//     151,936      8   76,608  three                      16   76,608  two
-//     262,144     16   66,176  three                      16  131,712  one
+//      32,000      2   64,448  three on a multiprocessor   4   64,448  two
+//     128,256      8   64,960  three                      16   65,344  two
+//     151,936      8   76,800  three                      16   77,312  two
+//     262,144     16   66,880  three                      16  132,672  one
 //
-// A block has 256 threads (128 in the first two rows of fp32). A thread has at most 80 registers in bf16 and 119
-// otherwise. A copy at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients. In that time 132
+// A block has 256 threads; 128 in the first two rows of fp32, and 512 in the last. A thread has at most 80 registers in
+// bf16 and 128 otherwise. A copy at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients. In that time 132
 // multiprocessors at 1.7 GHz issue 57 instructions for a pair, 7.2 of them of the special-function unit. The inner
 // loops take (sm_90a, bf16, with gradient, no label term, no statistics; instructions and special functions a pair):
 //
