@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from .. import callers
 from ..distributions import HAVE_TAIL_MASS, TAILS
 from . import packing
 
@@ -289,7 +289,7 @@ def lock(directory: Path):
         file.close()
         raise RuntimeError(f"{directory}: another writer is at work; expected one at a time") from None
     except OSError as error:  # some network file systems have no locks
-        warnings.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", stacklevel=3)
+        callers.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", UserWarning)
     return file
 
 

@@ -7,13 +7,14 @@ wrong row becomes padding. An entry with a null is absent.
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from .. import callers
 
 # vLLM's HTTP server writes -inf, which JSON lacks, as this number (its clamp_prompt_logprobs).
 _VLLM_MINUS_INFINITY = -9999.0
@@ -232,10 +233,8 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
     error = wrong[min(wrong)]
     if strict or not there[~is_wrong].any():
         raise error
-    warnings.warn(
+    callers.warn(
         f"{len(wrong)} of {len(indices)} rows are wrong, and not valid in the result. The first: {error}",
-        RuntimeWarning,
-        stacklevel=3,
     )
     return rows._replace(
         indices=indices.masked_fill(is_wrong[:, None], -1),

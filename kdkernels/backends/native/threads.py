@@ -2,11 +2,12 @@
 
 import math
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from ... import callers
 
 
 def count_threads(processors: Callable[[], int]) -> int:
@@ -39,11 +40,9 @@ def _warn_once(threads: int, available: int) -> None:
     if _warned:
         return
     _warned = True
-    warnings.warn(
+    callers.warn(
         f"kdkernels runs its CPU kernels on one thread: torch has {threads} threads, but this process has {available} "
         f"processors (by its affinity and its control group); torch.set_num_threads({available}) uses them all",
-        RuntimeWarning,
-        stacklevel=2,
     )
 
 
