@@ -4,6 +4,7 @@ tests/test_data_parallel.py has DDP and FSDP2.
 """
 
 import copy
+import pickle
 import threading
 import time
 from types import SimpleNamespace
@@ -70,6 +71,29 @@ def test_frozen_parts_get_no_gradient():
     assert set(of_head(only_head)) == {"lm_head.weight", "lm_head.bias"}
     assert distance(of_head(only_head), of_logits(only_head)) <= 2e-6
     assert not LinearLogits.from_model(TinyModel().requires_grad_(False), IDS).requires_grad
+
+
+class UnderNoGrad(TinyModel):
+    """Runs itself, or its head alone, without gradients."""
+
+    def __init__(self, part):
+        super().__init__()
+        module = self if part == "model" else self.lm_head
+        module.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
+        module.register_forward_hook(lambda *_: torch.set_grad_enabled(True) and None)
+
+
+@pytest.mark.parametrize("part", ["model", "head", "call"])
+def test_a_head_without_gradients_has_those_of_the_plain_call_none(part):
+    model = TinyModel() if part == "call" else UnderNoGrad(part)
+    with torch.set_grad_enabled(part != "call"):
+        assert not model(IDS)["logits"].requires_grad
+        head = LinearLogits.from_model(model, IDS)
+    assert torch.is_grad_enabled() and not head.requires_grad
+    student = torch.randn(2, 7, VOCAB, requires_grad=True)
+    fused_kl(student, head).backward()  # a loss refuses a teacher that requires grad
+    assert not gradients(model) and student.grad.any()
+    torch.testing.assert_close(logits_of(head), model(IDS)["logits"])
 
 
 class LoRA(nn.Module):
@@ -207,6 +231,30 @@ def test_a_call_inside_a_call():
     student = LinearLogits.from_model(model, IDS)
     assert "forward" not in vars(model.lm_head)
     assert torch.equal(student.hidden, found[0].hidden) and student.hidden.requires_grad
+
+
+def test_a_copy_that_is_made_inside_a_call_is_a_plain_model():
+    """A hook of the model may copy it, as an average of weights does."""
+    model, copies = TinyModel(), {}
+
+    def copies_it(*_):
+        if not copies:
+            copies.update(deep=copy.deepcopy(model), pickled=pickle.loads(pickle.dumps(model.lm_head)))
+            copies.update(shallow=copy.copy(model.lm_head))
+
+    model.norm.register_forward_hook(copies_it)
+    hidden = LinearLogits.from_model(model, IDS).hidden
+    want = model.lm_head(hidden)
+    assert torch.equal(copies["pickled"](hidden), want) and torch.equal(copies["shallow"](hidden), want)
+    deep = copies["deep"]
+    assert torch.equal(deep.lm_head(hidden), want)
+    with torch.no_grad():
+        deep.lm_head.bias += 1
+    torch.testing.assert_close(deep.lm_head(hidden), want + 1)
+    assert torch.equal(model.lm_head(hidden), want)
+    assert distance(of_head(deep), of_logits(deep)) <= 2e-6
+    head = LinearLogits.from_model(copies["deep"], IDS)
+    assert head.weight is deep.lm_head.weight and torch.equal(logits_of(head), deep(IDS)["logits"])
 
 
 def test_other_threads_get_logits_and_take_turns():
