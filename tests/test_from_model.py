@@ -62,6 +62,25 @@ def test_loss_and_gradients_are_those_of_the_logits(name):
         torch.testing.assert_close(logits_of(head), model(IDS)["logits"])
 
 
+def test_the_gradient_of_the_loss_passes_through_the_models_output():
+    """DDP and FSDP2 hook a model's output, as this hook does."""
+    model, seen = TinyModel(), []
+
+    def hook_output(module, inputs, output):
+        output["logits"].register_hook(lambda gradient: seen.append(gradient.shape))
+
+    model.register_forward_hook(hook_output)
+    fused_kl(LinearLogits.from_model(model, IDS), TEACHER).backward()
+    assert seen == [(2, 7, 0)] and model.lm_head.weight.grad.any()
+
+
+def test_a_scale_that_the_model_applies_before_its_head_is_not_taken_twice():
+    """Inkling divides the head's input by this number, and TinyModel knows no such number."""
+    model = TinyModel(logits_mup_width_multiplier=2.0)
+    assert scale_and_cap(model.config)[0] == 0.5
+    torch.testing.assert_close(logits_of(LinearLogits.from_model(model, IDS)), model(IDS)["logits"])
+
+
 def test_frozen_parts_get_no_gradient():
     model = TinyModel()
     model.lm_head.requires_grad_(False)
@@ -317,6 +336,35 @@ def test_a_plain_call_beside_another_threads_turn_gets_logits():
     for thread in threads:
         thread.join(30)
     assert seen["width"] == VOCAB
+
+
+def test_a_turn_does_not_end_anothers():
+    """If the second thread did not wait for its turn, the first one's end would take its forward off the head."""
+    model, errors = TinyModel(), []
+    second_is_inside, first_is_done = threading.Event(), threading.Event()
+
+    def meet(module, inputs):
+        if threading.current_thread().name == "first":
+            second_is_inside.wait(0.3)  # comes too late, since the second thread waits for the head
+        else:
+            second_is_inside.set()
+            first_is_done.wait(20)
+
+    def call():
+        try:
+            LinearLogits.from_model(model, IDS)
+        except RuntimeError as error:
+            errors.append(error)
+        first_is_done.set()
+
+    model.embedding.register_forward_pre_hook(meet)
+    first, second = (threading.Thread(target=call, name=name) for name in ("first", "second"))
+    first.start()
+    time.sleep(0.05)
+    second.start()
+    for thread in (first, second):
+        thread.join(30)
+    assert not errors and "forward" not in vars(model.lm_head)
 
 
 class OtherCalls(TinyModel):
