@@ -137,9 +137,9 @@ def _group_of(group):
                 f"{f', {names}' if names else ''}; pass the dimension over which gradients are reduced, such as {one}"
             )
         return group.get_group()
-    distributed = torch.distributed
-    known = (distributed.ProcessGroup, type(distributed.GroupMember.NON_GROUP_MEMBER))
-    if group is not None and not isinstance(group, known):
+    without_this_rank = torch.distributed.GroupMember.NON_GROUP_MEMBER  # an int
+    known = group is None or group is without_this_rank or isinstance(group, torch.distributed.ProcessGroup)
+    if not known:
         raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh of one dimension or None; got {group!r}")
     return group
 
