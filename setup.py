@@ -11,6 +11,7 @@ module. setup.py writes the result, or the reason for a failure, to kdkernels/_b
 """
 
 import atexit
+import contextlib
 import functools
 import itertools
 import json
@@ -89,6 +90,18 @@ def native_folder() -> Path:
     editable installation, everything would be compiled again.
     """
     return writable(writable(ROOT / "build") / f"native-{sys.implementation.cache_tag}-{platform.machine()}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Waits while another installation from this tree uses the folder. Without locks (Windows, some network file
+    systems) it waits for nobody."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(stack.enter_context(open(folder / "lock", "ab")), fcntl.LOCK_EX)
+        yield
 
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
@@ -273,9 +286,14 @@ def ninja_command() -> list[str]:
 def run_ninja(lines: list[str], *targets: str) -> str | None:
     """Runs ninja. Returns the reason of a failure, or None."""
     folder = native_folder()
-    (folder / "build.ninja").write_bytes(os.fsencode("\n".join([*lines, ""])))
+    file = folder / "build.ninja"
     try:
-        done = run([*ninja_command(), "-C", str(folder), *targets])
+        with locked(folder):
+            try:
+                file.write_bytes(os.fsencode("\n".join([*lines, ""])))
+            except OSError as error:
+                return f"the file that ninja reads could not be written ({readable(str(error))})"
+            done = run([*ninja_command(), "-C", str(folder), *targets])
     except FileNotFoundError:
         return "ninja is not installed here (pip install ninja)"
     except OSError as error:
@@ -337,7 +355,7 @@ class BuildNative(build_ext):
             build |= {"nvcc": cuda.version, "cuda_archs": cuda.archs, "cuda_archs_left_out": cuda.left_out}
         try:
             module.parent.mkdir(parents=True, exist_ok=True)
-            if reason:
+            if reason and not module.is_dir():
                 module.unlink(missing_ok=True)
             (module.parent / "_build.json").write_text(json.dumps(build, indent=2) + "\n")
         except OSError as error:

@@ -79,7 +79,9 @@ Cpu choose_cpu() {
       return cpu;
     }
   }
-  throw std::runtime_error(std::string("KDKERNELS_CPU_ISA: expected baseline, avx2 or avx512 as built; got ") + forced);
+  std::string names;
+  for (const Cpu& cpu : built) names = names.empty() ? cpu.isa : cpu.isa + (", " + names);
+  throw std::runtime_error("KDKERNELS_CPU_ISA: expected one of " + names + ", as built; got " + forced);
 }
 
 Cpu cpu;

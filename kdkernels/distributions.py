@@ -151,7 +151,7 @@ class LinearLogits:
         ::
 
             with torch.no_grad():
-                teacher = LinearLogits.from_model(teacher_model, input_ids=ids).detach()
+                teacher = LinearLogits.from_model(teacher_model, input_ids=ids)
             student = LinearLogits.from_model(model, input_ids=ids)
             fused_kl(student, teacher, labels=next_token_labels(labels)).backward()
 
@@ -164,6 +164,9 @@ class LinearLogits:
         as in `from_module`; a scale of the head's input needs no setting (T5). Hooks of the head run, but a change that
         they make to its output has no effect, and neither has code between the head and the model's output, other than
         those settings: such a model needs LinearLogits(..., scale=, softcap=) or logits.
+
+        If the head runs without gradients, in a no_grad around the call or inside the model, nothing of the result
+        requires grad, as the model's own logits would not.
 
         Pass labels to the loss and not to the model. If the model casts inside its own forward (Accelerate's mixed
         precision), call the loss under the same autocast. Calls from several threads take turns at a head.
@@ -179,8 +182,9 @@ class LinearLogits:
         inner = unwrapped(model)
         head = head_of(inner)
         scale, softcap = scale_and_cap(getattr(inner, "config", None), at_head=True)
-        hidden = input_of_head(model, head, args, inputs)
-        return cls(hidden, head.weight, head.bias, scale=scale, softcap=softcap)
+        hidden, with_grad = input_of_head(model, head, args, inputs)
+        found = cls(hidden, head.weight, head.bias, scale=scale, softcap=softcap)
+        return found if with_grad else found.detach()
 
     @property
     def shape(self) -> torch.Size:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .heads import check_size
+
 _INFINITY = float("inf")
 _MARGIN = 0.001
 
@@ -282,6 +284,7 @@ def _advice(name) -> str:
 def _check_number(name: str, parameter: str, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {parameter} must be a float; got {type(value).__name__}")
+    check_size(f"{name}: {parameter}", value)
 
 
 def _check_parameter(name: str, entry: Entry, value: float):

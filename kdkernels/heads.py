@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import math
+import reprlib
 import threading
+import types
 import weakref
 from collections.abc import Iterator
 
@@ -14,6 +16,7 @@ from torch import Tensor
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_LARGEST = torch.finfo(torch.float32).max
 # Models that scale by rules in their code. T5's family scales the head's input by its width if weights are tied.
 _T5 = ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 _BY_OTHER_RULES = ("mpt", *_T5)  # MPT's own code scales by logit_scale
@@ -22,6 +25,18 @@ _BY_OTHER_RULES = ("mpt", *_T5)  # MPT's own code scales by logit_scale
 def check_number(name: str, value):
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, a constant of the model; got {type(value).__name__}")
+    check_size(name, value)
+
+
+def check_size(name: str, value: int | float):
+    """Raises for a finite number that no kernel could take: numbers become fp32, and ints pass through int64. A traced
+    number is not compared, which would make a guard."""
+    if torch.compiler.is_compiling():
+        return
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int within int64's range; got {reprlib.repr(value)}")
+    if isinstance(value, float) and _LARGEST < abs(value) < math.inf:
+        raise ValueError(f"{name}: expected a number within fp32's range; got {value}")
 
 
 def check_linear(lm_head):
@@ -160,8 +175,9 @@ class _Tied(torch.autograd.Function):
         return gradient, torch.zeros(shape, dtype=dtype, device=device)
 
 
-def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> Tensor:
-    """The input of the head in model(*args, **inputs), which computes no logits."""
+def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> tuple[Tensor, bool]:
+    """The input of the head in model(*args, **inputs), which computes no logits; and whether the head ran with
+    gradients."""
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "LinearLogits.from_model under torch.compile: it replaces the head's forward for one call, which cannot be "
@@ -172,18 +188,21 @@ def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> Te
             "labels: expected no labels among the model's inputs, since the model has no logits to compare with them; "
             "pass labels to the loss (and decoder_input_ids to an encoder-decoder)"
         )
-    taken, caller = [], threading.get_ident()
+    taken, caller, is_over = [], threading.get_ident(), False
 
-    def take(input):
-        if not torch.compiler.is_compiling() and threading.get_ident() != caller:
+    # A method, so that a deep copy of the head, which copies this too, runs as itself; by this name it is pickled.
+    def forward(self, input):
+        if self is not head:
+            return type(self).forward(self, input)
+        if not torch.compiler.is_compiling() and (is_over or threading.get_ident() != caller):
             return original(input)
         taken.append((input, torch.is_grad_enabled()))
-        return _NoLogits.apply(input, head.weight, head.bias)
+        return _NoLogits.apply(input, self.weight, self.bias)
 
-    take.takes_input_of_head = True
+    forward.takes_input_of_head = True
     with _lock_of(head):
         original = getattr(head, _place_of_forward(head))  # not another thread's replacement
-        with _forward_replaced(head, take):
+        with _forward_replaced(head, types.MethodType(forward, head)):
             try:
                 output = model(*args, **inputs)
             except (IndexError, RuntimeError, ValueError) as error:
@@ -193,28 +212,32 @@ def input_of_head(model, head: torch.nn.Linear, args: tuple, inputs: dict) -> Te
                     f"model: {type(model).__name__} failed after its head gave it logits of no class: {error}; a model "
                     "that reads its logits (for labels, a metric or generation) needs LinearLogits.from_module"
                 ) from error
-    if len(taken) != 1:
+            finally:
+                is_over = True
+    calls = len(taken)
+    hidden, with_grad = taken.pop() if taken else (None, False)
+    taken.clear()  # a copy of the head keeps this function
+    if calls != 1:
         raise RuntimeError(
-            f"model: expected one call of the head in a forward of {type(model).__name__}; got {len(taken)}; pass "
+            f"model: expected one call of the head in a forward of {type(model).__name__}; got {calls}; pass "
             "logits to the loss, or use LinearLogits.from_module with the hidden states"
         )
-    hidden, with_grad = taken[0]
     if not torch.is_grad_enabled():
-        return hidden
+        return hidden, with_grad
     logits = next((x for x in _tensors(output) if x.numel() == 0 and x.requires_grad), None)
     if logits is None:
-        if hidden.requires_grad:
+        if hidden.requires_grad and with_grad:
             raise RuntimeError(
                 f"model: expected the head's logits in its output, with their graph; got {type(output).__name__} "
                 "without them"
             )
-        return hidden
+        return hidden, with_grad
     if not with_grad:
         raise RuntimeError(
             "model: expected its head to run with gradients; got a head without them in an output with them, as under "
             "checkpointing with use_reentrant=True; leave the head out of the checkpoint, or use_reentrant=False"
         )
-    return _Tied.apply(hidden, logits)
+    return _Tied.apply(hidden, logits), with_grad
 
 
 @contextlib.contextmanager

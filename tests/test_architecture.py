@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 # The layers of the package, lowest first. A module imports from lower layers and from its own folder.
 FLOORS = (
-    ("forks", "heads"),
+    ("callers", "forks", "heads"),
     ("_native", "distributions", "divergences"),
     ("families",),
     ("backends",),

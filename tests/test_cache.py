@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import runpy
 import shutil
 import signal
 import stat
@@ -57,6 +58,7 @@ def sequences_of(numbers, vocab_size=300, k=5, length=4):
 
 
 IDS, TEACHER = sequences_of(range(2))
+LEAST = IDS.min()
 
 
 def write(directory, sequences, sequences_per_shard=3, batch=2):
@@ -424,7 +426,7 @@ def test_a_shard_of_the_default_size_holds_a_minute_of_work_at_most(tmp_path, mo
 
 
 COLUMNS = {
-    "labels": torch.tensor([[-100, -100, 299, 0], [1, 2, 3, -1]]),
+    "labels": torch.tensor([[-100, -100, 299, 0], [1, 2, 3, -100]]),
     "mask": torch.tensor([[True, False, True, True], [False, False, True, False]]),
     "document_ids": torch.tensor([[0, 0, 1, 1], [-(2**31), 2**31 - 1, 5, 5]]),
 }
@@ -457,16 +459,19 @@ def test_columns_come_back(tmp_path, names):
         ({"labels": IDS.tolist()}, TypeError, "labels: expected an int64 or int32 tensor; got list"),
         ({"mask": IDS}, TypeError, r"mask: expected a bool tensor; got torch.int64; pass mask.bool\(\)"),
         ({"labels": IDS[:, 1:]}, ValueError, r"labels: expected the shape \[2, 4\] of the ids; got \[2, 3\]"),
-        ({"labels": IDS + 300}, ValueError, "labels: expected below vocab_size, 300; got .* in sequence 0, row 0"),
-        ({"labels": IDS - 2**40}, ValueError, "labels: expected within int32's range; got"),
+        ({"labels": IDS + 300}, ValueError, r"within \[0, 300\), or ignore_index, -1; got .* in sequence 2, row 0"),
+        ({"labels": IDS - 2**40}, ValueError, "labels: expected .*; got -1.* in sequence 2, row 0"),
+        ({"labels": IDS.where(IDS != LEAST, -100)}, ValueError, "labels: expected .* ignore_index, -1; got -100"),
     ],
 )
 def test_bad_columns_are_refused(tmp_path, changes, error, expected):
-    given = {"labels": IDS, "mask": IDS > 5} | changes
-    with CacheWriter(tmp_path, **SETTINGS, columns=("labels", "mask")) as writer:
+    given = {"labels": IDS.where(IDS != LEAST, -1), "mask": IDS > 5}
+    with CacheWriter(tmp_path, **SETTINGS, columns=("labels", "mask"), ignore_index=-1) as writer:
+        writer.append(IDS, TEACHER, **given)
+        given = {name: column for name, column in (given | changes).items() if column is not None}
         with pytest.raises(error, match=expected):
-            writer.append(IDS, TEACHER, **{name: column for name, column in given.items() if column is not None})
-        assert writer.sequences == 0
+            writer.append(IDS, TEACHER, **given)
+        assert writer.sequences == 2
     with pytest.raises(ValueError, match="columns: expected some of labels, mask, document_ids; got attention"):
         CacheWriter(tmp_path / "new", **SETTINGS, columns=("attention",))
 
@@ -507,12 +512,32 @@ def test_other_settings_are_refused_by_name(tmp_path, other, named):
         ({"samples": 6, "tail": "truncate"}, ValueError, "samples: expected at most k, 5; got 6"),
         ({"samples": 2}, ValueError, "samples: expected 0 with tail 'bucket'; got 2, which needs 'truncate'"),
         ({"sequences_per_shard": 0}, ValueError, "sequences_per_shard: expected at least 1; got 0"),
+        ({"sequences_per_shard": 2.0}, TypeError, "sequences_per_shard: expected an int; got float"),
+        ({"sequences_per_shard": True}, TypeError, "sequences_per_shard: expected an int; got bool"),
+        ({"temperature": "1.5"}, TypeError, "temperature: expected a number; got str"),
+        ({"temperature": True}, TypeError, "temperature: expected a number; got bool"),
+        ({"temperature": 10**400}, ValueError, "temperature: expected finite and > 0; got 1000"),
+        ({"columns": "labels"}, TypeError, "columns: expected some of labels, mask, .* in a tuple; got 'labels'"),
+        ({"columns": None}, TypeError, "columns: expected some of labels, .* in a tuple; got None"),
+        ({"columns": ([1],)}, ValueError, r"columns: expected some of labels, .*; got \[1\]"),
+        ({"columns": ("mask", "mask")}, ValueError, "columns: expected some of labels, .*; got mask, mask"),
+        ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an int; got float"),
     ],
 )
 def test_bad_settings_make_nothing(tmp_path, other, error, expected):
     with pytest.raises(error, match=expected):
         CacheWriter(tmp_path / "new", **SETTINGS | other)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_directory_that_cannot_be_one_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (5, None, b"bytes"):
+        with pytest.raises(TypeError, match=f"directory: expected a path; got {type(path).__name__}"):
+            CacheWriter(path, **SETTINGS)
+    for opens in (lambda path: CacheWriter(path, **SETTINGS), TopKCache):
+        with pytest.raises(NotADirectoryError, match=r"directory: expected a directory, .*; got .*file, a file"):
+            opens(tmp_path / "file")
 
 
 def changed(name, at, value):
@@ -542,19 +567,19 @@ def ids_with(value):
         (IDS, top_k(torch.randn(2, 4, 300), 5, 2.0), ValueError, "expected source_temperature 1.0.*got 2.0"),
         (IDS, TEACHER.with_tail("truncate"), ValueError, "expected tail 'bucket'.*got 'truncate'"),
         (IDS, SparseLogProbs(TEACHER.indices, TEACHER.log_probs), ValueError, "expected a tail_log_prob.*got None"),
-        (IDS, changed("indices", (1, 2, 3), 300), ValueError, "below vocab_size, 300; got 300 in sequence 1, row 2"),
-        (IDS, changed("indices", (1, 2, 3), TEACHER.indices[1, 2, 0]), ValueError, "once in a row.*sequence 1, row 2"),
-        (IDS, changed("log_probs", (0, 3, 1), torch.nan), ValueError, "at most 0; got nan in sequence 0, row 3"),
+        (IDS, changed("indices", (1, 2, 3), 300), ValueError, "below vocab_size, 300; got 300 in sequence 5, row 2"),
+        (IDS, changed("indices", (1, 2, 3), TEACHER.indices[1, 2, 0]), ValueError, "once in a row.*sequence 5, row 2"),
+        (IDS, changed("log_probs", (0, 3, 1), torch.nan), ValueError, "at most 0; got nan in sequence 4, row 3"),
         (
             IDS,
             changed("log_probs", (0, 3, 1), 7.5),
             ValueError,
-            "log_probs: expected.*at most 0; got 7.5 in sequence 0",
+            "log_probs: expected.*at most 0; got 7.5 in sequence 4",
         ),
-        (IDS, changed("tail_log_prob", (1, 0), torch.nan), ValueError, "tail_log_prob: .*got nan in sequence 1, row 0"),
-        (IDS, changed("tail_log_prob", (1, 0), 0.0), ValueError, "a mass of 1.*got 1.* in sequence 1, row 0"),
-        (ids_with(-100), TEACHER, ValueError, r"input_ids: expected within \[0, 300\); got -100 in sequence 1, row 2"),
-        (ids_with(300), TEACHER, ValueError, "input_ids.*got 300 in sequence 1, row 2"),
+        (IDS, changed("tail_log_prob", (1, 0), torch.nan), ValueError, "tail_log_prob: .*got nan in sequence 5, row 0"),
+        (IDS, changed("tail_log_prob", (1, 0), 0.0), ValueError, "a mass of 1.*got 1.* in sequence 5, row 0"),
+        (ids_with(-100), TEACHER, ValueError, r"input_ids: expected within \[0, 300\); got -100 in sequence 5, row 2"),
+        (ids_with(300), TEACHER, ValueError, "input_ids.*got 300 in sequence 5, row 2"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )
@@ -899,6 +924,73 @@ def test_settings_are_compared_before_a_model_is_loaded(tmp_path):
     assert torch.equal(torch.stack([found[i]["mask"] for i in range(5)]), mask)
 
 
+@pytest.mark.parametrize("vocab_size", [None, 50], ids=["of the model", "given"])
+def test_ids_and_labels_are_checked_before_a_sequence_is_written(tmp_path, vocab_size):
+    """Sequence 4 is in the third batch. If the caller names the vocabulary, the model is not even loaded."""
+    blocks = torch.randint(50, (5, 6))
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return Model()
+
+    def changed(value):
+        return torch.where(torch.arange(30).view(5, 6) == 27, value, blocks)
+
+    for options, ids, expected in (
+        ({}, changed(50), r"blocks: expected within \[0, 50\); got 50 in sequence 4, row 3"),
+        ({}, changed(-1), r"blocks: expected within \[0, .*; got -1 in sequence 4, row 3"),
+        ({"labels": changed(50)}, blocks, "labels: .* ignore_index, -100; got 50 in sequence 4, row 3"),
+        ({"labels": changed(-1)}, blocks, "labels: .* ignore_index, -100; got -1 in sequence 4, row 3"),
+        ({"labels": changed(-100), "ignore_index": -1}, blocks, "ignore_index, -1; got -100 in sequence 4, row 3"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            cache.write_teacher(load, ids, tmp_path / "new", k=4, batch=2, vocab_size=vocab_size, **options)
+    assert not (tmp_path / "new").exists() and (vocab_size is None or not loaded)
+    labels = changed(-1)
+    found = cache.write_teacher(Model, blocks, tmp_path, k=4, labels=labels, ignore_index=-1, progress=False)
+    assert torch.equal(torch.stack([found[i]["labels"] for i in range(5)]), labels)
+
+
+def test_an_embedding_without_an_id_is_named_before_the_model_runs(tmp_path):
+    class Padded(Model):
+        def get_input_embeddings(self):
+            return self.base_model.embedding
+
+    with pytest.raises(ValueError, match=r"blocks: expected within \[0, 50\); got 50 in sequence 0, row 0"):
+        cache.write_teacher(Padded(), torch.full((1, 3), 50), tmp_path / "new", k=4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "expected"),
+    [
+        (
+            {"model": "a/name"},
+            TypeError,
+            "model: expected a torch.nn.Module, or a function.*got str; .*from_pretrained",
+        ),
+        ({"model": lambda: None}, TypeError, "model: expected a function that returns a torch.nn.Module; got NoneType"),
+        ({"model": torch.nn.ReLU()}, ValueError, "model: expected a module with parameters.*got ReLU"),
+        ({"blocks": [[1]]}, TypeError, "blocks: expected a tensor, int64 .*; got list"),
+        ({"batch": 2.0}, TypeError, "batch: expected an int; got float"),
+        ({"sequences_per_shard": 0}, ValueError, "sequences_per_shard: expected at least 1; got 0"),
+        ({"ignore_index": None}, TypeError, "ignore_index: expected an int; got NoneType"),
+        ({"temperature": None}, TypeError, "temperature: expected a number; got NoneType"),
+        ({"directory": None}, TypeError, "directory: expected a path; got NoneType"),
+    ],
+)
+def test_bad_arguments_of_write_teacher_are_named(tmp_path, changes, error, expected):
+    arguments = {
+        "model": Model(),
+        "blocks": torch.zeros(1, 2, dtype=torch.int64),
+        "directory": tmp_path / "new",
+        "k": 4,
+    }
+    with pytest.raises(error, match=expected):
+        cache.write_teacher(**arguments | changes)
+    assert not (tmp_path / "new").exists()
+
+
 def test_draws_warn_once_of_divergences_that_they_bias(tmp_path):
     found = cache.write_teacher(Model(), torch.randint(50, (2, 3)), tmp_path, k=4, samples=2, progress=False)
     drawn = found.teacher(default_collate([found[0], found[1]]))
@@ -918,7 +1010,7 @@ def test_draws_warn_once_of_divergences_that_they_bias(tmp_path):
                 kdkernels.fused_divergence(logits, teacher, "tv")
         begin = "the teacher's entries were drawn at random, which biases "
         assert [str(each.message)[: len(begin) + 2] for each in caught] == [begin + "js", begin + "tv"]
-        assert all(each.filename == __file__ for each in caught[1:])
+        assert all(each.filename == __file__ for each in caught)
     with (
         CacheWriter(tmp_path / "new", vocab_size=50, k=4, length=3, tail="truncate") as writer,
         pytest.raises(ValueError, match="samples: expected the number of drawn entries"),
@@ -1054,9 +1146,55 @@ def test_the_command_stores_columns_and_loads_the_model_last(tmp_path, monkeypat
     source[1].write_bytes(b"?")
     with pytest.raises(SystemExit, match=r"tokens.safetensors: expected a safetensors file; got"):
         run(source=source)
-    with pytest.raises(SystemExit):
-        run("--document-ids", source=source)
-    assert "--document-ids: expected --text" in capsys.readouterr().err
+    for more, expected in (
+        (("--document-ids",), "--document-ids: expected --text"),
+        (("--length", "0"), "--length: expected at least 1; got 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run(*more, source=source)
+        assert ended.value.code == 2 and expected in capsys.readouterr().err
+    other = {"input_ids": ids, "labels": torch.full_like(ids, -1)}
+    safetensors.torch.save_file(other, source[1])
+    with pytest.raises(SystemExit, match=r"labels: .* ignore_index, -100; got -1 in sequence 0, row 0$"):
+        run(source=source, output="other")
+    assert run("--ignore-index", "-1", source=source, output="other") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("CUDA error: out of memory\n\n  Compile with `TORCH_USE_CUDA_DSA`"),
+            "memory Compile with `TORCH_",
+        ),
+        (
+            ImportError("\nLlama needs the library sentencepiece.\nRun `pip install sentencepiece`"),
+            "Llama needs .*Run `",
+        ),
+        (OSError("no file\nnamed config.json"), "no file named config.json"),
+        (MemoryError(), None),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_command_ends_an_error_in_one_line(tmp_path, monkeypatch, error, line):
+    """A MemoryError is none that the user could mend by other arguments: its traceback stays."""
+
+    def fails(name):
+        raise error
+
+    mock = SimpleNamespace(AutoTokenizer=SimpleNamespace(from_pretrained=fails))
+    monkeypatch.setitem(sys.modules, "transformers", mock)
+    arguments = ["write", "--model", "m", "--text", "t", "--output", str(tmp_path / "new"), "--device"]
+    with pytest.raises(SystemExit if line else MemoryError) as ended:
+        main([*arguments, "cpu"])
+    if line:
+        assert re.fullmatch(f"kdkernels.cache: .*{line}.*", ended.value.code)  # sys.exit prints it, and returns 1
+        with pytest.raises(SystemExit, match=r"kdkernels.cache: --device nonsense: Expected one of cpu"):
+            main([*arguments, "nonsense"])
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "cpu"])
+        assert re.fullmatch(r"kdkernels\.cache: .*transformers.*; pip install kdkernels\[cache\]", ended.value.code)
 
 
 def test_missing_dependencies_are_named(monkeypatch):
@@ -1067,9 +1205,25 @@ def test_missing_dependencies_are_named(monkeypatch):
             patch.delitem(sys.modules, "kdkernels.cache")
             with pytest.raises(ImportError, match=r"kdkernels\.cache: .*pip install kdkernels\[cache\]"):
                 importlib.import_module("kdkernels.cache")
+            # `python -m kdkernels.cache` imports the package before its __main__.
+            patch.setattr(sys, "argv", ["-m", "info", "."])
+            with pytest.raises(ImportError):
+                importlib.import_module("kdkernels.cache")
+            patch.setattr(sys, "orig_argv", ["python", "-m", "kdkernels.cache", "info", "."])
+            with pytest.raises(SystemExit, match=rf"^kdkernels\.cache: .*{module}.*; pip install kdkernels\[cache\]$"):
+                importlib.import_module("kdkernels.cache")
     with monkeypatch.context() as patch, pytest.raises(ImportError, match=r"pip install kdkernels\[cache\]"):
         patch.setitem(sys.modules, "tqdm", None)
         cache.write_teacher(Model(), torch.zeros(1, 1, dtype=torch.int64), "nowhere", k=1)
+
+
+def test_the_example_names_a_missing_package(monkeypatch):
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(examples))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match=r"This example needs: pip install matplotlib$"):
+        runpy.run_path(str(examples / "distill_smollm2.py"))
+    assert "nowhere" in importlib.import_module("smollm2").missing_packages("nowhere")
 
 
 def test_the_package_does_not_import_the_cache():

@@ -148,6 +148,20 @@ def check_groups(rank):
     if rank:
         with pytest.raises(RuntimeError, match="expected a group of this rank"):
             global_normalizer(mask, group=other)
+    with pytest.raises(
+        TypeError, match="group: expected a ProcessGroup, a DeviceMesh of one dimension or None; got 'dp'"
+    ):
+        global_normalizer(mask, group="dp")
+    for names, way in (
+        (("dp", "tp"), r"of 2, \('dp', 'tp'\); .* mesh\['dp'\]"),
+        (None, r"of 2; .* mesh.get_group\(0\)"),
+    ):
+        square = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=names)
+        with pytest.raises(
+            ValueError, match=f"group: expected a ProcessGroup or a DeviceMesh of one dimension; .*{way}"
+        ):
+            global_normalizer(mask, group=square)
+    assert global_normalizer(mask, group=init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("dp", "tp"))["dp"]) == 4
     values = torch.arange(8.0, requires_grad=True)
     reduce_rows(values, mask=mask, normalizer=global_normalizer(mask)).backward()
     dist.all_reduce(values.grad)

@@ -4,6 +4,7 @@ tests/test_data_parallel.py has DDP and FSDP2.
 """
 
 import copy
+import pickle
 import threading
 import time
 from types import SimpleNamespace
@@ -61,6 +62,25 @@ def test_loss_and_gradients_are_those_of_the_logits(name):
         torch.testing.assert_close(logits_of(head), model(IDS)["logits"])
 
 
+def test_the_gradient_of_the_loss_passes_through_the_models_output():
+    """DDP and FSDP2 hook a model's output, as this hook does."""
+    model, seen = TinyModel(), []
+
+    def hook_output(module, inputs, output):
+        output["logits"].register_hook(lambda gradient: seen.append(gradient.shape))
+
+    model.register_forward_hook(hook_output)
+    fused_kl(LinearLogits.from_model(model, IDS), TEACHER).backward()
+    assert seen == [(2, 7, 0)] and model.lm_head.weight.grad.any()
+
+
+def test_a_scale_that_the_model_applies_before_its_head_is_not_taken_twice():
+    """Inkling divides the head's input by this number, and TinyModel knows no such number."""
+    model = TinyModel(logits_mup_width_multiplier=2.0)
+    assert scale_and_cap(model.config)[0] == 0.5
+    torch.testing.assert_close(logits_of(LinearLogits.from_model(model, IDS)), model(IDS)["logits"])
+
+
 def test_frozen_parts_get_no_gradient():
     model = TinyModel()
     model.lm_head.requires_grad_(False)
@@ -70,6 +90,29 @@ def test_frozen_parts_get_no_gradient():
     assert set(of_head(only_head)) == {"lm_head.weight", "lm_head.bias"}
     assert distance(of_head(only_head), of_logits(only_head)) <= 2e-6
     assert not LinearLogits.from_model(TinyModel().requires_grad_(False), IDS).requires_grad
+
+
+class UnderNoGrad(TinyModel):
+    """Runs itself, or its head alone, without gradients."""
+
+    def __init__(self, part):
+        super().__init__()
+        module = self if part == "model" else self.lm_head
+        module.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
+        module.register_forward_hook(lambda *_: torch.set_grad_enabled(True) and None)
+
+
+@pytest.mark.parametrize("part", ["model", "head", "call"])
+def test_a_head_without_gradients_has_those_of_the_plain_call_none(part):
+    model = TinyModel() if part == "call" else UnderNoGrad(part)
+    with torch.set_grad_enabled(part != "call"):
+        assert not model(IDS)["logits"].requires_grad
+        head = LinearLogits.from_model(model, IDS)
+    assert torch.is_grad_enabled() and not head.requires_grad
+    student = torch.randn(2, 7, VOCAB, requires_grad=True)
+    fused_kl(student, head).backward()  # a loss refuses a teacher that requires grad
+    assert not gradients(model) and student.grad.any()
+    torch.testing.assert_close(logits_of(head), model(IDS)["logits"])
 
 
 class LoRA(nn.Module):
@@ -209,6 +252,30 @@ def test_a_call_inside_a_call():
     assert torch.equal(student.hidden, found[0].hidden) and student.hidden.requires_grad
 
 
+def test_a_copy_that_is_made_inside_a_call_is_a_plain_model():
+    """A hook of the model may copy it, as an average of weights does."""
+    model, copies = TinyModel(), {}
+
+    def copies_it(*_):
+        if not copies:
+            copies.update(deep=copy.deepcopy(model), pickled=pickle.loads(pickle.dumps(model.lm_head)))
+            copies.update(shallow=copy.copy(model.lm_head))
+
+    model.norm.register_forward_hook(copies_it)
+    hidden = LinearLogits.from_model(model, IDS).hidden
+    want = model.lm_head(hidden)
+    assert torch.equal(copies["pickled"](hidden), want) and torch.equal(copies["shallow"](hidden), want)
+    deep = copies["deep"]
+    assert torch.equal(deep.lm_head(hidden), want)
+    with torch.no_grad():
+        deep.lm_head.bias += 1
+    torch.testing.assert_close(deep.lm_head(hidden), want + 1)
+    assert torch.equal(model.lm_head(hidden), want)
+    assert distance(of_head(deep), of_logits(deep)) <= 2e-6
+    head = LinearLogits.from_model(copies["deep"], IDS)
+    assert head.weight is deep.lm_head.weight and torch.equal(logits_of(head), deep(IDS)["logits"])
+
+
 def test_other_threads_get_logits_and_take_turns():
     model = TinyModel()
     inside, seen, ready = threading.Event(), {}, threading.Event()
@@ -269,6 +336,35 @@ def test_a_plain_call_beside_another_threads_turn_gets_logits():
     for thread in threads:
         thread.join(30)
     assert seen["width"] == VOCAB
+
+
+def test_a_turn_does_not_end_anothers():
+    """If the second thread did not wait for its turn, the first one's end would take its forward off the head."""
+    model, errors = TinyModel(), []
+    second_is_inside, first_is_done = threading.Event(), threading.Event()
+
+    def meet(module, inputs):
+        if threading.current_thread().name == "first":
+            second_is_inside.wait(0.3)  # comes too late, since the second thread waits for the head
+        else:
+            second_is_inside.set()
+            first_is_done.wait(20)
+
+    def call():
+        try:
+            LinearLogits.from_model(model, IDS)
+        except RuntimeError as error:
+            errors.append(error)
+        first_is_done.set()
+
+    model.embedding.register_forward_pre_hook(meet)
+    first, second = (threading.Thread(target=call, name=name) for name in ("first", "second"))
+    first.start()
+    time.sleep(0.05)
+    second.start()
+    for thread in (first, second):
+        thread.join(30)
+    assert not errors and "forward" not in vars(model.lm_head)
 
 
 class OtherCalls(TinyModel):

@@ -2,8 +2,10 @@
 
 import inspect
 import itertools
+import linecache
 import sys
 import typing
+import warnings
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from truth import BACKENDS, device_of
 
 import kdkernels
 from kdkernels import CATALOGUE, Divergence, LinearLogits, fused_divergence, fused_js, fused_kl, fused_uld, selftest
+from kdkernels.backends import native
+from kdkernels.backends.native import threads
 from kdkernels.losses.divergence import DivergenceOptions
 
 ROWS, VOCAB = 6, 23
@@ -346,3 +350,46 @@ def test_the_selftest_passes_its_arguments_on_and_exits_with_the_result(argument
     with pytest.raises(SystemExit) as ended:
         selftest.main()
     assert ended.value.code == (0 if right else 1)
+
+
+# ---- warnings
+
+
+def warns_at(call) -> tuple[str, str]:
+    """The text of the one warning of the call, and the source line that it shows."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    (one,) = (each for each in caught if issubclass(each.category, (RuntimeWarning, UserWarning)))
+    return str(one.message), linecache.getline(one.filename, one.lineno).strip()
+
+
+@pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
+def test_a_warning_of_threads_shows_the_users_line(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    monkeypatch.setattr(native, "count_threads", threads.count_threads)
+    student, teacher = logits().requires_grad_(), logits()
+    loss_of = kdkernels.nn.Divergence("kl", gradient="backward")
+
+    def forward():
+        monkeypatch.setattr(threads, "_warned", False)
+        return loss_of(student, teacher)  # the module
+
+    text, line = warns_at(forward)
+    assert "one thread" in text and line == "return loss_of(student, teacher)  # the module"
+    loss = forward()
+    monkeypatch.setattr(threads, "_warned", False)
+    text, line = warns_at(lambda: loss.backward())  # the backward
+    assert "one thread" in text and line.endswith("# the backward")
+
+
+def test_other_warnings_show_the_users_line(monkeypatch):
+    head = LinearLogits(torch.randn(ROWS, 4), torch.randn(VOCAB, 4))
+    with kdkernels.chunk_budget(100):
+        text, line = warns_at(lambda: fused_kl(head, logits()))  # the head
+    assert "holds no row" in text and line.endswith("# the head")
+    monkeypatch.setattr(native, "_native", None)
+    native._warn.cache_clear()
+    text, line = warns_at(lambda: fused_kl(logits(), logits()))  # without the module
+    native._warn.cache_clear()
+    assert "native kernels" in text and line.endswith("# without the module")

@@ -6,10 +6,13 @@ setup.py's functions run in this process. tests/test_install.py has the real ins
 import importlib.machinery
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import threading
 import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -98,6 +101,42 @@ def test_the_compiler_is_asked_for_english(reason_of, tmp_path):
 def test_ninjas_own_failure_is_a_reason(reason_of, tmp_path):
     (tmp_path / ".ninja_log").mkdir()
     assert re.match("ninja failed: ninja: .*build log", reason_of(CXX="true"))
+
+
+def test_a_folder_in_the_place_of_ninjas_file_is_a_reason(reason_of, tmp_path):
+    (tmp_path / "build.ninja").mkdir()
+    assert re.match(r"the file that ninja reads could not be written \(.*build.ninja", reason_of(CXX="true"))
+
+
+def test_builds_of_one_tree_take_turns(reason_of, tmp_path):
+    """They have one folder of objects. A thread stands for the other installation, whose lock is of another file."""
+    fcntl = pytest.importorskip("fcntl")
+    build_it = threading.Thread(target=lambda: reason_of(CXX="true"))
+    with open(tmp_path / "lock", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        build_it.start()
+        build_it.join(0.3)
+        assert build_it.is_alive() and not (tmp_path / "build.ninja").exists()
+    build_it.join(30)
+    assert not build_it.is_alive() and (tmp_path / "build.ninja").exists()
+
+
+def test_a_source_distribution_has_sources_alone(tmp_path):
+    """Not a developer's record of a build, module or editor's files, also where an earlier list of files names them."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "MANIFEST.in", "LICENSE", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    package, calls = tmp_path / "kdkernels", tmp_path / "csrc" / "calls"
+    left = ["_build.json", "_native.so", ".#ops.py"]
+    for path in [calls / "rows.h", calls / ".#rows.h", package / "__init__.py", *(package / name for name in left)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "kdkernels.egg-info").mkdir()
+    (tmp_path / "kdkernels.egg-info" / "SOURCES.txt").write_text("".join(f"kdkernels/{name}\n" for name in left))
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tmp_path, capture_output=True, check=True)
+    with tarfile.open(next((tmp_path / "dist").iterdir())) as archive:
+        names = {Path(*Path(name).parts[1:]).as_posix() for name in archive.getnames()}
+    assert {"setup.py", "csrc/calls/rows.h", "kdkernels/__init__.py", "CHANGELOG.md"} <= names
+    assert not any(name.endswith(("_build.json", ".so")) or Path(name).name.startswith(".") for name in names)
 
 
 def test_an_nvcc_that_fails_in_another_encoding_is_quoted(monkeypatch, tmp_path):
@@ -231,6 +270,15 @@ def test_the_border_is_of_every_call(tmp_path):
     assert len(seen) == len(headers) + 4
 
 
+def test_line_endings_and_an_editors_files_are_no_other_sources(tmp_path):
+    copy = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    for path in [*(copy / "calls").glob("*.h"), copy / "bindings.cpp"]:
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    (copy / "calls" / ".#rows.h").symlink_to("nobody@nowhere.1")  # as Emacs locks a file
+    (copy / "calls" / "._rows.h").write_bytes(b"\0")
+    assert border_hash(copy) == border_hash(ROOT / "csrc")
+
+
 @pytest.mark.skipif(native._native is None, reason=f"no native module: {native.missing_because}")
 @pytest.mark.skipif(sys.platform != "linux", reason="an ELF file")
 @pytest.mark.parametrize("kept", [0.01, 0.5, 0.9])
@@ -260,6 +308,20 @@ def test_a_module_of_another_python_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "find", lambda: None)
     module, reason = loading.load()
     assert module is None and "built for Python 3.9.1 on riscv" in reason and sys.version.split()[0] in reason
+
+
+def test_a_module_that_is_gone_is_named(monkeypatch, tmp_path):
+    """A module serves each release of its minor version, so its record may name another release."""
+    record = {"python": f"{sys.version_info[0]}.{sys.version_info[1]}.99", "machine": platform.machine()}
+    (tmp_path / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(loading, "PACKAGE", tmp_path)
+    module, reason = loading.load()
+    assert module is None and f"is in {tmp_path} now; rebuild it" in reason and ".99" not in reason
+    for contents in ((), ("__init__.py",)):
+        (tmp_path / "_native").mkdir(exist_ok=True)
+        for name in contents:
+            (tmp_path / "_native" / name).touch()
+        assert f"{tmp_path / '_native'} is a folder in the place of the module; remove" in loading.load()[1]
 
 
 # ---- the warning
@@ -295,6 +357,15 @@ def test_the_reference_by_default_warns_while_it_is_compiled(without_module):
     loss = torch.compile(lambda s: kdkernels.fused_kl(s, x), fullgraph=True, backend="eager")
     assert len(warned(lambda: [loss(x), loss(x + 1)])) == 1
     torch.compiler.reset()
+
+
+def test_a_worker_of_a_data_loader_does_not_warn(without_module, monkeypatch):
+    """A loader starts new workers in each epoch. Ranks that a launcher started are processes as any other, and warn."""
+    x = torch.randn(2, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.utils.data, "get_worker_info", lambda: SimpleNamespace(id=0))
+        assert warned(lambda: kdkernels.fused_kl(x, x)) == []
+    assert len(warned(lambda: kdkernels.fused_kl(x, x))) == 1
 
 
 def test_native_kernels_are_used_unwarned():

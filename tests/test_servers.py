@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kdkernels import fused_kl
 from kdkernels.teachers.servers import ServedTopK, stack, topk_from_sglang, topk_from_vllm
 
 NAN, INF = math.nan, math.inf
@@ -727,6 +728,41 @@ def test_a_wrong_row_of_lists_does_not_lose_the_prompt():
 def test_a_row_of_a_mass_of_1_up_to_rounding_is_right():
     mass = torch.tensor([0.25, 0.5, 0.25]) * (1 + 9e-4)
     assert topk_from_vllm([None, dict(enumerate(mass.log().tolist()))], strict=True).valid.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("dtype", "entries", "mass"), [(torch.bfloat16, 19, 1.0069), (torch.float16, 1000, 1.0015)])
+def test_a_mass_above_1_by_the_rounding_of_16_bits_is_right(dtype, entries, mass):
+    """The rows name every class, so their mass is 1 before rounding; that of the uniform row 0 becomes `mass`."""
+    exact = (torch.linspace(0, 8, 300)[:, None] * torch.randn(300, entries)).log_softmax(-1)
+    log_probs = exact.to(dtype).float()
+    assert abs(log_probs[0].exp().sum() - mass) < 1e-4
+    ids = torch.arange(entries).expand_as(log_probs)
+    served = topk_from_vllm(LogprobsTensors(ids, log_probs, None), strict=True)
+    assert served.valid[:-1].all() and torch.equal(served.token_log_prob[:-1], log_probs[:, 0])
+    assert (served.teacher.log_probs.exp().sum(-1) < 1 + 1.001e-3).all()
+    assert fused_kl(torch.randn(301, entries), served.teacher, mask=served.valid).isfinite()
+
+    def valid(log_probs):
+        with pytest.warns(RuntimeWarning, match="expected probabilities with a sum of at most 1; got a sum of 1.0"):
+            return topk_from_vllm([None, {0: -0.5}, *(dict(enumerate(row)) for row in log_probs.tolist())]).valid
+
+    tall = (exact + math.log(1.05))[exact.max(-1).values < -0.1]
+    for wrong in (tall.to(dtype).float(), log_probs[:1] + 1e-5):  # no rounding; no numbers of 16 bits
+        assert valid(wrong).tolist() == [True, *[False] * len(wrong), False]
+    assert len(tall) > 50
+
+
+@pytest.mark.parametrize("token", [-1, 2**31])
+def test_a_prompt_token_that_is_no_id_is_named(token):
+    """-1 stands for padding in a row, and is no token."""
+    rows = [None, {5: -0.5, 6: -1.5}, {6: -2.0}]
+    with pytest.raises(
+        ValueError, match=rf"prompt_token_ids: expected ids from 0 to 2\^31 - 1; got {token} \(token 2\)"
+    ):
+        topk_from_vllm(rows, prompt_token_ids=[4, 5, token])
+    lists = [None, [[-0.5, 5, None]], [[-2.0, 6, None]]]
+    with pytest.raises(ValueError, match="prompt_token_ids: expected ids"):
+        topk_from_sglang(lists, prompt_token_ids=[4, 5, token])
 
 
 # ---- invalid input

@@ -42,7 +42,8 @@ def automatic(student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> 
 def select(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int = 0) -> str:
     """The backend that serves this call: `name` itself, or the backend of "auto".
 
-    Warns once per process if "auto" is the reference because the CPU's kernels are missing.
+    Warns once per process, and not in the workers of a DataLoader, if "auto" is the reference because the CPU's kernels
+    are missing.
     """
     if name == "auto":
         name = automatic(student, teacher, points)

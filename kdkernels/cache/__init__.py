@@ -39,6 +39,7 @@ import itertools
 import json
 import operator
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import replace
@@ -51,12 +52,15 @@ try:
     import numpy as np
     import safetensors.numpy  # noqa: F401
 except ImportError as error:
-    raise ImportError(f"kdkernels.cache: {error}; pip install kdkernels[cache]") from error
+    text = f"kdkernels.cache: {error}; pip install kdkernels[cache]"
+    if sys.argv[:1] == ["-m"] and "kdkernels.cache" in sys.orig_argv:  # the command line imports this package first
+        sys.exit(text)
+    raise ImportError(text) from error
 
 from ..distributions import HAVE_TAIL_MASS, LinearLogits, SparseLogProbs
 from ..teachers.extract import sampled_log_probs, topk_log_probs
 from . import packing, shards
-from .writer import CacheWriter, named_shards, pack_column
+from .writer import CacheWriter, check_column, check_ids, named_shards, path_of
 
 
 class TopKCache(torch.utils.data.Dataset):
@@ -82,7 +86,7 @@ class TopKCache(torch.utils.data.Dataset):
     """
 
     def __init__(self, directory: str | os.PathLike, *, verify: bool = True):
-        self.directory = Path(directory).absolute()
+        self.directory = path_of(directory)
         self.settings, self.shards = manifest_of(self.directory)
         self._readers = [
             shards.ShardReader(self.directory, shard, self.settings, checksum=verify) for shard in self.shards
@@ -153,6 +157,7 @@ def write_teacher(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    ignore_index: int = -100,
     sequences_per_shard: int | None = None,
     progress: bool = True,
 ) -> TopKCache:
@@ -175,24 +180,36 @@ def write_teacher(
         vocab_size: the number of classes that count, if the model's logits are padded; None: all.
         labels, mask, document_ids: what the cache stores for each token besides, [sequences, T]: see `CacheWriter`. The
             model does not see them.
+        ignore_index: the label of tokens without one: see `CacheWriter`.
         sequences_per_shard: rounded up to whole batches, so that a resumed run has the same batches and, on the same
             machine, gives the same bits. None: about 64 MiB or 60 seconds, in whole batches.
 
     Raises:
         TypeError, ValueError, RuntimeError: those of `CacheWriter`; and if the sequences on disk are not the first ones
-            of `blocks`, with the same labels, mask and document ids.
+            of `blocks`, with the same labels, mask and document ids. Ids and labels are checked before the first
+            sequence is written, and, as far as their range is known without the model, before the model is loaded.
     """
+    if not isinstance(model, torch.nn.Module) and not callable(model):
+        raise TypeError(
+            f"model: expected a torch.nn.Module, or a function that loads one; got {type(model).__name__}; "
+            "transformers.AutoModelForCausalLM.from_pretrained loads a model by its name"
+        )
+    if not isinstance(blocks, Tensor):
+        raise TypeError(f"blocks: expected a tensor, int64 [sequences, T]; got {type(blocks).__name__}")
     if blocks.dim() != 2 or blocks.dtype != torch.int64 or blocks.numel() == 0:
         raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1; got {batch}")
+    shards.check_int("batch", batch, 1)
+    shards.check_int("ignore_index", ignore_index, -(2**31))
+    if sequences_per_shard is not None:
+        shards.check_int("sequences_per_shard", sequences_per_shard, 1)
+        sequences_per_shard = -(-sequences_per_shard // batch) * batch
     tqdm = import_extra("tqdm").tqdm
     columns = {"labels": labels, "mask": mask, "document_ids": document_ids}
     columns = {name: column for name, column in columns.items() if column is not None}
     settings = {
         "k": k,
         "length": blocks.shape[1],
-        "temperature": float(temperature),
+        "temperature": temperature,
         "tokenizer_hash": tokenizer_hash,
         "teacher": teacher,
         "samples": samples,
@@ -200,12 +217,19 @@ def write_teacher(
         "columns": tuple(columns),
     }
     tokens = {"input_ids": blocks} | columns
-    named = _compare(Path(directory), tokens, vocab_size, settings)
+    named = _compare(path_of(directory), tokens, vocab_size, settings, ignore_index)
     if not isinstance(model, torch.nn.Module):
         if sum(shard.sequences for shard in named) == len(blocks):
             return TopKCache(directory, verify=False)
         model = model()
-    device = next(model.parameters()).device
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"model: expected a function that returns a torch.nn.Module; got {type(model).__name__}")
+    if (parameter := next(model.parameters(), None)) is None:
+        raise ValueError(f"model: expected a module with parameters, which say its device; got {type(model).__name__}")
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if isinstance(embedding, torch.nn.Embedding):  # the model itself would raise without a number, or kill a GPU
+        check_ids("blocks", blocks, embedding.num_embeddings)
+    device = parameter.device
     were_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -213,9 +237,10 @@ def write_teacher(
         if vocab_size is not None and vocab_size > width:  # raises before the writer makes a file
             raise ValueError(f"vocab_size: expected at most {width}, the classes of the model; got {vocab_size}")
         settings["vocab_size"] = width if vocab_size is None else vocab_size
-        if sequences_per_shard is not None:
-            sequences_per_shard = -(-sequences_per_shard // batch) * batch
-        with CacheWriter(directory, **settings, sequences_per_shard=sequences_per_shard) as writer:
+        _check_tokens(tokens, settings["vocab_size"], ignore_index)
+        with CacheWriter(
+            directory, **settings, ignore_index=ignore_index, sequences_per_shard=sequences_per_shard
+        ) as writer:
             if writer.shards != named:  # another writer has added shards since the comparison
                 _check_text(writer.directory, tokens, writer.settings, writer.shards)
             done = writer.sequences * blocks.shape[1]
@@ -235,18 +260,28 @@ def write_teacher(
     return TopKCache(directory, verify=False)
 
 
-def _compare(directory: Path, tokens: dict[str, Tensor], vocab_size: int | None, settings: dict) -> list[shards.Shard]:
+def _compare(
+    directory: Path, tokens: dict[str, Tensor], vocab_size: int | None, settings: dict, ignore_index: int
+) -> list[shards.Shard]:
     """The shards that the directory has already. Raises unless they fit the settings and the text. A vocab_size of None
     fits any."""
     existing = shards.read_manifest(directory)
     if vocab_size is None:  # the model's, which is not known yet
         vocab_size = 2**31 if existing is None else existing[0].vocab_size
     expected = shards.Settings(vocab_size=vocab_size, **settings)
-    for name in expected.columns:
-        pack_column(name, tokens[name], tokens["input_ids"], expected)
     named = named_shards(directory, expected) or []
+    _check_tokens(tokens, expected.vocab_size, ignore_index)
     _check_text(directory, tokens, expected, named)
     return named
+
+
+def _check_tokens(tokens: dict[str, Tensor], vocab_size: int, ignore_index: int) -> None:
+    """Raises for ids, labels, a mask or document ids that the cache of these tokens could not store."""
+    for name, column in tokens.items():
+        if name == "input_ids":
+            check_ids("blocks", column, vocab_size)
+        else:
+            check_column(name, column, tokens["input_ids"], vocab_size, ignore_index)
 
 
 def _teacher_of(logits: Tensor | LinearLogits, settings: shards.Settings, first: int) -> SparseLogProbs:

@@ -13,7 +13,8 @@ from . import import_extra, manifest_of, report, shards, tokenizer_hash, write_t
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line. The exit code is 1 if a shard is damaged."""
+    """Runs the command line. The exit code is 1, with one line that says what is wrong, after an error that a user can
+    mend, and if a shard is damaged."""
     options = _parse(arguments)
     try:
         if options.command == "write":
@@ -21,8 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "verify":
             return _verify(options.directory)
         print(report(options.directory))
-    except (TypeError, ValueError, OSError) as error:
-        sys.exit(f"kdkernels.cache: {error}")
+    except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__  # transformers and torch write several lines
+        sys.exit(f"kdkernels.cache: {text.removeprefix('kdkernels.cache: ')}")
     return 0
 
 
@@ -40,6 +42,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="a safetensors file of input_ids [sequences, T] int64 and, to be stored too, labels and document_ids "
         "(int64) and mask (bool) of that shape",
+    )
+    write.add_argument(
+        "--ignore-index", type=int, default=-100, help="with --tokens: the label of tokens without one (default -100)"
     )
     write.add_argument(
         "--document-ids", action="store_true", help="with --text: store the number of each token's file too, from 0"
@@ -72,10 +77,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.command == "write" and options.document_ids and not options.text:
         parser.error("--document-ids: expected --text; a file of --tokens has its own document_ids")
+    if options.command == "write" and options.length < 1:
+        parser.error(f"--length: expected at least 1; got {options.length}")
     return options
 
 
 def _write(options: argparse.Namespace) -> None:
+    _check_device(options.device)
     transformers = import_extra("transformers")
     loading = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, **loading)
@@ -104,10 +112,19 @@ def _write(options: argparse.Namespace) -> None:
         batch=options.batch,
         vocab_size=options.vocab_size,
         tokenizer_hash=tokenizer_hash(tokenizer),
+        ignore_index=options.ignore_index,
         sequences_per_shard=options.sequences_per_shard,
         teacher=" ".join(filter(None, (Path(options.model).name, options.gguf_file, options.dtype))),
         **columns,
     )
+
+
+def _check_device(name: str) -> None:
+    """Raises before the text and the model are read."""
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # AssertionError: a torch without CUDA
+        raise ValueError(f"--device {name}: {error}") from error
 
 
 def _blocks(tokenizer, paths: list[Path], length: int) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ killed. A file that it does not name is a leftover. docs/cache.md describes the 
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
-import warnings
+import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from .. import callers
 from ..distributions import HAVE_TAIL_MASS, TAILS
 from . import packing
 
@@ -33,6 +34,13 @@ _SHARD = re.compile(r"shard-\d{5,}\.safetensors")
 # The optional columns of a cache, one number for each token: the names of the dtype on disk, in safetensors and numpy.
 COLUMNS = {"labels": ("I32", np.int32), "mask": ("BOOL", np.bool_), "document_ids": ("I32", np.int32)}
 _LEFTOVER = re.compile(rf"{_SHARD.pattern}(\.partial)?|manifest\.json\.partial")
+
+
+def check_int(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}; got {value}")
 
 
 @dataclass(frozen=True)
@@ -50,24 +58,24 @@ class Settings:
     columns: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "columns", tuple(self.columns))
-        if not set(self.columns) <= set(COLUMNS) or len(set(self.columns)) < len(self.columns):
-            raise ValueError(f"columns: expected some of {', '.join(COLUMNS)}; got {', '.join(map(str, self.columns))}")
+        if isinstance(self.columns, str) or not isinstance(self.columns, Iterable):
+            raise TypeError(f"columns: expected some of {', '.join(COLUMNS)} in a tuple; got {self.columns!r}")
+        given = tuple(self.columns)
+        if any(name not in tuple(COLUMNS) for name in given) or len(set(given)) < len(given):
+            raise ValueError(f"columns: expected some of {', '.join(COLUMNS)}; got {', '.join(map(str, given))}")
+        object.__setattr__(self, "columns", given)
         object.__setattr__(self, "columns", tuple(name for name in COLUMNS if name in self.columns))
         for name, least in (("vocab_size", 1), ("k", 1), ("length", 1), ("samples", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name}: expected an int; got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}; got {value}")
+            check_int(name, getattr(self, name), least)
         if self.vocab_size > 2**31:
             raise ValueError(f"vocab_size: expected at most 2**31, the range of int32 indices; got {self.vocab_size}")
         if self.k > self.vocab_size:
             raise ValueError(f"k: expected at most vocab_size, {self.vocab_size}; got {self.k}")
         if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
             raise TypeError(f"temperature: expected a number; got {type(self.temperature).__name__}")
-        if not 0 < self.temperature < math.inf:
+        if not 0 < self.temperature <= sys.float_info.max:
             raise ValueError(f"temperature: expected finite and > 0; got {self.temperature}")
+        object.__setattr__(self, "temperature", float(self.temperature))
         if self.tail not in TAILS:
             raise ValueError(f"tail: expected one of {', '.join(TAILS)}; got {self.tail!r}")
         if self.samples > self.k:
@@ -281,7 +289,7 @@ def lock(directory: Path):
         file.close()
         raise RuntimeError(f"{directory}: another writer is at work; expected one at a time") from None
     except OSError as error:  # some network file systems have no locks
-        warnings.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", stacklevel=3)
+        callers.warn(f"{directory} cannot be locked ({error}); make sure that no other writer uses it", UserWarning)
     return file
 
 

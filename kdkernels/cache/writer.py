@@ -42,15 +42,18 @@ class CacheWriter:
         teacher: a name for the model, stored for readers too.
         samples: how many of the K entries are drawn (`sampled_log_probs`), with tail "truncate"; stored for readers
             too.
-        columns: what each sequence has besides, one number a token: some of "labels" (below V; negative for tokens
-            without one), "mask" (bool) and "document_ids" (int32's range). The cache stores them as they are, without
-            a shift.
+        columns: what each sequence has besides, one number a token: some of "labels" (below V, or ignore_index for
+            tokens without one), "mask" (bool) and "document_ids" (int32's range). The cache stores them as they are,
+            without a shift.
+        ignore_index: the label of tokens without one. The cache does not store it: the loss needs the same number.
         sequences_per_shard: fixes the shards, so that the same sequences give the same files. None: about 64 MiB or 60
             seconds, as above; the sequences are the same, but how many of them a file has depends on the time.
 
     Raises:
+        TypeError, ValueError: for arguments that do not fit. These errors, and the next ones, change no file.
         ValueError: for a directory with a cache of other settings (the message names those that differ), a damaged
-            cache, or shards without a manifest. These errors change no file.
+            cache, or shards without a manifest.
+        NotADirectoryError: if the directory is a file.
         RuntimeError: if another writer uses the directory.
     """
 
@@ -67,18 +70,19 @@ class CacheWriter:
         teacher: str | None = None,
         samples: int = 0,
         columns: Iterable[str] = (),
+        ignore_index: int = -100,
         sequences_per_shard: int | None = None,
     ):
-        self.directory = Path(directory).absolute()
+        self.directory = path_of(directory)
         self.settings = shards.Settings(
-            vocab_size, k, length, float(temperature), tail, tokenizer_hash, teacher, samples, tuple(columns)
+            vocab_size, k, length, temperature, tail, tokenizer_hash, teacher, samples, columns
         )
         self._sized_by_time = sequences_per_shard is None
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(self.settings)
-        if sequences_per_shard < 1:
-            raise ValueError(f"sequences_per_shard: expected at least 1; got {sequences_per_shard}")
-        self.sequences_per_shard = sequences_per_shard
+        shards.check_int("sequences_per_shard", sequences_per_shard, 1)
+        shards.check_int("ignore_index", ignore_index, -(2**31))
+        self.sequences_per_shard, self.ignore_index = sequences_per_shard, ignore_index
         self._pending: list[dict[str, np.ndarray]] = []  # one dict per sequence
         self._last_shard = self._last_append = time.monotonic()
 
@@ -113,13 +117,13 @@ class CacheWriter:
         Raises:
             TypeError, ValueError: for arguments that do not fit the settings; for indices out of range or repeated
                 (samples may repeat), NaN, and, with a tail_log_prob, rows whose mass is not 1. Then none of the
-                sequences is added.
+                sequences is added. The message has the number that the sequence would have in the cache.
         """
         if self._lock.closed:
             raise ValueError(f"{self.directory}: expected an open writer; this one was closed")
-        if len(input_ids) == 0:
-            return
-        self._pending += pack_sequences(input_ids, teacher, columns, self.settings)
+        self._pending += pack_sequences(
+            input_ids, teacher, columns, self.settings, first=self.sequences, ignore_index=self.ignore_index
+        )
         if not self._sized_by_time:
             while len(self._pending) >= self.sequences_per_shard:
                 self._write_shard(self.sequences_per_shard)
@@ -155,6 +159,18 @@ class CacheWriter:
         self._last_shard = time.monotonic()
 
 
+def path_of(directory) -> Path:
+    """The absolute path of a cache's directory, which need not exist."""
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path; got {type(directory).__name__}")
+    path = Path(directory).absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(
+            f"directory: expected a directory, or a path where one can be made; got {path}, a file"
+        )
+    return path
+
+
 def named_shards(directory: Path, expected: shards.Settings) -> list[shards.Shard] | None:
     """The manifest's shards; None without a manifest. Raises for other settings, or if a shard's file does not fit."""
     if (manifest := shards.read_manifest(directory)) is None:
@@ -175,15 +191,24 @@ def default_sequences_per_shard(settings: shards.Settings) -> int:
 
 
 def pack_sequences(
-    input_ids: Tensor, teacher: SparseLogProbs, columns: dict[str, Tensor], settings: shards.Settings
+    input_ids: Tensor,
+    teacher: SparseLogProbs,
+    columns: dict[str, Tensor],
+    settings: shards.Settings,
+    *,
+    first: int,
+    ignore_index: int,
 ) -> list[dict[str, np.ndarray]]:
-    """The tensors of each sequence as a shard stores them; raises as `CacheWriter.append` says."""
+    """The tensors of each sequence as a shard stores them; raises as `CacheWriter.append` says. `first` is the number
+    of the first sequence."""
     _check_shapes(input_ids, teacher, settings)
     if set(columns) != set(settings.columns):
         raise ValueError(
             f"columns: expected {', '.join(settings.columns) or 'none'}, as this cache has; got "
             f"{', '.join(columns) or 'none'}"
         )
+    if len(input_ids) == 0:
+        return []
     entries, leading = teacher.indices.shape[-1], tuple(input_ids.shape)
     missing = ((0, 0), (0, settings.k - entries))
     indices, log_probs = packing.sort_rows(
@@ -192,8 +217,8 @@ def pack_sequences(
     )
     ids = _as_numpy(input_ids)
     tail = _as_numpy(teacher.tail_log_prob.float()) if settings.has_tail_mass else None
-    _check_ids(ids, settings)
-    _check_entries(indices.reshape(*leading, -1), log_probs.reshape(*leading, -1), tail, teacher, settings)
+    check_ids("input_ids", input_ids, settings.vocab_size, first)
+    _check_entries(indices.reshape(*leading, -1), log_probs.reshape(*leading, -1), tail, teacher, settings, first)
     tensors = {
         "input_ids": ids.astype(np.int32),
         "indices": packing.pack(indices, settings.vocab_size).reshape(*leading, -1),
@@ -202,12 +227,21 @@ def pack_sequences(
     if tail is not None:
         tensors["tail_log_prob"] = packing.to_half(tail)
     for name in settings.columns:
-        tensors[name] = pack_column(name, columns[name], input_ids, settings)
+        check_column(name, columns[name], input_ids, settings.vocab_size, ignore_index, first)
+        tensors[name] = _as_numpy(columns[name]).astype(shards.COLUMNS[name][1])
     return [{name: array[i] for name, array in tensors.items()} for i in range(len(ids))]
 
 
-def pack_column(name: str, column: Tensor, input_ids: Tensor, settings: shards.Settings) -> np.ndarray:
-    """The column as a shard stores it. Raises for another shape, another dtype, and values that do not fit."""
+def check_ids(name: str, ids: Tensor, vocab_size: int, first: int = 0) -> None:
+    values = _as_numpy(ids)
+    _refuse(name, f"expected within [0, {vocab_size})", values, (values < 0) | (values >= vocab_size), first)
+
+
+def check_column(
+    name: str, column: Tensor, input_ids: Tensor, vocab_size: int, ignore_index: int, first: int = 0
+) -> None:
+    """Raises for another shape than the ids', another dtype, and values that do not fit. `first` is the number of the
+    first sequence."""
     dtypes = (torch.bool,) if name == "mask" else (torch.int64, torch.int32)
     if not isinstance(column, Tensor) or column.dtype not in dtypes:
         got = column.dtype if isinstance(column, Tensor) else type(column).__name__
@@ -217,11 +251,12 @@ def pack_column(name: str, column: Tensor, input_ids: Tensor, settings: shards.S
     if column.shape != input_ids.shape:
         raise ValueError(f"{name}: expected the shape {list(input_ids.shape)} of the ids; got {list(column.shape)}")
     values, limits = _as_numpy(column), np.iinfo(np.int32)
-    if name != "mask":
-        _refuse(name, "expected within int32's range", values, (values < limits.min) | (values > limits.max))
     if name == "labels":
-        _refuse(name, f"expected below vocab_size, {settings.vocab_size}", values, values >= settings.vocab_size)
-    return values.astype(shards.COLUMNS[name][1])
+        outside = ((values < 0) | (values >= vocab_size)) & (values != ignore_index)
+        _refuse(name, f"expected within [0, {vocab_size}), or ignore_index, {ignore_index}", values, outside, first)
+    if name == "document_ids":
+        outside = (values < limits.min) | (values > limits.max)
+        _refuse(name, "expected within int32's range", values, outside, first)
 
 
 def _as_numpy(x: Tensor) -> np.ndarray:
@@ -262,19 +297,18 @@ def _check_shapes(input_ids: Tensor, teacher: SparseLogProbs, settings: shards.S
         )
 
 
-def _check_ids(ids: np.ndarray, settings: shards.Settings) -> None:
-    vocab_size = settings.vocab_size
-    _refuse("input_ids", f"expected within [0, {vocab_size})", ids, (ids < 0) | (ids >= vocab_size))
-
-
 def _check_entries(
-    indices: np.ndarray, log_probs: np.ndarray, tail, teacher: SparseLogProbs, settings: shards.Settings
+    indices: np.ndarray,
+    log_probs: np.ndarray,
+    tail: np.ndarray | None,
+    teacher: SparseLogProbs,
+    settings: shards.Settings,
+    first: int,
 ) -> None:
     """Raises for values that the loss would refuse later: sorted entries [B, T, K], whose padding is -inf, and tails
     [B, T]."""
-    _refuse(
-        "teacher.indices", f"expected below vocab_size, {settings.vocab_size}", indices, indices >= settings.vocab_size
-    )
+    outside = indices >= settings.vocab_size
+    _refuse("teacher.indices", f"expected below vocab_size, {settings.vocab_size}", indices, outside, first)
     there = ~np.isneginf(log_probs)
     if settings.tail != "truncate":
         repeated = (indices[..., 1:] == indices[..., :-1]) & there[..., 1:]
@@ -283,22 +317,24 @@ def _check_entries(
             "expected each class once in a row (only tail 'truncate' takes repeats)",
             indices[..., 1:],
             repeated,
+            first,
         )
     if tail is None:
         largest = np.finfo(np.float16).max
-        _refuse("teacher.log_probs", f"expected at most {largest}", log_probs, ~(log_probs <= largest))
+        _refuse("teacher.log_probs", f"expected at most {largest}", log_probs, ~(log_probs <= largest), first)
         return
     # Rounding may put a log-softmax slightly above 0.
     tolerance = 1e-3 if teacher.log_probs.dtype in (torch.float32, torch.float64) else 0.1
     for name, values in (("teacher.log_probs", log_probs), ("teacher.tail_log_prob", tail)):
-        _refuse(name, "expected log-probabilities, at most 0", values, ~(values <= tolerance))
+        _refuse(name, "expected log-probabilities, at most 0", values, ~(values <= tolerance), first)
     # `TopKCache.teacher` scales the mass to 1 again after fp16 rounding, which would hide a wrong mass here.
     mass = np.exp(log_probs, dtype=np.float64).sum(axis=-1) + np.exp(tail, dtype=np.float64)
     wrong = (abs(mass - 1) > tolerance) & there.any(axis=-1)
-    _refuse("teacher", "expected a mass of 1 in log_probs and tail_log_prob together", mass, wrong)
+    _refuse("teacher", "expected a mass of 1 in log_probs and tail_log_prob together", mass, wrong, first)
 
 
-def _refuse(name: str, expected: str, values: np.ndarray, bad: np.ndarray) -> None:
+def _refuse(name: str, expected: str, values: np.ndarray, bad: np.ndarray, first: int) -> None:
+    """Raises for the first bad value. `first` is the number of the first sequence of the values [B, T, ...]."""
     if bad.any():
-        first = np.unravel_index(np.argmax(bad), bad.shape)
-        raise ValueError(f"{name}: {expected}; got {values[first]} in sequence {first[0]}, row {first[1]}")
+        at = np.unravel_index(np.argmax(bad), bad.shape)
+        raise ValueError(f"{name}: {expected}; got {values[at]} in sequence {first + at[0]}, row {at[1]}")

@@ -17,12 +17,12 @@ zeros is formed. K * M uses M - min M, so the loss adds min M at the end.
 """
 
 import contextlib
-import warnings
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import callers
 from .options import RowOptions, bad_rows, bad_values_raise, check_values, has_fp64, per_row, rows_of, slices
 
 GRADIENTS = ("unrolled", "implicit", "envelope")
@@ -351,10 +351,8 @@ def _implicit(kernel: Kernel, plan: Plan, costs: Tensor) -> Tensor:
     warn_above = torch.maximum(first * WARN_RESIDUAL**2, noise)
     if reads_values and (square > warn_above).any():
         left = (square / first).nan_to_num(0).max().sqrt().item()
-        warnings.warn(
+        callers.warn(
             f"gradient='implicit': {CONJUGATE_STEPS} steps of conjugate gradients left a residual of {left:.1e} of the "
             "first one, since the plan is too sharp; expected a larger epsilon, or gradient='unrolled'",
-            RuntimeWarning,
-            stacklevel=2,
         )
     return mean_costs - averaged(z)

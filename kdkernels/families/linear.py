@@ -18,13 +18,13 @@ rounds each chunk's product to 16 bits, one slab at a time, and the slab is adde
 writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3 times as long.)
 """
 
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import callers
 from . import topk
 from .options import RowOptions, at_one_stride, bad_values_raise, check_values, rows_of
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
@@ -275,11 +275,9 @@ def _chunk_size(count: int, chunking: Chunking, sources: list, device: torch.dev
     fixed_bytes, row_bytes = (sum(getattr(x, name) for x in sources) for name in ("fixed_bytes", "row_bytes"))
     most = (budget - fixed_bytes) // row_bytes if row_bytes else count
     if most < 1 and count:
-        warnings.warn(
+        callers.warn(
             f"a chunk budget of {budget} bytes holds no row: a row takes {row_bytes} bytes, and the chunk itself "
             f"{fixed_bytes}. Chunks have one row now; kdkernels.chunk_budget sets the budget",
-            RuntimeWarning,
-            stacklevel=2,
         )
     step = _rows_per_step(device)
     most = max(most // step * step or most, 1)

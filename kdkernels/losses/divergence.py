@@ -1,14 +1,13 @@
 """The losses between two distributions over one vocabulary: `fused_divergence`, `fused_kl`, `fused_js`."""
 
 import functools
-import warnings
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack  # torch requires it; Python 3.10's typing has no Unpack
 
-from .. import backends
+from .. import backends, callers
 from ..autograd import CHUNKED_ROWS, ROWS, run
 from ..distributions import LinearLogits, SparseLogProbs
 from ..divergences import Divergence
@@ -262,11 +261,9 @@ def fused_js(
 
 @functools.cache  # it warns once for each divergence
 def _warn_of_draws(name: str):
-    warnings.warn(
+    callers.warn(
         f"the teacher's entries were drawn at random, which biases {name}: its gradient is not linear in the teacher; "
         "kl is unbiased, and topk_log_probs makes a teacher without draws",
-        RuntimeWarning,
-        stacklevel=3,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..heads import check_size
 from . import options
 
 GRADIENTS = ("averaged", "summed")
@@ -64,8 +65,7 @@ def global_normalizer(
             raise RuntimeError("group: expected None before torch.distributed.init_process_group")
         device = next((x.device for x in counts if isinstance(x, Tensor)), torch.device("cpu"))
         return _sum(counts, device)
-    if hasattr(group, "get_group"):  # a DeviceMesh
-        group = group.get_group()
+    group = _group_of(group)
     ranks = torch.distributed.get_world_size(group)
     if ranks < 1:
         raise RuntimeError("group: expected a group of this rank; got a group without it")
@@ -126,6 +126,24 @@ def reduce_rows(
     return values if reduction == "none" else values.sum()
 
 
+def _group_of(group):
+    """The ProcessGroup that `group` names."""
+    if hasattr(group, "get_group"):  # a DeviceMesh
+        if group.ndim != 1:
+            names = group.mesh_dim_names
+            one = f"mesh[{names[0]!r}]" if names else "mesh.get_group(0)"
+            raise ValueError(
+                f"group: expected a ProcessGroup or a DeviceMesh of one dimension; got a mesh of {group.ndim}"
+                f"{f', {names}' if names else ''}; pass the dimension over which gradients are reduced, such as {one}"
+            )
+        return group.get_group()
+    without_this_rank = torch.distributed.GroupMember.NON_GROUP_MEMBER  # an int
+    known = group is None or group is without_this_rank or isinstance(group, torch.distributed.ProcessGroup)
+    if not known:
+        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh of one dimension or None; got {group!r}")
+    return group
+
+
 def _count(rows: Tensor | int | float, ignore_index: int) -> Tensor | int | float:
     """The number of kept rows of one micro-batch."""
     if isinstance(rows, Tensor):
@@ -140,6 +158,7 @@ def _count(rows: Tensor | int | float, ignore_index: int) -> Tensor | int | floa
         raise TypeError(
             f"rows: expected a bool mask, int64 labels or a count for each micro-batch; got {type(rows).__name__}"
         )
+    check_size("rows", rows)
     if not 0 <= rows < float("inf"):
         raise ValueError(f"rows: expected a count that is finite and not negative; got {rows}")
     return rows

@@ -15,6 +15,7 @@ from ..distributions import LinearLogits, SparseLogProbs
 from ..divergences import Divergence
 from ..families.options import STORAGE_DTYPES, RowOptions, bad_values_raise, compute_dtype
 from ..families.rows import ROW_STATISTICS, ROW_TOP1
+from ..heads import check_size
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
@@ -165,6 +166,7 @@ def check_type(name: str, value, expected: type):
     known = (int, torch.SymInt) if expected is int else expected
     if not isinstance(value, known) or (expected is int and isinstance(value, bool)):
         raise TypeError(f"{name}: expected {expected.__name__}; got {type(value).__name__}")
+    check_size(name, value)
 
 
 def check_int(name: str, value, least: int):
@@ -433,6 +435,7 @@ def _refuse_gradient(name: str, x: Tensor):
 def _check_number(name: str, value):
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number or a tensor; got {type(value).__name__}")
+    check_size(name, value)
 
 
 def _shown(value) -> str:

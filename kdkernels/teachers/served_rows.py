@@ -1,13 +1,12 @@
 """Reads the rows of a server's answer into tensors, and finds the rows that no loss may use.
 
 Rows are [T - 1, W], one for each token after the first: row i describes token i + 1. A row is wrong if one of its
-entries has no token id or no log-probability, if it repeats a token id, or if its probabilities sum to more than 1. A
-wrong row becomes padding. An entry with a null is absent.
+entries has no token id or no log-probability, if it repeats a token id, or if its probabilities sum to more than 1 by
+more than rounding. A wrong row becomes padding. An entry with a null is absent.
 """
 
 import math
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -15,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import callers
+
 # vLLM's HTTP server writes -inf, which JSON lacks, as this number (its clamp_prompt_logprobs).
 _VLLM_MINUS_INFINITY = -9999.0
-# A log-probability may round to just above 0, and the sum of a row to just above 1.
-_ROUNDING = 1e-3
+# A log-probability in fp32 may round to just above 0, and the sum of a row to just above 1.
+ROUNDING = 1e-3
+# The significant bits of the 16-bit dtypes, the coarsest first.
+_BITS = {torch.bfloat16: 8, torch.float16: 11}
 _LARGEST_ID = torch.iinfo(torch.int32).max
 
 
@@ -130,7 +133,7 @@ def rows_of_tensors(tensors) -> ServedRows:
     rows = ServedRows("prompt_logprobs", 1, indices.long(), log_probs.float(), 0, {})
     indices, log_probs = rows.indices, rows.log_probs
     outside = ((indices < 0) | (indices > _LARGEST_ID)) & (log_probs > -torch.inf)
-    bad = log_probs.isnan() | (log_probs > _ROUNDING) | outside
+    bad = log_probs.isnan() | (log_probs > ROUNDING) | outside
     for row in _numbers_of(bad.any(-1)):
         column = int(bad[row].int().argmax())
         pair = indices[row, column].item(), log_probs[row, column].item()
@@ -204,16 +207,16 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
     Raises the first wrong row's error if `strict`, or if no other row has entries. Else warns of it.
     """
     indices, there = rows.indices, rows.log_probs > -torch.inf  # NaN, which stands for null, is not there
-    others, probabilities = torch.where(there, indices, -1), torch.where(there, rows.log_probs, -torch.inf).exp()
+    others, log_probs = torch.where(there, indices, -1), torch.where(there, rows.log_probs, -torch.inf)
     if rows.scored is not None:
         scored = others[:, rows.scored].clone()
         others[:, rows.scored] = -1
         copies = (scored >= 0)[:, None] & (others == scored[:, None])
         # The first entry of a token is kept: the mass is that of the kept entries.
         if rows.scored == 0:
-            probabilities = torch.where(copies, 0, probabilities)
+            log_probs = torch.where(copies, -torch.inf, log_probs)
         else:
-            probabilities[:, rows.scored] = torch.where(copies.any(-1), 0, probabilities[:, rows.scored])
+            log_probs[:, rows.scored] = torch.where(copies.any(-1), -torch.inf, log_probs[:, rows.scored])
     ordered = others.sort(-1).values
     repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     wrong = dict(rows.wrong)
@@ -222,8 +225,8 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
         at = there[row] & (indices[row] == token_id)
         got = f"token id {token_id} with the log-probabilities {rows.log_probs[row, at].tolist()}"
         wrong.setdefault(row, rows.error(row, "each token id once (the scored token's once more)", got))
-    mass = probabilities.sum(-1)
-    for row in _numbers_of(mass > 1 + _ROUNDING):
+    mass = log_probs.exp().sum(-1)
+    for row in _numbers_of((log_probs - _rounding_of(log_probs)).exp().sum(-1) > 1 + ROUNDING):
         wrong.setdefault(row, rows.error(row, "probabilities with a sum of at most 1", f"a sum of {mass[row]:.6g}"))
     if not wrong:
         return rows
@@ -232,16 +235,31 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
     error = wrong[min(wrong)]
     if strict or not there[~is_wrong].any():
         raise error
-    warnings.warn(
+    callers.warn(
         f"{len(wrong)} of {len(indices)} rows are wrong, and not valid in the result. The first: {error}",
-        RuntimeWarning,
-        stacklevel=3,
     )
     return rows._replace(
         indices=indices.masked_fill(is_wrong[:, None], -1),
         log_probs=rows.log_probs.masked_fill(is_wrong[:, None], -torch.inf),
         wrong=wrong,
     )
+
+
+def _rounding_of(log_probs: Tensor) -> Tensor:
+    """How far each log-probability may lie above the number that it was before a server stored it in 16 bits.
+
+    A number x in [2^e, 2^(e+1)) of b significant bits is off by up to 2^(e - b), which is at most 2^-b |x|: b is 8 for
+    bf16. So the true probabilities are at least exp(x - 2^(e - b)), and a row is wrong only if these sum to more than
+    1. To first order the sum of a right row of K entries is at most 1 + sum p 2^-b |log p| <= 1 + 2^-b log K, K >= 3:
+    1.012 for 20 entries of bf16. An answer is in 16 bits if every one of its numbers is one of that dtype. The rounding
+    is 0 in fp32.
+    """
+    finite = torch.where(log_probs.isinf(), 0, log_probs)
+    for dtype, bits in _BITS.items():
+        if torch.equal(finite.to(dtype).float(), finite):
+            exponent = torch.frexp(finite).exponent - 1
+            return torch.where(finite == 0, 0, torch.ldexp(torch.ones_like(finite), exponent - bits))
+    return torch.zeros_like(finite)
 
 
 def following_tokens(prompt_token_ids, indices: Tensor) -> Tensor:
@@ -257,6 +275,9 @@ def following_tokens(prompt_token_ids, indices: Tensor) -> Tensor:
         )
     if not _is_integer(tokens.dtype):
         raise TypeError(f"prompt_token_ids: expected integers; got {tokens.dtype}")
+    if ((tokens < 0) | (tokens > _LARGEST_ID)).any():  # -1 would match padding
+        token = int(((tokens < 0) | (tokens > _LARGEST_ID)).int().argmax())
+        raise ValueError(f"prompt_token_ids: expected ids from 0 to 2^31 - 1; got {int(tokens[token])} (token {token})")
     return tokens[1:]
 
 
@@ -349,7 +370,7 @@ def _checked(token_id, log_prob, texts: bool = False) -> tuple[int, float]:
         raise TypeError("expected a log-probability, a number")
     if math.isnan(value):
         raise ValueError("expected a log-probability or null")
-    if value > _ROUNDING:
+    if value > ROUNDING:
         raise ValueError("expected a log-probability, 0 or less (no logit and no probability)")
     if not inside and value > -math.inf:
         raise ValueError("expected a token id from 0 to 2^31 - 1")

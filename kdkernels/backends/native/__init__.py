@@ -5,11 +5,11 @@ and in which tensors they refuse.
 """
 
 import functools
-import warnings
 
 import torch
 from torch import Tensor
 
+from ... import callers
 from ...families.options import check_values
 from ...forks import has_lost_threads
 from .linear import CpuLinearKernels, LinearKernels
@@ -25,17 +25,17 @@ _native, missing_because = load()
 
 
 def warn_once() -> None:
-    """Says why the native kernels are missing, once per process."""
-    if _native is None:
+    """Says why the native kernels are missing, once per process and not in the workers of a DataLoader."""
+    if _native is None and not callers.in_worker():
         _warn(missing_because)
 
 
 @functools.cache
 def _warn(reason: str) -> None:
-    warnings.warn(
+    callers.warn(
         f"kdkernels goes without its native kernels: {reason}. Tensors on a CPU take the reference, which is several "
         'times slower. `python -m kdkernels.info` says more; backend="reference" asks for the reference, unwarned',
-        stacklevel=2,
+        UserWarning,
     )
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 
 
 def border_hash(csrc: Path) -> str:
-    """A hash of all that decides how Python calls the kernels. `csrc` is the folder of the sources."""
+    """A hash of all that decides how Python calls the kernels. `csrc` is the folder of the sources.
+
+    Line endings do not count, since git may convert them. Neither do dot files, which an editor may leave.
+    """
     sources = [csrc / name for name in ("bindings.cpp", "divergences.h", "cuda/bindings.h")]
-    sources += sorted((csrc / "calls").glob("*.h"))
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    sources += sorted(path for path in (csrc / "calls").glob("*.h") if not path.name.startswith("."))
+    text = b"".join(source.read_bytes() for source in sources).replace(b"\r\n", b"\n")
+    return hashlib.sha256(text).hexdigest()[:16]

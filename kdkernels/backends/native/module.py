@@ -52,6 +52,8 @@ def load() -> tuple[ModuleType | None, str | None]:
             return None, f"{found.origin} is cut off; rebuild it: reinstall kdkernels"
         module = importlib.import_module(NAME)
     except Exception as error:  # a missing OpenMP runtime, a forced instruction set, a module of another machine
+        if os.environ.get("KDKERNELS_CPU_ISA") and "KDKERNELS_CPU_ISA" in str(error):
+            return None, str(error)  # no fault of the module
         return None, f"{type(error).__name__}: {error} (if the module is damaged, rebuild it: reinstall kdkernels)"
     border = _expected_border()
     if border is None or getattr(module, "border", None) != border:
@@ -69,8 +71,16 @@ def _not_built() -> str:
         )
     if reason:
         return f"they were not built: {reason}; reinstall kdkernels when that is mended"
+    if (folder := PACKAGE / NAME.rpartition(".")[2]).is_dir():
+        return f"{folder} is a folder in the place of the module; remove the folder and reinstall kdkernels"
     built = f"Python {record.get('python')} on {record.get('machine')}"
     here = f"Python {sys.version.split()[0]} on {platform.machine()}"
+    # A module serves each release of its minor version.
+    if (str(record.get("python")).split(".")[:2], record.get("machine")) == (
+        sys.version.split()[0].split(".")[:2],
+        platform.machine(),
+    ):
+        return f"they were built, but no module for {here} is in {PACKAGE} now; rebuild it: reinstall kdkernels"
     return f"they were built for {built}, and none are here for {here}; rebuild them: reinstall kdkernels"
 
 
