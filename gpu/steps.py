@@ -79,7 +79,7 @@ def preparation(target: Target) -> list[Step]:
     """Versions, the build for the card, and the check that the backend under test serves."""
     return [
         Step("versions", 10, (script("versions.py", target),), shown=20),
-        Step("build", 130, (python(HERE / "build_kernels.py"),), kinds=("cuda",), is_gate=True),
+        Step("build", 130, (script("build_kernels.py", target),), kinds=("cuda", "model"), is_gate=True),
         Step("backend", 20, (script("serving.py", target),), is_gate=True, shown=20),
     ]
 
@@ -123,7 +123,7 @@ def sanitize(target: Target) -> list[Step]:
 
     unknown = (
         "By its manual racecheck knows the barriers of a block, cp.async, and blocks of a cluster that start late or "
-        "end early. The manual names neither bulk copies that complete at an mbarrier, nor a cluster barrier that orders "
+        "end early. The manual names neither bulk copies that complete at an mbarrier nor cluster barriers that order "
         "accesses to another block's shared memory. So an alarm of racecheck or synccheck about staged rows or about "
         "the merges of a cluster is a place to read, not a verdict."
     )
