@@ -39,8 +39,8 @@ def check(record: Path) -> int:
     return 0
 
 
-def main() -> int:
-    given = cases.parser(__doc__).parse_args()
+def main(words: list[str] | None = None) -> int:
+    given = cases.parser(__doc__).parse_args(words)
     if given.device == "cuda":
         return build()
     with cases.serving(given.backend, given.device):

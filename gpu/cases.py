@@ -19,7 +19,7 @@ from kdkernels.selftest import part, tolerance
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 FACTOR = 2  # of the loss before backward, so that a gradient kept from the forward call is scaled
-COMPARED = {"cuda": 2**24, "cpu": 2**20}  # elements of the logits whose reference is computed at a time
+COMPARED = {"cuda": 2**22, "cpu": 2**20}  # elements of the logits whose reference is computed at a time
 
 
 def parser(description: str) -> argparse.ArgumentParser:

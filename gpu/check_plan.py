@@ -37,8 +37,8 @@ def check_that_nonsense_is_refused(backend: str, device: str) -> int:
     return 1
 
 
-def main() -> int:
-    arguments = cases.parser(__doc__).parse_args()
+def main(words: list[str] | None = None) -> int:
+    arguments = cases.parser(__doc__).parse_args(words)
     plan = os.environ[VARIABLE]
     with cases.serving(arguments.backend, arguments.device):
         if plan == NO_PLAN:

@@ -7,6 +7,7 @@ rounds that is bound by the host means that the device may have waited for Pytho
 """
 
 import csv
+import itertools
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -28,7 +29,7 @@ from kdkernels.families.topk import Entries, TopkRows, sorted_entries
 GiB = 2**30
 VOCABULARIES = (32_000, 50_257, 128_256, 151_936, 262_144)
 DIVERGENCES = ("kl", "js", "reverse_kl", "mixed_kl", "skew_kl", "tv", "hellinger", "alpha")
-CALLED = ("kl", "js")  # timed as a call and without a gradient too
+CALLED = ("kl", "js")  # timed as a call and without a gradient too; alone with Triton, which compiles each divergence
 DTYPES = ("bfloat16", "float32")
 ENTRIES = 64
 PART_OF_MEMORY = 0.5
@@ -87,10 +88,22 @@ def measured(student: torch.Tensor, teacher: torch.Tensor, backend: str, diverge
     return found
 
 
+def usable(found: dict, shape: str, device: str) -> tuple[dict, int]:
+    """The steps that run, and the number of the others. The first run compiles, loads and allocates."""
+    running, failed = {}, 0
+    for name, (step, tensors) in found.items():
+        try:
+            step()
+            cases.synchronize(device)
+            running[name] = step, tensors
+        except Exception as error:
+            failed += 1
+            print(f"RAISED {' '.join(name)} {shape}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+    return running, failed
+
+
 def times(found: dict, student: torch.Tensor, copy, copied: int, rounds: int) -> list[Time]:
     rows, columns = student.shape
-    for step, _ in found.values():
-        step()  # compiles, loads and allocates
     timings = queued({name: step for name, (step, _) in found.items()}, copy, rounds, student.device.type)
     listed = []
     for (case, work), timing in timings.items():
@@ -102,52 +115,70 @@ def times(found: dict, student: torch.Tensor, copy, copied: int, rounds: int) ->
     return listed
 
 
-def line(case, work, dtype, shape, ms, rate, copy_rate, share, host) -> str:
-    return f"{case:20} {work:10} {dtype:8} {shape:16} {ms:>8} {rate:>6} {copy_rate:>6} {share:>9} {host:>6}"
+class Table:
+    """Prints the times, and writes them to kernel_times.csv in a folder as they come."""
+
+    def __init__(self, folder: Path | None):
+        self.path = None if folder is None else folder / "kernel_times.csv"
+        self.times: list[Time] = []
+        self.print("case", "work", "dtype", "[N, V]", "ms", "GB/s", "copy", "% of copy", "host %")
+
+    def print(self, case, work, dtype, shape, ms, rate, copy_rate, share, host) -> None:
+        numbers = f"{ms:>8} {rate:>6} {copy_rate:>6} {share:>9} {host:>6}"
+        print(f"{case:20} {work:10} {dtype:8} {shape:16} {numbers}", flush=True)
+
+    def add(self, times: list[Time]) -> None:
+        self.times += times
+        for x in times:
+            rates = f"{x.ms:.3f}", f"{x.GB_per_s:.0f}", f"{x.copy_GB_per_s:.0f}"
+            shares = f"{x.percent_of_copy:.1f}", f"{x.host_bound_percent:.0f}"
+            self.print(x.case, x.work, x.dtype, f"[{x.N}, {x.V}]", *rates, *shares)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, [field.name for field in fields(Time)])
+                writer.writeheader()
+                writer.writerows(map(vars, self.times))
 
 
-def main() -> int:
+def parse(words: list[str] | None):
     options = cases.parser(__doc__)
     options.add_argument("--output", type=Path, help="the folder for kernel_times.csv")
     options.add_argument("--vocabularies", type=int, nargs="+")
     options.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    options.add_argument("--divergences", nargs="+", choices=list(kdkernels.CATALOGUE), default=DIVERGENCES)
-    options.add_argument("--rows", type=int, help="at most (default 4096)")
+    options.add_argument("--divergences", nargs="+", choices=list(kdkernels.CATALOGUE))
+    options.add_argument("--rows", type=int, help="at most")
     options.add_argument("--rounds", type=int)
-    given = options.parse_args()
+    given = options.parse_args(words)
     on_gpu = given.device == "cuda"
-    memory = torch.cuda.mem_get_info()[0] if on_gpu else GiB
-    copied = min(4 * GiB, memory // 10) if on_gpu else 2**20
+    given.vocabularies = given.vocabularies or (VOCABULARIES if on_gpu else (1000,))
+    given.divergences = given.divergences or (CALLED if given.backend == "triton" else DIVERGENCES)
+    given.rows = given.rows or (4096 if on_gpu else 16)
+    given.rounds = given.rounds or (11 if on_gpu else 3)
+    return given
+
+
+def main(words: list[str] | None = None) -> int:
+    given = parse(words)
+    memory = torch.cuda.mem_get_info()[0] if given.device == "cuda" else GiB
+    copied = min(4 * GiB, memory // 10) if given.device == "cuda" else 2**20
     source = torch.rand(copied // 4, device=given.device)  # random: a copy of zeros may be faster
     written = torch.empty_like(source)
     print(f"beside a copy of {copied / GiB:.3g} GiB")
-    print(line("case", "work", "dtype", "[N, V]", "ms", "GB/s", "copy", "% of copy", "host %"), flush=True)
-    with cases.serving(given.backend, given.device), open_csv(given.output) as file:
-        table = csv.DictWriter(file, [field.name for field in fields(Time)])
-        table.writeheader()
-        for dtype in given.dtypes:
-            for columns in given.vocabularies or (VOCABULARIES if on_gpu else (1000,)):
-                most = given.rows or (4096 if on_gpu else 16)
-                rows = rows_that_fit(most, columns, getattr(torch, dtype).itemsize, memory)
-                student, teacher = synthetic_logits(rows, columns, getattr(torch, dtype), given.device)
-                found = measured(student, teacher, given.backend, given.divergences)
-                rounds = given.rounds or (11 if on_gpu else 3)
-                for time in times(found, student, lambda: written.copy_(source), copied, rounds):
-                    table.writerow(vars(time))
-                    numbers = f"{time.ms:.3f}", *(f"{x:.0f}" for x in (time.GB_per_s, time.copy_GB_per_s))
-                    shares = f"{time.percent_of_copy:.1f}", f"{time.host_bound_percent:.0f}"
-                    print(line(time.case, time.work, dtype, f"[{time.N}, {time.V}]", *numbers, *shares))
-                sys.stdout.flush()
-                file.flush()
-                del student, teacher, found
-    return 0
-
-
-def open_csv(folder: Path | None):
-    if folder is None:
-        return open("/dev/null", "w")
-    folder.mkdir(parents=True, exist_ok=True)
-    return (folder / "kernel_times.csv").open("w", newline="")
+    table, failed = Table(given.output), 0
+    with cases.serving(given.backend, given.device):
+        for dtype, columns in itertools.product(given.dtypes, given.vocabularies):
+            stored = getattr(torch, dtype)
+            rows = rows_that_fit(given.rows, columns, stored.itemsize, memory)
+            student, teacher = synthetic_logits(rows, columns, stored, given.device)
+            steps = measured(student, teacher, given.backend, given.divergences)
+            steps, raised = usable(steps, f"{dtype} [{rows}, {columns}]", given.device)
+            table.add(times(steps, student, lambda: written.copy_(source), copied, given.rounds))
+            failed += raised
+            del student, teacher, steps
+    if failed:
+        print(f"{failed} steps raised")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

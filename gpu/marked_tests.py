@@ -10,8 +10,8 @@ from steps import SKIPPED
 NEEDED = ("pytest", "hypothesis", "filelock")
 
 
-def main() -> int:
-    given = cases.parser(__doc__).parse_args()
+def main(words: list[str] | None = None) -> int:
+    given = cases.parser(__doc__).parse_args(words)
     missing = [package for package in NEEDED if importlib.util.find_spec(package) is None]
     if missing:
         print(f"missing: {', '.join(missing)}")

@@ -29,4 +29,4 @@ def shapes(plan: str, is_small: bool) -> list[tuple[int, int]]:
     if is_small:
         return [(2, 37), (3, int(cluster) * int(threads) // 4 + 5)]
     widest = min(COLUMNS_OF_THREAD * int(cluster) * int(threads), WIDEST)
-    return [(min(2**24 // columns, 9000), columns) for columns in (37, widest // 2 + 13, widest)]
+    return [(min(2**23 // columns, 9000), columns) for columns in (37, widest // 2 + 13, widest)]

@@ -33,10 +33,10 @@ def launch(backend: str, device: str) -> None:
     cases.synchronize(device)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     options = cases.parser(__doc__)
     options.add_argument("--alone", action="store_true", help="launch the kernels, without ncu")
-    given = options.parse_args()
+    given = options.parse_args(words)
     if given.alone:
         launch(given.backend, given.device)
         return 0

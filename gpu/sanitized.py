@@ -14,10 +14,10 @@ BARRIERS = {"memcheck": [], "racecheck": ["--num-cuda-barriers", "4"], "syncchec
 NOT_SUPPORTED = r"Device not supported|is not supported|Unable to find injection library"
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     options = cases.parser(__doc__)
     options.add_argument("--tool", choices=BARRIERS, required=True)
-    given = options.parse_args()
+    given = options.parse_args(words)
     sanitizer = found("compute-sanitizer")
     if sanitizer is None:
         print("compute-sanitizer was found neither on PATH nor in /usr/local/cuda/bin")

@@ -24,8 +24,8 @@ def reason_against(backend: str, device: str) -> str | None:
     return None
 
 
-def main() -> int:
-    arguments = cases.parser(__doc__).parse_args()
+def main(words: list[str] | None = None) -> int:
+    arguments = cases.parser(__doc__).parse_args(words)
     print(f"kdkernels at {kdkernels.__file__}")
     print(info.report(), flush=True)
     with cases.serving(arguments.backend, arguments.device):

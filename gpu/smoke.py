@@ -200,10 +200,10 @@ def differing_runs(call, runs: int, traffic: Traffic) -> tuple[float]:
     return (float(differing),)
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     options = cases.parser(__doc__)
     options.add_argument("--size", choices=SIZES, help="default: full; triton for that backend; tiny on a CPU")
-    given = options.parse_args()
+    given = options.parse_args(words)
     default = "tiny" if given.device == "cpu" else "triton" if given.backend == "triton" else "full"
     with cases.serving(given.backend, given.device):
         return Smoke(Cases(given.device), given.backend, given.device, SIZES[given.size or default]).run()

@@ -79,8 +79,8 @@ def preparation(target: Target) -> list[Step]:
     """Versions, the build for the card, and the check that the backend under test serves."""
     return [
         Step("versions", 10, (script("versions.py", target),), shown=20),
-        Step("build", 130, (script("build_kernels.py", target),), kinds=("cuda", "model"), is_gate=True),
-        Step("backend", 20, (script("serving.py", target),), is_gate=True, shown=20),
+        Step("build", 125, (script("build_kernels.py", target),), kinds=("cuda", "model"), is_gate=True),
+        Step("backend", 15, (script("serving.py", target),), is_gate=True, shown=20),
     ]
 
 
@@ -89,23 +89,23 @@ def selftest(target: Target) -> Command:
 
 
 def visit(target: Target) -> list[Step]:
-    """The steps of `make gpu`: 500 seconds at most."""
+    """The steps of `make gpu`: 510 seconds at most."""
     on_gpu = ("cuda", "triton")
     benchmark = (ROOT / "benchmarks" / "run.py", "--quick", "--device", target.device)
     return [
         *preparation(target),
         Step("smoke", 60, (script("smoke.py", target),)),
-        Step("plans", 55, plan_commands(target), each=25, kinds=("cuda", "model")),
-        Step("kernel times", 40, (script("kernel_times.py", target, "--output", target.output),), shown=90),
+        Step("plans", 50, plan_commands(target), each=25, kinds=("cuda", "model")),
+        Step("kernel times", 35, (script("kernel_times.py", target, "--output", target.output),), shown=90),
         Step("head times", 25, (script("head_times.py", target, "--output", target.output),), shown=20),
         Step("ncu", 45, (script("profiled.py", target),), kinds=("cuda",), shown=1),
-        Step("selftest", 45, (selftest(target),), kinds=("cuda", "triton", "cpu"), shown=12),
+        Step("selftest", 60, (selftest(target),), kinds=("cuda", "triton", "cpu"), shown=12),
         Step(
-            "gpu tests", 30, (script("marked_tests.py", target, CUBLAS_WORKSPACE_CONFIG=":4096:8"),), kinds=on_gpu
+            "gpu tests", 40, (script("marked_tests.py", target, CUBLAS_WORKSPACE_CONFIG=":4096:8"),), kinds=on_gpu
         ),  # up to torch 2.9, deterministic algorithms need that configuration
         Step(
             "benchmark",
-            40,
+            45,
             (python(*benchmark, "--output", target.output / "benchmark"),),
             kinds=("cuda", "triton", "cpu"),
             takes_rest=True,

@@ -24,6 +24,7 @@ import steps
 from steps import ROOT, SKIPPED, Command, Step, Target
 
 PASSED, FAILED, KILLED, SKIP, NOT_REACHED = "passed", "failed", "killed", "skipped", "not reached"
+RUNNING, TO_BE_READ = "running", "to be read"
 ARCHIVE = "results.tar.gz"
 
 
@@ -177,12 +178,13 @@ class Visit:
         print(f"== {step.name}", flush=True)
         start = time.monotonic()
         outcome.limit = round(max(step.limit, self.left) if step.takes_rest else step.limit, 1)
+        outcome.outcome = RUNNING
         self.write()  # a visit that is killed from outside leaves the name of its step
         parts = run_commands(step, outcome.limit, self.target.output)
         outcome.seconds = round(time.monotonic() - start, 1)
         outcome.outcome, outcome.reason = merged(step, parts)
         if outcome.outcome == FAILED and not step.is_judged:
-            outcome.outcome = "to be read"
+            outcome.outcome = TO_BE_READ
         if len(parts) > 1:
             outcome.log = Path(step.name.replace(" ", "_")).name + "/"
             self.parts[step.name] = parts
