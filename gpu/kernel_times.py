@@ -103,6 +103,8 @@ def usable(found: dict, shape: str, device: str) -> tuple[dict, int]:
 
 
 def times(found: dict, student: torch.Tensor, copy, copied: int, rounds: int) -> list[Time]:
+    if not found:
+        return []
     rows, columns = student.shape
     timings = queued({name: step for name, (step, _) in found.items()}, copy, rounds, student.device.type)
     listed = []

@@ -96,12 +96,12 @@ def visit(target: Target) -> list[Step]:
         *preparation(target),
         Step("smoke", 60, (script("smoke.py", target),)),
         Step("plans", 50, plan_commands(target), each=25, kinds=("cuda", "model")),
-        Step("kernel times", 35, (script("kernel_times.py", target, "--output", target.output),), shown=90),
-        Step("head times", 25, (script("head_times.py", target, "--output", target.output),), shown=20),
+        Step("kernel-times", 35, (script("kernel_times.py", target, "--output", target.output),), shown=90),
+        Step("head-times", 25, (script("head_times.py", target, "--output", target.output),), shown=20),
         Step("ncu", 45, (script("profiled.py", target),), kinds=("cuda",), shown=1),
         Step("selftest", 60, (selftest(target),), kinds=("cuda", "triton", "cpu"), shown=12),
         Step(
-            "gpu tests", 40, (script("marked_tests.py", target, CUBLAS_WORKSPACE_CONFIG=":4096:8"),), kinds=on_gpu
+            "gpu-tests", 40, (script("marked_tests.py", target, CUBLAS_WORKSPACE_CONFIG=":4096:8"),), kinds=on_gpu
         ),  # up to torch 2.9, deterministic algorithms need that configuration
         Step(
             "benchmark",
@@ -133,7 +133,7 @@ def sanitize(target: Target) -> list[Step]:
         Step("racecheck", 60, checked("racecheck"), kinds=("cuda", "model"), is_judged=False, note=unknown),
         Step("synccheck", 40, checked("synccheck"), kinds=("cuda", "model"), is_judged=False, note=unknown),
         Step(
-            "Triton's selftest",
+            "triton-selftest",
             110,
             (selftest(Target("triton", target.device, target.output)),),
             kinds=("cuda", "triton"),

@@ -24,9 +24,9 @@ NEEDED = {
     "ninja": "the build (a program of that name serves too)",
     "setuptools": "the build",
     "triton": "the backend triton",
-    "pytest": "the step gpu tests",
-    "hypothesis": "the step gpu tests",
-    "filelock": "the step gpu tests",
+    "pytest": "the step gpu-tests",
+    "hypothesis": "the step gpu-tests",
+    "filelock": "the step gpu-tests",
 }
 
 

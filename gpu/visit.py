@@ -93,14 +93,13 @@ def run_commands(step: Step, seconds: float, folder: Path) -> list[Outcome]:
     """Runs a step's commands within the seconds, at a time as many as three quarters of the processors."""
     end = time.monotonic() + seconds
     several = len(step.commands) > 1
-    file_name = step.name.replace(" ", "_").replace("'", "")
     waiting, running, outcomes = list(step.commands), [], []
     at_once = max((os.cpu_count() or 1) * 3 // 4, 1)
     try:
         while running or (waiting and time.monotonic() < end):
             while waiting and len(running) < at_once and time.monotonic() < end:
                 command = waiting.pop(0)
-                log = folder / (f"{file_name}/{command.label}.log" if several else f"{file_name}.log")
+                log = folder / (f"{step.name}/{command.label}.log" if several else f"{step.name}.log")
                 log.parent.mkdir(parents=True, exist_ok=True)
                 left = end - time.monotonic()
                 running.append(Running(command, log, left if step.each is None else min(step.each, left)))
@@ -186,7 +185,7 @@ class Visit:
         if outcome.outcome == FAILED and not step.is_judged:
             outcome.outcome = TO_BE_READ
         if len(parts) > 1:
-            outcome.log = Path(step.name.replace(" ", "_")).name + "/"
+            outcome.log = f"{step.name}/"
             self.parts[step.name] = parts
         else:
             outcome.log = parts[0].log
@@ -253,6 +252,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def end(*_) -> None:
+    """The handler of SIGTERM: an exception, so that run_commands kills the running step."""
+    sys.exit(1)
+
+
 def main() -> int:
     arguments = parse()
     backend = arguments.backend or arguments.device
@@ -262,7 +266,7 @@ def main() -> int:
     if unknown:
         names = ", ".join(step.name for step in program)
         sys.exit(f"--only: expected steps of {arguments.program}: {names}; got {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs the clean-up of run_commands
+    signal.signal(signal.SIGTERM, end)
     visit = Visit(program, target, arguments.limit, arguments.only)
     right = visit.run()
     print(visit.table())
