@@ -8,7 +8,7 @@ import sys
 import cases
 import torch
 from steps import SKIPPED
-from tools import found, pass_on
+from tools import PLACES, found, pass_on
 
 import kdkernels
 
@@ -42,7 +42,7 @@ def main(words: list[str] | None = None) -> int:
         return 0
     ncu = found("ncu")
     if ncu is None:
-        print("ncu was found neither on PATH nor in /usr/local/cuda/bin")
+        print(f"ncu was found neither on PATH nor in {', '.join(PLACES)}")
         return SKIPPED
     sections = [word for section in SECTIONS for word in ("--section", section)]
     command = [ncu, "--clock-control", "none", "--kernel-name", KERNELS, "--launch-count", str(COUNT), *sections]

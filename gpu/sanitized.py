@@ -6,7 +6,7 @@ from pathlib import Path
 
 import cases
 from steps import SKIPPED
-from tools import found, pass_on
+from tools import PLACES, found, pass_on
 
 NAMES = "kns=3kdk4cuda"  # every kernel of namespace kdk::cuda has this in its mangled name
 # The mbarriers of a block that a tool follows; it counts only those that the compiler reports.
@@ -20,7 +20,7 @@ def main(words: list[str] | None = None) -> int:
     given = options.parse_args(words)
     sanitizer = found("compute-sanitizer")
     if sanitizer is None:
-        print("compute-sanitizer was found neither on PATH nor in /usr/local/cuda/bin")
+        print(f"compute-sanitizer was found neither on PATH nor in {', '.join(PLACES)}")
         return SKIPPED
     smoke = Path(__file__).with_name("smoke.py")
     named = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, errors="replace").stdout

@@ -1,13 +1,17 @@
 """Other programs: where they are, and their output passed on line by line."""
 
+import glob
 import re
 import shutil
 import subprocess
 
+PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")  # where NVIDIA's packages put programs
+
 
 def found(program: str) -> str | None:
-    """The program on PATH, or where CUDA's toolkit usually lies."""
-    return shutil.which(program) or shutil.which(f"/usr/local/cuda/bin/{program}")
+    """The program on PATH, or in the last of PLACES that has it."""
+    there = [path for place in PLACES for path in sorted(glob.glob(f"{place}/{program}"))]
+    return shutil.which(program) or next((path for path in reversed(there) if shutil.which(path)), None)
 
 
 def pass_on(command: list[str], refusals: str, counted: str = "") -> tuple[int, str | None, int]:

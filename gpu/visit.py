@@ -72,21 +72,26 @@ class Running:
     def is_done(self) -> bool:
         return self.process.poll() is not None or self.seconds > self.limit
 
-    def end(self) -> Outcome:
-        """The outcome. Kills what still runs of the command's process group, also what the command left behind."""
-        code, seconds = self.process.poll(), self.seconds
-        said = last_line(self.log)  # before the group can print about its end
+    def kill(self) -> None:
+        """Kills what still runs of the command's process group, also what the command left behind."""
+        self.code, self.took = self.process.poll(), self.seconds
+        self.said = last_line(self.log)  # before the group can print about its end
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in the driver may be slow to die
-            self.process.wait(10)
-        if code is None:
-            outcome, reason = KILLED, f"at its limit of {self.limit:.0f} s, in: {said}"
-        elif code == 0:
+
+    def outcome(self) -> Outcome:
+        """The outcome of a killed command. Waits for its end, which the driver of a GPU may delay."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)
+        if self.code is None:
+            outcome, reason = KILLED, f"at its limit of {self.limit:.0f} s, in: {self.said}"
+        elif self.code == 0:
             outcome, reason = PASSED, ""
+        elif self.code == SKIPPED:
+            outcome, reason = SKIP, self.said
         else:
-            outcome, reason = (SKIP, said) if code == SKIPPED else (FAILED, f"exit code {code}: {said}")
-        return Outcome(self.label, round(self.limit, 1), outcome, round(seconds, 1), reason, self.log.name)
+            outcome, reason = FAILED, f"exit code {self.code}: {self.said}"
+        return Outcome(self.label, round(self.limit, 1), outcome, round(self.took, 1), reason, self.log.name)
 
 
 def run_commands(step: Step, seconds: float, folder: Path) -> list[Outcome]:
@@ -103,13 +108,16 @@ def run_commands(step: Step, seconds: float, folder: Path) -> list[Outcome]:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 left = end - time.monotonic()
                 running.append(Running(command, log, left if step.each is None else min(step.each, left)))
-            for one in [one for one in running if one.is_done()]:
+            done = [one for one in running if one.is_done()]
+            for one in done:
+                one.kill()
+            for one in done:
                 running.remove(one)
-                outcomes.append(one.end())
+                outcomes.append(one.outcome())
             time.sleep(0.02)
     finally:
         for one in running:  # this process was interrupted
-            one.end()
+            one.kill()
     return outcomes + [Outcome(command.label, step.each or 0) for command in waiting]
 
 
