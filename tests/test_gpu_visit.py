@@ -213,6 +213,16 @@ def test_the_limits_fit_into_the_visit(program, backend, device, tmp_path):
             assert steps.environment(command)["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
 
 
+def test_the_page_lists_the_steps():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    target = Target("cuda", "cuda", Path())
+    assert re.findall(r"^\| ([a-z-]+) \| ", page.split("## The steps")[1].split("## The results")[0], re.M)[1:] == [
+        step.name for step in steps.visit(target)
+    ]
+    assert all(name in page for name in ("memcheck", "racecheck", "synccheck", "Triton's self-test"))
+    assert str(steps.LIMIT) in page and all(f"`{way}`" in page for way in plans.LARGEST_CLUSTER)
+
+
 def test_every_plan_of_the_kernels_is_checked():
     team, plan = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("team.h", "plan.h"))
     most_blocks, most_threads = (int(re.search(rf"{name} = (\d+);", team)[1]) for name in ("kMaxBlocks", "kMaxThreads"))
