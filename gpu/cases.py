@@ -30,7 +30,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def serving(backend: str, device: str):
-    """A context in which the backend serves tensors of the device: the execution model runs "cuda" on a CPU."""
+    """A context in which the backend serves tensors of the device. The execution model serves as "cuda" on a CPU."""
     if (backend, device) != ("cuda", "cpu"):
         return contextlib.nullcontext()
     sys.path.append(str(ROOT / "tests"))

@@ -19,13 +19,13 @@ from kdkernels.families import sinkhorn as transport
 
 @dataclass(frozen=True)
 class Sizes:
-    """The shapes of a run. More elements than a row has mean more rows: up to 9000 of a short one."""
+    """The shapes of a run."""
 
     dtypes: tuple[torch.dtype, ...]
     columns: tuple[int, ...]  # of kl and js
-    rows: tuple[int, int]  # at least and at most
-    elements: int  # of the logits of kl and js, between those numbers of rows
-    divergences: tuple[int, int]  # [rows, columns] with all row options; rows is a multiple of 5, as for the families
+    rows: tuple[int, int]  # the least and the most for kl and js; between them as many as give `elements` logits
+    elements: int
+    divergences: tuple[int, int]  # [rows, columns] with all row options; these rows and a family's are a multiple of 5
     family: tuple[int, int]  # [rows, columns]
     entries: tuple[int, ...]
     head: tuple[int, int, int]  # [rows, columns, width]

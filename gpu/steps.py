@@ -1,8 +1,7 @@
 """The steps of a visit to a GPU, the most telling first, each with its time limit.
 
-A step's limit is what it may take in any case. The steps' limits together leave a margin of the visit's own limit, so
-that no step is skipped unless that one is lowered. A step that takes the rest also gets the time that steps before it
-left over.
+The limits of all steps add up to less than the visit's own limit, so that a step is skipped only under a lower limit of
+the visit. A step that takes the rest also gets the seconds that the steps before it left over.
 """
 
 import os
