@@ -2,17 +2,22 @@
 # make test    the whole test suite, on the same examples in each run
 # make fuzz    the property tests alone, on examples that a printed seed draws: as many as the suite's, FUZZ times
 #              (make fuzz FUZZ=10); SEED=123 draws those of that seed again
+# make gpu OUT=dir            builds, checks and measures the package on the GPU here, in 9 minutes (docs/gpu.md)
+# make gpu-sanitize OUT=dir   runs the CUDA kernels under compute-sanitizer, then Triton's self-test
 #
-# All make .venv first. torch is pinned here, so that two people measure and test the same; the package itself takes a
-# range. KDKERNELS_TORCH=torch==2.9.1 make test tests another.
+# All make .venv first, but for the last two where PYTHON has torch. torch is pinned here, so that two people measure and
+# test the same; the package itself takes a range. KDKERNELS_TORCH=torch==2.9.1 make test tests another.
 
 PYTHON ?= python3
 KDKERNELS_TORCH ?= torch==2.13.0
 FUZZ ?= 1
+OUT ?= build/gpu
+DEVICE ?= cuda
+LIMIT ?= 530
 BIN = .venv/bin
 SOURCES = pyproject.toml setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: bench test fuzz lint clean
+.PHONY: bench test fuzz lint gpu gpu-sanitize clean
 
 bench: .venv/bench
 	$(BIN)/python benchmarks/run.py
@@ -32,6 +37,17 @@ fuzz: .venv/test
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Installs nothing where PYTHON has torch, as in a machine's image without a network. gpu/steps.py has the steps and their
+# time limits; BACKEND=triton, STEPS="smoke plans", LIMIT=seconds and DEVICE=cpu (a dry run) choose others.
+ifneq ($(filter gpu gpu-sanitize,$(MAKECMDGOALS)),)
+HAS_TORCH := $(shell $(PYTHON) -c "import importlib.util as u; print('yes' if u.find_spec('torch') else '')")
+endif
+gpu: PROGRAM = visit
+gpu-sanitize: PROGRAM = sanitize
+gpu gpu-sanitize: $(if $(HAS_TORCH),,.venv/test)
+	$(if $(HAS_TORCH),$(PYTHON),$(BIN)/python) gpu/visit.py --program $(PROGRAM) --output "$(OUT)" --limit $(LIMIT) \
+	  --device $(DEVICE) $(if $(BACKEND),--backend $(BACKEND)) $(if $(STEPS),--only $(STEPS))
 
 # One stamp per set of extras: torch first and alone (pinned), then what is needed to build, then the package in place,
 # so that an edit of a Python file needs no reinstall and an edit of csrc/ rebuilds.
