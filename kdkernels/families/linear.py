@@ -13,9 +13,10 @@ For each chunk of rows::
     dbias   += scale * the sum of dlogits over the rows      summed in fp32
 
 torch computes the products and a backend runs the sweeps, so one loop serves every backend. Products of 16-bit factors
-are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too. Otherwise the library
-rounds each chunk's product to 16 bits, one slab at a time, and the slab is added while it is in the cache. (oneDNN
-writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3 times as long.)
+are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too from torch 2.10 on.
+Otherwise the library writes each chunk's product one slab at a time, in fp32 or rounded to 16 bits, and the slab is
+added while it is in the cache. (oneDNN writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3
+times as long.)
 """
 
 import warnings
@@ -30,7 +31,8 @@ from .options import RowOptions, at_one_stride, bad_values_raise, check_values, 
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
 _budget = 256 << 20  # bytes of a chunk's buffers
-_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache
+_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache of a CPU
+_GPU_SLAB = 32 << 20  # the same for a GPU, whose products need more rows to fill the chip
 _ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
 _ROUND = 64  # a chunk has a multiple of 64 rows, if the budget holds 64
 _HALVES = (torch.bfloat16, torch.float16)
@@ -354,8 +356,9 @@ class _HeadLogits:
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
         self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
         self.row_bytes += source.data.shape[-1] * factor_bytes
-        slabs = wanted.weight and self.dtype in _HALVES and not writes_fp32(source.data.device)
-        self.fixed_bytes = min(_SLAB, self.weight.nbytes) if slabs else 0
+        device = source.data.device
+        slabs = wanted.weight and self.dtype in _HALVES and not adds_fp32(device)
+        self.fixed_bytes = min(_slab_bytes(device), self.weight.nbytes) if slabs else 0
 
     def allocate(self, size: int, chunks: int, all_rows_written: bool):
         def new(*shape, dtype):
@@ -443,18 +446,21 @@ class _ProductSum:
         beta, self.started, total = 1 if self.started else 0, True, self.active
         if total.dtype == a.dtype:
             torch.addmm(total, a.t(), b, beta=beta, alpha=scale, out=total)
-        elif writes_fp32(a.device):
+        elif adds_fp32(a.device):
             torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
         else:
-            step = max(_SLAB // (b.shape[1] * b.element_size()), 1)
-            slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=a.dtype, device=a.device)
+            dtype = total.dtype if writes_fp32(a.device) else a.dtype
+            step = max(_slab_bytes(a.device) // (b.shape[1] * dtype.itemsize), 1)
+            slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=dtype, device=a.device)
             for first in range(0, total.shape[0], step):
                 target = total[first : first + step]
                 part = _product(a[:, first : first + step].t(), b, scale, out=slab[: target.shape[0]])
-                if beta:
-                    self.kernels.accumulate_(target, part)
-                else:
+                if not beta:
                     target.copy_(part)
+                elif dtype == total.dtype:
+                    target.add_(part)
+                else:
+                    self.kernels.accumulate_(target, part)
 
     def result(self) -> Tensor:
         if self.total.dtype == self.weight.dtype:
@@ -465,7 +471,11 @@ class _ProductSum:
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
-    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    """out = scale * a b. `out` has the factors' dtype, or is fp32 where the library `writes_fp32`."""
+    if out.dtype == a.dtype:
+        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out if scale == 1 else out.mul_(scale)
 
 
 def writes_fp32(device: torch.device) -> bool:
@@ -473,15 +483,26 @@ def writes_fp32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def adds_fp32(device: torch.device) -> bool:
+    """Whether the library adds products of 16-bit factors to an fp32 tensor. Before 2.10, torch refuses that tensor in
+    addmm. A vendor's 2.10.0a0 may be of either kind.
+    """
+    return writes_fp32(device) and torch.__version__ >= "2.10"
+
+
+def _slab_bytes(device: torch.device) -> int:
+    return _SLAB if device.type == "cpu" else _GPU_SLAB
+
+
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor):
-    """out = scale * (hidden weight^T + bias), rounded once."""
+    """out = scale * (hidden weight^T + bias), rounded to 16 bits once or not at all."""
     add, beta = (out, 0) if bias is None else (bias.to(out.dtype), scale)
     if out.dtype == hidden.dtype:
         torch.addmm(add, hidden, weight.t(), beta=beta, alpha=scale, out=out)
     elif writes_fp32(out.device):
+        _product(hidden, weight.t(), scale, out)
         if bias is not None:
-            out.copy_(add)  # addmm with out_dtype does not broadcast
-        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+            out.add_(add, alpha=scale)
     else:
         hidden = hidden.to(out.dtype)
         step = max(_SLAB // (weight.shape[1] * out.element_size()), 1)
