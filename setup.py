@@ -7,6 +7,7 @@ module. setup.py writes the result, or the reason for a failure, to kdkernels/_b
     KDKERNELS_CUDA_ARCHS   the architectures, default "80 90a 100+PTX"; +PTX serves later ones
     KDKERNELS_NVCC         the nvcc to use; else $CUDA_HOME/bin/nvcc, the one on PATH, or /usr/local/cuda/bin/nvcc
     KDKERNELS_NO_CUDA=1    no CUDA kernels        KDKERNELS_NO_NATIVE=1    no module at all
+    KDKERNELS_REQUIRE_CUDA=1   the build fails, with the reason, where the CUDA kernels cannot be built
     CXX                    the C++ compiler (g++)
 """
 
@@ -29,6 +30,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -315,7 +317,7 @@ class BuildNative(build_ext):
             "python": sys.version.split()[0], "machine": platform.machine(), "border": border(),
             "cpu_isas": list(ISA_FLAGS),
         }  # fmt: skip
-        cuda, cuda_reason = None, None
+        cuda, cuda_reason, required = None, None, os.environ.get("KDKERNELS_REQUIRE_CUDA") == "1"
         try:
             cuda = find_cuda(os.environ.get("KDKERNELS_CUDA_ARCHS", ""))
         except Unavailable as missing:
@@ -324,7 +326,9 @@ class BuildNative(build_ext):
         reason = build_module(module, cuda)
         if reason and cuda:
             cuda, cuda_reason = None, reason
-            reason = build_module(module, None)
+            reason = reason if required else build_module(module, None)
+        if required and cuda is None:
+            raise CompileError(f"KDKERNELS_REQUIRE_CUDA=1, and there are no CUDA kernels: {readable(cuda_reason)}")
         if reason:
             print(f"kdkernels: installing without native kernels: {readable(reason)}", file=sys.stderr)
             build["cpu_isas"] = []

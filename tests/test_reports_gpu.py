@@ -1,9 +1,20 @@
 """The first minutes on a GPU: the self-test, and a CUDA backend that is missing or passed over."""
 
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
 import pytest
 import torch
 
-from kdkernels import selftest
+from kdkernels import backends, selftest
+from kdkernels.backends import native
+
+ROOT = Path(__file__).parent.parent
 
 # ---- the self-test
 
@@ -45,3 +56,95 @@ def test_the_selftest_knows_no_other_backend(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         selftest.main()
     assert "cpu, cuda, triton" in " ".join(capsys.readouterr().err.replace("'", "").split())
+
+
+# ---- CUDA kernels that are missing
+
+
+@pytest.mark.parametrize(
+    ("nvcc_does", "required", "failure"),
+    [
+        (
+            "echo 'rows.cu(3): error: no such thing'; exit 1",
+            "1",
+            "the compiler failed: rows.cu(3): error: no such thing",
+        ),
+        ("echo 'rows.cu(3): error: no such thing'; exit 1", "", None),
+        ("exit 0", "1", None),
+        (None, "1", "KDKERNELS_NVCC=/nowhere/nvcc is not a program"),
+    ],
+)
+def test_a_build_that_requires_cuda_fails_without(tmp_path, nvcc_does, required, failure):
+    """The compiler of the CPU kernels is `true`, so nothing is linked."""
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    border = Path("kdkernels", "backends", "native", "border.py")
+    (tmp_path / border.parent).mkdir(parents=True)
+    for name in (border, "setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    nvcc = Path("/nowhere/nvcc")
+    if nvcc_does is not None:
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text(f'#!/bin/sh\ncase "$*" in *-MMD*) {nvcc_does};; *) echo V13.0;; esac\n')
+        nvcc.chmod(0o755)
+    environment = {"CXX": "true", "KDKERNELS_NVCC": str(nvcc), "KDKERNELS_REQUIRE_CUDA": required}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "KDKERNELS_NO_CUDA": "", "KDKERNELS_CUDA_ARCHS": "", **environment},
+    )  # fmt: skip
+    assert (done.returncode != 0) == (failure is not None), done.stderr
+    assert (tmp_path / "kdkernels" / "_build.json").exists() == (failure is None)
+    if failure:
+        last = done.stderr.splitlines()[-1]
+        assert last == f"error: KDKERNELS_REQUIRE_CUDA=1, and there are no CUDA kernels: {failure}"
+    elif nvcc_does != "exit 0":
+        assert "installing without CUDA kernels: the compiler failed" in done.stderr
+
+
+# ---- CUDA kernels that are passed over
+
+OLD_DRIVER = "cudaGetDeviceCount: CUDA driver version is insufficient for CUDA runtime version"
+
+
+@pytest.fixture
+def gpu_tensor(monkeypatch):
+    """Makes stand-ins for tensors of an NVIDIA GPU. Its driver is older than the CUDA of the kernels."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    module = ModuleType("kernels")
+    module.cuda_refusal = lambda device: OLD_DRIVER
+    monkeypatch.setattr(native.cuda, "module", module)
+    monkeypatch.setattr(native.cuda, "device_type", "cuda")
+    native._warned_of_device.cache_clear()
+    yield lambda dtype=torch.float32: SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype)
+    native._warned_of_device.cache_clear()
+
+
+def warnings_of(*calls):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for call in calls:
+            call()
+    return [str(warning.message) for warning in caught]
+
+
+def test_auto_says_once_why_a_gpu_goes_without_the_cuda_kernels(gpu_tensor):
+    x = gpu_tensor()
+
+    def auto():
+        assert backends.select("auto", x, x) in ("triton", "reference")
+
+    (said,) = warnings_of(auto, auto)
+    assert said.startswith(f"kdkernels passes over its CUDA kernels on this GPU: {OLD_DRIVER}.")
+
+
+def test_auto_does_not_warn_of_what_no_driver_could_change(gpu_tensor, monkeypatch):
+    x, on_cpu = gpu_tensor(torch.float64), torch.empty(1, 1)
+    named = gpu_tensor()
+    calls = [
+        lambda: backends.select("auto", x, x),  # fp64
+        lambda: backends.select("auto", on_cpu, on_cpu),
+        lambda: backends.select("reference", named, named),
+    ]
+    assert warnings_of(*calls) == []
+    monkeypatch.setattr(native.cuda, "module", None)
+    monkeypatch.setattr(native, "cuda_missing_because", "KDKERNELS_NO_CUDA=1 was set at installation")
+    assert warnings_of(lambda: backends.select("auto", named, named)) == []
