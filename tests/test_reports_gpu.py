@@ -8,10 +8,12 @@ import warnings
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import emulated
 import pytest
 import torch
+from test_sinkhorn_cuda import workspace_bytes, zeros
 
-from kdkernels import backends, selftest
+from kdkernels import backends, fused_kl, selftest
 from kdkernels.backends import native
 
 ROOT = Path(__file__).parent.parent
@@ -148,3 +150,50 @@ def test_auto_does_not_warn_of_what_no_driver_could_change(gpu_tensor, monkeypat
     monkeypatch.setattr(native.cuda, "module", None)
     monkeypatch.setattr(native, "cuda_missing_because", "KDKERNELS_NO_CUDA=1 was set at installation")
     assert warnings_of(lambda: backends.select("auto", named, named)) == []
+
+
+# ---- a card with 99 KiB of shared memory a block, and clusters of at most 8 blocks (sm_120)
+
+SMALL_CARD = {
+    "major": 12, "multiprocessors": 170, "max_cluster": 8, "l2_bytes": 96 << 20,
+    "shared_memory_per_block": 99 << 10, "shared_memory_per_multiprocessor": 100 << 10,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small_card():
+    if emulated.missing_because:
+        pytest.skip(emulated.missing_because)
+    return emulated.cuda_model().configure_device(**SMALL_CARD)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "cluster", "staged"),
+    [(32_000, torch.bfloat16, 4, True), (151_936, torch.bfloat16, 8, True), (151_936, torch.float32, 8, False)],
+)
+def test_plans_ask_a_card_for_its_shared_memory_and_clusters(small_card, vocab, dtype, cluster, staged):
+    x = torch.zeros(1, vocab, dtype=dtype)
+    with emulated.serving(device=small_card) as model:
+        model.clear_launches()
+        assert fused_kl(x, x, backend="cuda") == 0
+        launch = model.launches()[0]
+    assert launch["cluster"] == cluster and (launch["shared"] > 1024) == staged
+    assert launch["shared"] <= SMALL_CARD["shared_memory_per_block"]
+
+
+def test_problems_of_more_points_than_a_card_holds_are_refused(small_card, gpu_tensor, monkeypatch):
+    """Else "auto" would choose CUDA kernels that raise."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=SMALL_CARD["shared_memory_per_block"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with monkeypatch.context() as patch:
+        patch.setattr(native.cuda.module, "cuda_refusal", lambda device: "")
+        native._asked_once.cache_clear()
+        x = gpu_tensor()
+        assert backends.refuse("cuda", x, x, 1254) is None
+        assert backends.refuse("cuda", x, x, 1255) == "this device's shared memory holds 1254 points a side; got 1255"
+        assert warnings_of(lambda: backends.select("auto", x, x, 1255)) == []
+    native._asked_once.cache_clear()
+    with emulated.serving(device=small_card):
+        workspace_bytes(zeros(1254, 1254, 1, problems=1), unrolled=False)
+        with pytest.raises(RuntimeError, match="1300 points take"):
+            workspace_bytes(zeros(1300, 1300, 1, problems=1), unrolled=False)
