@@ -14,9 +14,8 @@ For each chunk of rows::
 
 torch computes the products and a backend runs the sweeps, so one loop serves every backend. Products of 16-bit factors
 are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too from torch 2.10 on.
-Otherwise the library writes each chunk's product one slab at a time, in fp32 or rounded to 16 bits, and the slab is
-added while it is in the cache. (oneDNN writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3
-times as long.)
+Otherwise each chunk's product comes one slab at a time, in fp32 or rounded to 16 bits, and the slab is added while it
+is in the cache. (oneDNN writes fp32 from fp32 factors alone. Its rounding of those to bf16 takes 2.3 times as long.)
 """
 
 import warnings
@@ -31,8 +30,7 @@ from .options import RowOptions, at_one_stride, bad_values_raise, check_values, 
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
 _budget = 256 << 20  # bytes of a chunk's buffers
-_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache of a CPU
-_GPU_SLAB = 32 << 20  # the same for a GPU, whose products need more rows to fill the chip
+_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache of a CPU; 16 times as many on a GPU
 _ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
 _ROUND = 64  # a chunk has a multiple of 64 rows, if the budget holds 64
 _HALVES = (torch.bfloat16, torch.float16)
@@ -356,9 +354,8 @@ class _HeadLogits:
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
         self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
         self.row_bytes += source.data.shape[-1] * factor_bytes
-        device = source.data.device
-        slabs = wanted.weight and self.dtype in _HALVES and not adds_fp32(device)
-        self.fixed_bytes = min(_slab_bytes(device), self.weight.nbytes) if slabs else 0
+        slabs = wanted.weight and self.dtype in _HALVES and not adds_fp32(source.data.device)
+        self.fixed_bytes = min(_slab_bytes(source.data.device), self.weight.nbytes) if slabs else 0
 
     def allocate(self, size: int, chunks: int, all_rows_written: bool):
         def new(*shape, dtype):
@@ -434,8 +431,7 @@ class _ProductSum:
 
     def __init__(self, kernels, weight: Tensor, classes: int, dtype: torch.dtype, chunks: int):
         self.kernels, self.weight = kernels, weight
-        single_chunk = chunks == 1 and weight.dtype == dtype
-        total = dtype if single_chunk else torch.promote_types(dtype, torch.float32)
+        total = dtype if chunks == 1 and weight.dtype == dtype else torch.promote_types(dtype, torch.float32)
         self.total = kernels.empty(*weight.shape, dtype=total, device=weight.device)
         self.total[classes if chunks else 0 :].zero_()
         self.active = self.total[:classes]
@@ -444,30 +440,22 @@ class _ProductSum:
     def add(self, a: Tensor, b: Tensor, scale: float):
         """a is [n, classes], b is [n, H]."""
         beta, self.started, total = 1 if self.started else 0, True, self.active
-        if total.dtype == a.dtype:
-            torch.addmm(total, a.t(), b, beta=beta, alpha=scale, out=total)
-        elif adds_fp32(a.device):
-            torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+        if total.dtype == a.dtype or adds_fp32(a.device):
+            out_dtype = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
+            torch.addmm(total, a.t(), b, **out_dtype, beta=beta, alpha=scale, out=total)
         else:
             dtype = total.dtype if writes_fp32(a.device) else a.dtype
             step = max(_slab_bytes(a.device) // (b.shape[1] * dtype.itemsize), 1)
             slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=dtype, device=a.device)
-            for first in range(0, total.shape[0], step):
-                target = total[first : first + step]
-                part = _product(a[:, first : first + step].t(), b, scale, out=slab[: target.shape[0]])
-                if not beta:
-                    target.copy_(part)
-                elif dtype == total.dtype:
-                    target.add_(part)
-                else:
-                    self.kernels.accumulate_(target, part)
+            add = Tensor.copy_ if not beta else Tensor.add_ if dtype == total.dtype else self.kernels.accumulate_
+            for target, factor in zip(total.split(step), a.split(step, dim=1), strict=True):
+                add(target, _product(factor.t(), b, scale, out=slab[: target.shape[0]]))
 
     def result(self) -> Tensor:
-        if self.total.dtype == self.weight.dtype:
-            return self.total
-        return self.kernels.empty(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device).copy_(
-            self.total
-        )
+        total, dtype = self.total, self.weight.dtype
+        if total.dtype == dtype:
+            return total
+        return self.kernels.empty(*total.shape, dtype=dtype, device=total.device).copy_(total)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
@@ -484,14 +472,12 @@ def writes_fp32(device: torch.device) -> bool:
 
 
 def adds_fp32(device: torch.device) -> bool:
-    """Whether the library adds products of 16-bit factors to an fp32 tensor. Before 2.10, torch refuses that tensor in
-    addmm. A vendor's 2.10.0a0 may be of either kind.
-    """
+    """Whether addmm takes an fp32 tensor beside 16-bit factors: not before torch 2.10, nor in every 2.10.0a0."""
     return writes_fp32(device) and torch.__version__ >= "2.10"
 
 
 def _slab_bytes(device: torch.device) -> int:
-    return _SLAB if device.type == "cpu" else _GPU_SLAB
+    return _SLAB if device.type == "cpu" else 16 * _SLAB
 
 
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor):
