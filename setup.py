@@ -4,9 +4,10 @@ Without nvcc the module has no CUDA kernels. Without a compiler, ninja or pybind
 module. setup.py writes the result, or the reason for a failure, to kdkernels/_build.json, which
 `python -m kdkernels.info` prints.
 
-    KDKERNELS_CUDA_ARCHS   the architectures, default "80 90a 100+PTX"; +PTX serves later ones
+    KDKERNELS_CUDA_ARCHS   the architectures, default "80 90a 100+PTX 120"; +PTX serves later ones
     KDKERNELS_NVCC         the nvcc to use; else $CUDA_HOME/bin/nvcc, the one on PATH, or /usr/local/cuda/bin/nvcc
     KDKERNELS_NO_CUDA=1    no CUDA kernels        KDKERNELS_NO_NATIVE=1    no module at all
+    KDKERNELS_REQUIRE_CUDA=1   the build fails, with the reason, where the CUDA kernels cannot be built
     CXX                    the C++ compiler (g++)
 """
 
@@ -30,6 +31,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -50,8 +52,10 @@ if X86:
 # -prec-div=false: division within 2 ulp, in a fraction of the instructions. -Xptxas -v: prints each kernel's registers
 # and spills; tests/test_cuda_compile.py reads them from the log next to the object.
 CUDA_FLAGS = "-std=c++17 -O3 --threads 0 -prec-div=false -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
-CUDA_ARCHS = ("80", "90a", "100+PTX")
-# If nvcc does not know the last of CUDA_ARCHS, later chips get this PTX.
+# A chip runs code for its own number and for lower ones of the same ten: 86 and 89 run 80, 103 runs 100, 121 runs 120.
+# Chips of other tens get the PTX of 100, which their driver compiles. nvcc knows 100 and 120 from 12.8 on.
+CUDA_ARCHS = ("80", "90a", "100+PTX", "120")
+# If nvcc does not know 100, later chips get this PTX.
 OLDER_PTX = "90+PTX"
 # Links the CUDA runtime into the module and exports none of its names: torch may have loaded another runtime.
 CUDA_LIBRARIES = "-lcudart_static -lrt -lpthread -ldl -Wl,--exclude-libs,libcudart_static.a"
@@ -164,7 +168,7 @@ def find_archs(nvcc: str, asked: list[str]) -> tuple[list[str], list[str]]:
     if not asked:
         archs = [arch for arch in CUDA_ARCHS if dry_run(nvcc, arch)]
         left_out = [arch for arch in CUDA_ARCHS if arch not in archs]
-        if CUDA_ARCHS[-1] in left_out and dry_run(nvcc, OLDER_PTX):
+        if not any(arch.endswith("+PTX") for arch in archs) and dry_run(nvcc, OLDER_PTX):
             archs.append(OLDER_PTX)
         if not archs:
             raise Unavailable(f"{nvcc} knows none of {' '.join(CUDA_ARCHS)}; it knows {known_archs(nvcc)}")
@@ -333,7 +337,7 @@ class BuildNative(build_ext):
             "python": sys.version.split()[0], "machine": platform.machine(), "border": border(),
             "cpu_isas": list(ISA_FLAGS),
         }  # fmt: skip
-        cuda, cuda_reason = None, None
+        cuda, cuda_reason, required = None, None, os.environ.get("KDKERNELS_REQUIRE_CUDA") == "1"
         try:
             cuda = find_cuda(os.environ.get("KDKERNELS_CUDA_ARCHS", ""))
         except Unavailable as missing:
@@ -342,7 +346,9 @@ class BuildNative(build_ext):
         reason = build_module(module, cuda)
         if reason and cuda:
             cuda, cuda_reason = None, reason
-            reason = build_module(module, None)
+            reason = reason if required else build_module(module, None)
+        if required and cuda is None:
+            raise CompileError(f"KDKERNELS_REQUIRE_CUDA=1, and there are no CUDA kernels: {readable(cuda_reason)}")
         if reason:
             print(f"kdkernels: installing without native kernels: {readable(reason)}", file=sys.stderr)
             build["cpu_isas"] = []

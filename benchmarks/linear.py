@@ -19,6 +19,7 @@ from timing import ratio
 
 from kdkernels import LinearLogits, fused_kl
 from kdkernels.families import linear as chunks
+from kdkernels.families.budget import current_budget
 
 CASE, IN_TURN, MEMORY = "heads", "heads: each after another", "heads: memory"
 ERRORS = "heads: errors against fp64 from the hidden states, in norm"
@@ -171,7 +172,7 @@ def chunk_rows(problem: Problem) -> int:
     device = hidden.device
     slab = 0 if device.type == "cuda" else min(chunks._SLAB, weight.nbytes)
     buffers = SimpleNamespace(row_bytes=2 * 2 * (len(weight) + hidden.shape[1]), fixed_bytes=slab)
-    chunking = chunks.Chunking(None, None, 0, chunks.current_budget(device), False)
+    chunking = chunks.Chunking(None, None, 0, current_budget(device), False)
     return chunks._chunk_size(len(hidden), chunking, [buffers], device)
 
 
@@ -305,4 +306,4 @@ def measure_memory(benchmark, plan: Plan, kl: Family) -> None:
 
 def allowed_bytes(shape: Shape, device: torch.device) -> int:
     """The weight's gradient in fp32, the hidden states' gradient in bf16, and the chunks' budget."""
-    return 4 * shape.classes * shape.width + 2 * shape.rows * shape.width + chunks.current_budget(device)
+    return 4 * shape.classes * shape.width + 2 * shape.rows * shape.width + current_budget(device)

@@ -2,8 +2,9 @@
 
 It checks the answers against fp64 on real logits. It times a loss with its gradient, compared with the code that people
 use otherwise, and how the time grows with rows and vocabulary. It measures memory, a small call and the import. It
-writes tables, a CSV and a figure; all but the figure needs only torch. Exit code 1 means that an answer of
-kdkernels is wrong or that one of its kernels raised. A missed target is printed and does not change the exit code.
+writes tables, and files to DIR: a CSV, the targets with the remarks as text, and a figure. All but the figure needs
+only torch. Exit code 1 means that an answer of kdkernels is wrong or that one of its kernels raised. A missed target is
+printed and does not change the exit code.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import report
 import torch
 from benchmark import Benchmark
 from rows import installed
-from screen import screen
+from screen import PlainScreen, screen
 
 
 def parse() -> argparse.Namespace:
@@ -30,7 +31,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, help="rounds of the main case on a CPU and of small calls (default 15; with --quick 3)"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path(__file__).resolve().parent / "results",
+        help="the folder of all files that are written",
+    )  # fmt: skip
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here")
@@ -38,14 +42,15 @@ def parse() -> argparse.Namespace:
 
 
 def conclude(benchmark: Benchmark) -> int:
-    """Print targets, machine, remarks and failures, also after an interrupted run; return the exit code."""
-    show, results = benchmark.screen.print, benchmark.results
-    report.print_targets(benchmark.screen, results.targets, benchmark.note_on_targets)
-    show(", ".join(f"{key}: {value}" for key, value in results.machine.items()))
-    for remark in results.remarks:
-        show(remark)
-    for failure in results.failures:
-        show(f"WRONG {failure}")
+    """Print and write targets, machine, remarks and failures, also after an interrupted run; return the exit code."""
+    results = benchmark.results
+    benchmark.path.parent.mkdir(parents=True, exist_ok=True)
+    with benchmark.path.with_suffix(".txt").open("w") as file:
+        for shown in (PlainScreen(file), benchmark.screen):
+            report.print_targets(shown, results.targets, benchmark.note_on_targets)
+            shown.print(", ".join(f"{key}: {value}" for key, value in results.machine.items()))
+            for line in (*results.remarks, *(f"WRONG {failure}" for failure in results.failures)):
+                shown.print(line)
     return 1 if results.failures else 0
 
 
@@ -72,7 +77,7 @@ def main() -> int:
         finally:
             code = conclude(benchmark)
         figure = draw(benchmark)
-        shown.print(f"{benchmark.path.with_suffix('.csv')}, {figure}; {time.perf_counter() - started:.0f} s")
+        shown.print(f"{benchmark.path.with_suffix('.csv')}, .txt, {figure}; {time.perf_counter() - started:.0f} s")
     return code
 
 

@@ -55,6 +55,10 @@ class RichScreen:
 
 
 class PlainScreen:
+    def __init__(self, file=None):
+        """Writes to the file, or to the standard output."""
+        self.file = file
+
     def __enter__(self):
         return self
 
@@ -62,20 +66,20 @@ class PlainScreen:
         pass
 
     def print(self, text: str) -> None:
-        print(text, flush=True)
+        print(text, file=self.file, flush=True)
 
     def task(self, description: str, total: int):
         return lambda: None
 
     def table(self, title: str, headings: list[str], rows: list[list[str]], right=(), bold=()) -> None:
         widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-        print(f"\n{title}")
+        print(f"\n{title}", file=self.file)
         for row in (headings, *rows):
             cells = (
                 cell.rjust(width) if heading in right else cell.ljust(width)
                 for cell, width, heading in zip(row, widths, headings, strict=True)
             )
-            print("  ".join(cells).rstrip(), flush=True)
+            print("  ".join(cells).rstrip(), file=self.file, flush=True)
 
 
 def screen() -> RichScreen | PlainScreen:

@@ -3,7 +3,7 @@
 from . import nn
 from .distributions import LinearLogits, SparseLogProbs
 from .divergences import CATALOGUE, Divergence
-from .families.linear import chunk_budget
+from .families.budget import chunk_budget
 from .families.options import checks
 from .losses.class_ot import fused_class_ot
 from .losses.divergence import fused_divergence, fused_js, fused_kl

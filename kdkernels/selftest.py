@@ -1,13 +1,14 @@
-"""`python -m kdkernels.selftest [--device cuda]`: checks every kernel of every backend here against the fp64 reference.
+"""`python -m kdkernels.selftest [--device cuda] [--backend cuda]`: checks every kernel here against the fp64 reference.
 
 Prints a line for each backend and family, and each wrong check; --verbose prints every check. The exit code is 1 if a
-kernel is wrong, or if no kernel could be checked. It needs torch alone, so it runs wherever the package is installed.
+kernel is wrong, if a backend that was named does not serve, or if no kernel could be checked. It needs torch alone, so
+it runs wherever the package is installed.
 """
 
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from .losses.sinkhorn import fused_sinkhorn, fused_sinkhorn_kd
 from .losses.uld import fused_uld
 from .teachers.extract import topk_log_probs
 
+KERNELS = tuple(name for name in backends.NAMES if name != "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (rows, classes): odd and aligned widths, one tile and many. A GPU gets more rows than it holds at once, and rows that
 # take a cluster of blocks. Every fifth row is dropped and holds NaN.
@@ -53,6 +55,13 @@ def part(got: torch.Tensor, want: torch.Tensor, allowed) -> float:
     """The largest error as a fraction of the allowed error; inf for a NaN, and for an infinity of one side alone."""
     error = torch.where(got == want, 0, (got.double() - want).abs() / allowed)
     return float(error.nan_to_num(torch.inf, torch.inf).max())
+
+
+def drawn_on(device: str, seed: int) -> dict[str, object]:
+    """Options of torch's random functions: the device draws its own inputs, since a CPU takes longer than the checks
+    on a GPU. (Devices draw different numbers from one seed.)
+    """
+    return {"device": device, "generator": torch.Generator(device).manual_seed(seed)}
 
 
 def one_call(student, teacher, divergence, options, backend, gradient, statistics=STATISTICS):
@@ -97,15 +106,15 @@ def undecided_ranks(student, teacher, temperature, closeness, topk: int | None =
 def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
     """Largest errors of loss, gradient and statistics, with every row option in use, as fractions of the tolerance."""
     rows, width = shape
-    generator = torch.Generator().manual_seed(width)
+    drawn = drawn_on(device, width)
 
     is_steep, magnification = Divergence(divergence).is_steep, Divergence(divergence).magnification
     scale = 1 if is_steep else 3  # the powers of a steep divergence leave fp16
 
     def logits():
-        x = scale * torch.randn(rows, width + PADDING, generator=generator)
+        x = scale * torch.randn(rows, width + PADDING, **drawn)
         x[4::5], x[:, width:] = torch.nan, torch.nan
-        return x.to(device, dtype)
+        return x.to(dtype)
 
     def every_five(*values):
         return torch.tensor(values, device=device).repeat(rows // 5)
@@ -117,7 +126,7 @@ def errors(divergence: str, dtype: torch.dtype, shape: tuple[int, int], device: 
         "temperature": every_five(0.7, 1.0, 1.0, 2.0, 1.0),
         "mask": every_five(True, True, True, True, False),
         "row_weight": every_five(1.0, 0.5, 2.0, 1.0, 1.0),
-        "labels": torch.randint(0, width, (rows,), generator=generator).to(device),
+        "labels": torch.randint(0, width, (rows,), **drawn),
         "hard_weight": every_five(0.0, 0.0, 0.3, 1.0, 0.0),
         "vocab_size": width,
         "reduction": "none",
@@ -155,12 +164,12 @@ def close_errors(divergence: str, shape: tuple[int, int], device: str, backend: 
     itself, and its gradient by 1e-5 of its largest element.
     """
     rows, width = shape
-    generator = torch.Generator().manual_seed(width)
-    student, noise = (torch.randn(rows, width, generator=generator) for _ in range(2))
-    size, temperature = torch.tensor([[0.1, 1.0], [1e-3, 1.0], [1.0, 16.0], [1.0, 100.0], [1.0, 1e4]]).T
+    drawn = drawn_on(device, width)
+    student, noise = (torch.randn(rows, width, **drawn) for _ in range(2))
+    size, temperature = torch.tensor([[0.1, 1.0], [1e-3, 1.0], [1.0, 16.0], [1.0, 100.0], [1.0, 1e4]], device=device).T
     size, temperature = (x.repeat(rows // 5) for x in (size, temperature))
-    student, teacher = (x.to(device) for x in (student, student + size[:, None] * noise))
-    options = {"temperature": temperature.to(device), "reduction": "none"}
+    teacher = student + size[:, None] * noise
+    options = {"temperature": temperature, "reduction": "none"}
     want = one_call(student.double(), teacher.double(), divergence, options, "reference", "auto", ())
     largest = want[1].abs().amax(-1, keepdim=True)
     if divergence == "tv":  # its slope has a jump where the log-ratio is 0
@@ -179,10 +188,10 @@ def head_errors(dtype: torch.dtype, shape: tuple[int, int, int], device: str, ba
     eager PyTorch's errors in the same dtype. (With fp32 logits the rounding of the gradient alone is allowed.)
     """
     rows, classes, width = shape
-    generator = torch.Generator().manual_seed(width)
+    drawn = drawn_on(device, width)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, **drawn).to(dtype)
 
     tensors = [
         normal(rows, width),
@@ -223,8 +232,8 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     """Errors of the loss and gradient against a sparse teacher, and of its extraction, as fractions of the
     tolerance."""
     rows, width = shape
-    generator = torch.Generator().manual_seed(width)
-    student, whole = ((3 * torch.randn(rows, width + PADDING, generator=generator)).to(device, dtype) for _ in range(2))
+    drawn = drawn_on(device, width)
+    student, whole = ((3 * torch.randn(rows, width + PADDING, **drawn)).to(dtype) for _ in range(2))
     student[4::5], whole[4::5] = torch.nan, torch.nan
     mask = (torch.arange(rows) % 5 != 4).to(device)
     k = min(TOPK_ENTRIES, width)
@@ -238,7 +247,7 @@ def topk_errors(tail: str, dtype: torch.dtype, shape: tuple[int, int], device: s
     teacher = SparseLogProbs(
         want.indices, want.log_probs.float(), tail_log_prob=want.tail_log_prob.float(), source_temperature=2.0
     ).with_tail(tail)
-    labels = torch.randint(0, width, (rows,), generator=generator).to(device)
+    labels = torch.randint(0, width, (rows,), **drawn)
     options |= {"temperature": 2.0, "labels": labels, "hard_weight": 0.25, "statistics": (), "reduction": "none"}
     worst = [0.0, 0.0]
 
@@ -261,14 +270,14 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
     """Errors of loss and gradient of transport between classes, as fractions of the tolerance. torch computes its
     products."""
     rows, classes = shape
-    generator = torch.Generator().manual_seed(classes)
-    student, teacher = ((2 * torch.randn(rows, classes, generator=generator)).to(device, dtype) for _ in range(2))
+    drawn = drawn_on(device, classes)
+    student, teacher = ((2 * torch.randn(rows, classes, **drawn)).to(dtype) for _ in range(2))
     student[4::5], teacher[4::5] = torch.nan, torch.nan
     student[1::5, 2] = -torch.inf
     labels = torch.where(torch.arange(rows) % 3 == 2, -100, torch.arange(rows) % classes).to(device)
     options = {"mask": (torch.arange(rows) % 5 != 4).to(device), "exclude_labels": labels, "reduction": "none"}
     options |= {"temperature": 2.0, "epsilon": 0.2, "gradient": gradient}
-    cost = torch.rand(classes, classes, generator=generator).to(device)
+    cost = torch.rand(classes, classes, **drawn)
 
     def one_call(student, teacher, cost, backend):
         student = student.detach().requires_grad_()
@@ -287,10 +296,9 @@ def class_ot_errors(gradient: str, dtype: torch.dtype, shape: tuple[int, int], d
 def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend: str):
     """Errors of loss and gradient between two vocabularies, as fractions of the tolerance."""
     rows, width = shape
-    generator = torch.Generator().manual_seed(width)
+    drawn = drawn_on(device, width)
     widths = width, width // 2 + 1
-    student, teacher = (3 * torch.randn(rows, classes + PADDING, generator=generator) for classes in widths)
-    student, teacher = student.to(device, dtype), teacher.to(device, dtype)
+    student, teacher = ((3 * torch.randn(rows, classes + PADDING, **drawn)).to(dtype) for classes in widths)
     student[4::5], teacher[4::5] = torch.nan, torch.nan
     if width > 2:
         student[1::5, 2] = -torch.inf
@@ -324,8 +332,8 @@ def uld_errors(dtype: torch.dtype, shape: tuple[int, int], device: str, backend:
 def sinkhorn_kd_errors(cost: str, dtype: torch.dtype, shape: tuple[int, int, int], device: str, backend: str):
     """Errors of SinKD between clouds [clouds, rows, classes], every fifth row dropped, as fractions of the
     tolerance."""
-    generator = torch.Generator().manual_seed(shape[2])
-    student, teacher = ((2 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in range(2))
+    drawn = drawn_on(device, shape[2])
+    student, teacher = ((2 * torch.randn(shape, **drawn)).to(dtype) for _ in range(2))
     student[:, 4::5], teacher[:, 4::5] = torch.nan, torch.nan
     mask = (torch.arange(shape[1]) % 5 != 4).expand(shape[:2]).to(device)
 
@@ -345,9 +353,9 @@ def sinkhorn_errors(gradient: str, epsilon: float, shape: tuple[int, int, int], 
     """Errors of the values of problems [problems, n, m] with points without mass, and of their derivatives with respect
     to the costs, as fractions of the tolerance. Twenty rounds carry the rounding of cost / epsilon along.
     """
-    generator = torch.Generator().manual_seed(shape[2])
-    cost = torch.rand(shape, generator=generator).to(device)
-    a, b = ((torch.rand(shape[0], n, generator=generator) + 0.1).to(device) for n in shape[1:])
+    drawn = drawn_on(device, shape[2])
+    cost = torch.rand(shape, **drawn)
+    a, b = (torch.rand(shape[0], n, **drawn) + 0.1 for n in shape[1:])
     a[:, 1], b[:, 2] = 0, 0
     a, b = (x / x.sum(1, keepdim=True) for x in (a, b))
 
@@ -446,34 +454,39 @@ def report(backend: str, found: Iterator[Check], verbose: bool) -> bool:
     return right
 
 
-def check(device: str, verbose: bool = False) -> bool:
+def check(device: str, verbose: bool = False, named: Collection[str] = ()) -> bool:
+    """Checks the backends `named`, which must serve on the device; without names, all that serve."""
     x = torch.empty(1, 1, device=device)
-    served = []
-    for name in backends.NAMES:
+    served, missing = [], []
+    for name in named or KERNELS:
         reason = backends.refuse(name, x, x)
-        if name == "reference":
-            continue
         print(f"{name:10} " + ("checked below" if reason is None else f"not checked: {reason}"))
-        if reason is None:
-            served.append(name)
+        (missing if reason else served).append(name)
     if not served:
-        print("only the reference serves here: nothing was checked")
+        print(f"none of {', '.join(named)} serves on {device}" if named else "only the reference serves here", end="")
+        print(": nothing was checked")
         return False
     print(f"\nerrors on {device}, as fractions of the allowed error (1.00 fails)")
     right = report("torch", class_ot_checks(device), verbose)
     for backend in served:
         right &= report(backend, checks(backend, device), verbose)
     print("\nall right" if right else "\nWRONG: see above")
-    return right
+    if named and missing:
+        print(f"WRONG: no kernel of {', '.join(missing)} was checked")
+    return right and not (named and missing)
 
 
 def main():
     parser = argparse.ArgumentParser(prog="python -m kdkernels.selftest", description=__doc__.split("\n")[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"where to run (default here: {default})")
+    parser.add_argument(
+        "--backend", nargs="+", choices=KERNELS, default=[], metavar="NAME",
+        help=f"the backends to check, of {', '.join(KERNELS)}; each must serve (default: all that serve)",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print every check, not the wrong ones alone")
     arguments = parser.parse_args()
-    sys.exit(0 if check(arguments.device, arguments.verbose) else 1)
+    sys.exit(0 if check(arguments.device, arguments.verbose, arguments.backend) else 1)
 
 
 if __name__ == "__main__":

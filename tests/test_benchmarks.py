@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import benchmark
 import class_ot
 import data
 import family
@@ -346,14 +347,34 @@ def test_shapes_without_room_are_left_out_with_a_remark(tiny, monkeypatch):
     assert any(remark.startswith("bfloat16 [4, 257] is left out: it needs") for remark in tiny.results.remarks)
 
 
-def test_targets_are_judged_on_the_card_they_are_for(tiny):
-    tiny.judged = True
-    tiny.grid("bfloat16")
-    kl, forward = tiny.results.targets[:2]
-    assert (kl.limit, forward.limit) == (85, 90)
-    assert kl.cells()[3] in ("PASS", "MISS") and "operator alone" in kl.what
-    assert dataclasses.replace(kl, value=86).cells()[3] == "PASS"
-    assert dataclasses.replace(kl, value=84).cells()[3] == "MISS"
+@pytest.mark.parametrize(
+    ("device", "limits"),
+    [
+        ("NVIDIA H100 80GB HBM3", (85, 90)),
+        ("NVIDIA H200", (70,)),
+        ("NVIDIA B200", (55,)),
+        ("NVIDIA A100-SXM4-80GB", (55,)),
+        ("NVIDIA L4", (85, 90)),
+    ],
+)
+def test_targets_are_judged_on_the_card_they_are_for(tmp_path, monkeypatch, device, limits):
+    describe = benchmark.describe_machine
+    monkeypatch.setattr(benchmark, "describe_machine", lambda name: describe(name) | {"device": device})
+    on_card = gpu.GpuBenchmark(True, 2, screen.PlainScreen(), tmp_path, TINY, "cpu", TINY_PLANS)
+    on_card.grid("bfloat16")
+    targets = on_card.results.targets[: len(limits)]
+    assert tuple(target.limit for target in targets) == limits and "operator alone" in targets[0].what
+    assert all((target.cells()[3] in ("PASS", "MISS")) == ("L4" not in device) for target in targets)
+    assert "not measured" in on_card.note_on_targets and ("no verdict" in on_card.note_on_targets) == ("L4" in device)
+    better, worse = (dataclasses.replace(targets[0], value=targets[0].limit + by).cells()[3] for by in (1, -1))
+    assert (better, worse) == (("", "") if "L4" in device else ("PASS", "MISS"))
+
+
+def test_a_card_copies_no_more_than_fits(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "free_bytes", lambda device: 2**14)
+    small = gpu.GpuBenchmark(True, 2, screen.PlainScreen(), tmp_path, TINY, "cpu", TINY_PLANS)
+    assert small.copied == 2**11 < TINY.copied and small.copy().nbytes == 2**11
+    assert gpu.FULL.copied == gpu.QUICK.copied == 2**32
 
 
 class Queue:
@@ -443,6 +464,8 @@ with benchmark.screen:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no figure: matplotlib is not installed" in done.stdout
+    (written,) = tmp_path.glob("*.txt")
+    assert written.read_text().strip() in done.stdout and "one forward call on [8, 1000]" in written.read_text()
     for name, module in sinkhorn.LIBRARIES.items():
         assert f"{name} is left out: {module} is not installed." in done.stdout
     assert "\ngrid\n" in done.stdout and list(tmp_path.glob("*.csv"))

@@ -332,13 +332,19 @@ def test_which_nvcc(environment, tmp_path):
         build.find_cuda("")
 
 
+NVCC_12 = "50 52 53 60 61 62 70 72 75 80 86 87 89"
+
+
 @pytest.mark.parametrize(
     ("knows", "built", "left_out"),
     [
-        ("80 90 90a 100", ["80", "90a", "100+PTX"], []),
-        ("80 90 90a", ["80", "90a", "90+PTX"], ["100+PTX"]),
-        ("75 80", ["80"], ["90a", "100+PTX"]),
+        (f"{NVCC_12} 90 90a", ["80", "90a", "90+PTX"], ["100+PTX", "120"]),
+        (f"{NVCC_12} 90 90a 100 100a 101 101a 120 120a", ["80", "90a", "100+PTX", "120"], []),
+        (f"{NVCC_12} 90 90a 100 100a 100f 101 103 120 120a 120f 121", ["80", "90a", "100+PTX", "120"], []),
+        ("75 80 86 87 88 89 90 90a 100 100a 110 103 120 120a 121", ["80", "90a", "100+PTX", "120"], []),
+        ("75 80", ["80"], ["90a", "100+PTX", "120"]),
     ],
+    ids=["12.4", "12.8", "12.9", "13.0", "11.0"],
 )
 def test_an_older_nvcc_builds_what_it_knows(environment, tmp_path, knows, built, left_out):
     environment.setenv("KDKERNELS_NVCC", fake_nvcc(tmp_path / "nvcc", knows))

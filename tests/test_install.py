@@ -49,7 +49,7 @@ def test_installs_where_the_compiler_is_broken(tmp_path):
 
 
 def test_installs_where_the_cuda_kernels_do_not_compile(tmp_path):
-    nvcc, cxx = fake_nvcc(tmp_path / "nvcc", "80 90a 100"), tmp_path / "g++"
+    nvcc, cxx = fake_nvcc(tmp_path / "nvcc", "80 90a 100 120"), tmp_path / "g++"
     cxx.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -O0\n')  # -O0: the test needs no fast kernels
     cxx.chmod(0o755)
     out = report_of_installation(

@@ -10,12 +10,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from memory import peak_bytes
 from strategies import DTYPES, LEADING, row_options
+from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 from truth import BACKENDS, DIVERGENCES, device_of, opcheck, undecided_signs
 
 import kdkernels
 from kdkernels import LinearLogits, chunk_budget, fused_divergence, fused_js, fused_kl, ops
 from kdkernels.families import linear as chunks
+from kdkernels.families.budget import current_budget
 from kdkernels.families.linear import LogitsSource
 from kdkernels.families.options import RowOptions
 from kdkernels.losses.options import STATISTICS
@@ -570,11 +572,11 @@ def test_a_gpu_has_a_larger_budget(monkeypatch):
     device = torch.device("cuda", 1)
     memory = {0: 16 << 30, 1: 140 << 30}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=memory[i]))
-    assert chunks.current_budget(device) == (140 << 30) // 50 > 1 << 30
-    assert chunks.current_budget(torch.device("cuda")) == 1 << 30
-    assert chunks.current_budget(CPU) == 256 << 20
+    assert current_budget(device) == (140 << 30) // 50 > 1 << 30
+    assert current_budget(torch.device("cuda")) == 1 << 30
+    assert current_budget(CPU) == 256 << 20
     with chunk_budget(7000):
-        assert chunks.current_budget(device) == 7000
+        assert current_budget(device) == 7000
     chunking = chunks.Chunking(None, None, 0, 300, False)
     sources = [SimpleNamespace(row_bytes=1, fixed_bytes=0)]
     assert chunks._chunk_size(550, chunking, sources, CPU) == 192
@@ -586,8 +588,8 @@ def test_a_budget_object_serves_several_blocks():
         budget = chunk_budget(5000)
         for _ in range(2):
             with budget:
-                assert chunks.current_budget(CPU) == 5000
-            assert chunks.current_budget(CPU) == 7000
+                assert current_budget(CPU) == 5000
+            assert current_budget(CPU) == 7000
 
 
 @each_backend
@@ -797,24 +799,42 @@ def test_no_synchronisation_on_a_gpu(backend):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.fixture
-def library_that_writes_fp32(monkeypatch):
-    """A CPU mock of CUDA's addmm: products of 16-bit factors are written in fp32."""
+@pytest.fixture(params=["2.9.1+cu128", "2.10.0a0+nv25.11", "2.10.0", "2.13.0+cu130"])
+def library_that_writes_fp32(request, monkeypatch):
+    """A CPU mock of CUDA's mm and addmm, whose products of 16-bit factors are fp32, in a version of torch.
+
+    The pre-release refuses what 2.9 refuses, as one of before November 2025 does. Yields the names of the products.
+    """
+    called, version = [], TorchVersion(request.param)
+
+    def product(a, b, out_dtype, out):
+        assert a.dtype == b.dtype and out_dtype == out.dtype == torch.float32 and out.shape == (len(a), b.shape[1])
+        return a.float() @ b.float()
+
+    def mm(a, b, out_dtype, *, out):
+        called.append("mm")
+        return out.copy_(product(a, b, out_dtype, out))
 
     def addmm(add, a, b, out_dtype, *, beta=1, alpha=1, out):
-        assert a.dtype == b.dtype and (add.dtype, add.shape) == (out_dtype, (a.shape[0], b.shape[1]))
-        product = alpha * (a.float() @ b.float())
-        return out.copy_(product if beta == 0 else beta * add + product)
+        called.append("addmm")
+        if version < "2.10":
+            assert add.dtype == b.dtype, f"self and mat2 must have the same dtype, but got {add.dtype} and {b.dtype}"
+        assert add.dtype in (b.dtype, out_dtype) and add.shape == out.shape
+        made = alpha * product(a, b, out_dtype, out)
+        return out.copy_(made if beta == 0 else beta * add + made)
 
     with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("mm.dtype_out", mm, "CPU")
         library.impl("addmm.dtype_out", addmm, "CPU")
+        monkeypatch.setattr(torch, "__version__", version)
         monkeypatch.setattr(chunks, "writes_fp32", lambda device: True)
-        yield
+        monkeypatch.setattr(chunks, "_SLAB", 16 * 4 * 8)  # 8 rows of the weight
+        yield called
 
 
 @pytest.mark.parametrize("logits_dtype", [None, torch.float32])
 def test_products_in_fp32_by_the_library(library_that_writes_fp32, logits_dtype):
-    """CUDA's path is right on a mocked operator: the library writes fp32 logits and sums over chunks."""
+    """CUDA's path is right on mocked operators: the library writes fp32 logits and sums over chunks."""
     recipe = Heads((20,), 70, (16, 16), (0, 0), (torch.bfloat16,) * 2, (True, True), (0.5, 1.0), (None, None), None,
                    False, 0)  # fmt: skip
     student, teacher = recipe.make()
@@ -822,6 +842,8 @@ def test_products_in_fp32_by_the_library(library_that_writes_fp32, logits_dtype)
     for chunk_rows in (None, 6):
         got = run(student, teacher, chunk_rows=chunk_rows, logits_dtype=logits_dtype, backend="cpu")
         assert_close(got, want, same, [torch.bfloat16])
+    assert ("addmm" in library_that_writes_fp32) == (torch.__version__ >= "2.10"), "who adds the chunks' products"
+    assert "mm" in library_that_writes_fp32 or chunks.adds_fp32(torch.device("cpu"))
 
 
 # ---- bad input
@@ -853,10 +875,10 @@ def test_bad_input_raises():
         (lambda: chunk_budget(2**63), ValueError, "from 1 byte"),
         (lambda: chunk_budget(1e9), TypeError, "expected an int"),
     ):  # fmt: skip
-        before = chunks.current_budget(CPU)
+        before = current_budget(CPU)
         with pytest.raises(error, match=expected):
             call()
-        assert chunks.current_budget(CPU) == before
+        assert current_budget(CPU) == before
         weight.requires_grad_(False), hidden.requires_grad_(False)
 
 

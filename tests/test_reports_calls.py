@@ -342,11 +342,14 @@ def test_the_selftest_counts_nan_and_overflow_as_wrong():
     assert selftest.part(torch.tensor([1.0, inf, -2.5]), want, 1.0) == 0.5
 
 
-@pytest.mark.parametrize(("arguments", "verbose"), [([], False), (["--verbose"], True)])
+@pytest.mark.parametrize(
+    ("arguments", "passed"),
+    [([], (False, [])), (["--verbose"], (True, [])), (["--backend", "cuda", "triton"], (False, ["cuda", "triton"]))],
+)
 @pytest.mark.parametrize("right", [True, False])
-def test_the_selftest_passes_its_arguments_on_and_exits_with_the_result(arguments, verbose, right, monkeypatch):
+def test_the_selftest_passes_its_arguments_on_and_exits_with_the_result(arguments, passed, right, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["selftest", "--device", "cpu", *arguments])
-    monkeypatch.setattr(selftest, "check", lambda *given: given == ("cpu", verbose) and right)
+    monkeypatch.setattr(selftest, "check", lambda *given: given == ("cpu", *passed) and right)
     with pytest.raises(SystemExit) as ended:
         selftest.main()
     assert ended.value.code == (0 if right else 1)

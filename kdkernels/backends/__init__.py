@@ -43,14 +43,16 @@ def select(name: str, student: torch.Tensor, teacher: torch.Tensor, points: int 
     """The backend that serves this call: `name` itself, or the backend of "auto".
 
     Warns once per process, and not in the workers of a DataLoader, if "auto" is the reference because the CPU's kernels
-    are missing.
+    are missing, or another backend than "cuda" because an NVIDIA GPU does not run the CUDA kernels that were built.
     """
     if name == "auto":
+        from . import native
+
         name = automatic(student, teacher, points)
         if name == "reference" and student.device.type == teacher.device.type == "cpu":
-            from . import native
-
             native.warn_once()
+        elif name != "cuda" and student.device.type == "cuda":
+            native.warn_if_passed_over(student, teacher, points)
         return name
     reason = refuse(name, student, teacher, points)
     if reason is not None:

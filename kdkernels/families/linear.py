@@ -13,9 +13,9 @@ For each chunk of rows::
     dbias   += scale * the sum of dlogits over the rows      summed in fp32
 
 torch computes the products and a backend runs the sweeps, so one loop serves every backend. Products of 16-bit factors
-are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too. Otherwise the library
-rounds each chunk's product to 16 bits, one slab at a time, and the slab is added while it is in the cache. (oneDNN
-writes fp32 from fp32 factors alone. Its own rounding of those to bf16 takes 2.3 times as long.)
+are summed over chunks in fp32. If the library writes products in fp32 (CUDA), it adds them too from torch 2.10 on.
+Otherwise each chunk's product comes one slab at a time, in fp32 or rounded to 16 bits, and the slab is added while it
+is in the cache. (oneDNN writes fp32 from fp32 factors alone. Its rounding of those to bf16 takes 2.3 times as long.)
 """
 
 from collections.abc import Iterator
@@ -26,61 +26,13 @@ from torch import Tensor
 
 from .. import callers
 from . import topk
+from .budget import rows_per_step
 from .options import RowOptions, at_one_stride, bad_values_raise, check_values, rows_of
 from .rows import ROW_STATISTICS, ROW_TOP1, Rows
 
-_budget = None  # bytes of a chunk's buffers; None: _default_budget
-_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache
+_SLAB = 2 << 20  # bytes of a product that is added while it is in the cache of a CPU; 16 times as many on a GPU
 _ALIGNMENT = 8  # a buffer's row is a multiple of 8 columns, so that 16-bit rows begin at multiples of 16 bytes
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-class chunk_budget:
-    """Sets the bytes that a call's chunk buffers may take if `chunk_rows` is None.
-
-    Unless set, they are 256 MiB on a CPU; on a GPU 1 GiB, or 2 % of its memory if that is more. A GPU adds each chunk's
-    part to the weight's gradient in its memory, which takes longer than the chunk's products if a chunk has few rows.
-
-    ``kdkernels.chunk_budget(2**30)`` sets it from then on; ``with kdkernels.chunk_budget(2**30):`` sets it for a block.
-    Raises TypeError for a value that is no int, ValueError below 1 and from 2**63 on.
-    """
-
-    def __init__(self, bytes: int):
-        global _budget
-        if isinstance(bytes, bool) or not isinstance(bytes, int):
-            raise TypeError(f"chunk_budget: expected an int (bytes); got {type(bytes).__name__}")
-        if not 1 <= bytes < 2**63:
-            raise ValueError(f"chunk_budget: expected from 1 byte to 2**63 - 1; got {bytes}")
-        self._before, self._bytes = _budget, bytes
-        _budget = bytes
-
-    def __enter__(self):
-        global _budget
-        _budget = self._bytes  # again, for an object that enters a second block
-        return self
-
-    def __exit__(self, *_):
-        global _budget
-        _budget = self._before
-
-
-def current_budget(device: torch.device) -> int:
-    if _budget is not None:
-        return _budget
-    return _default_budget_of_gpu(device.index or 0) if device.type == "cuda" else 256 << 20
-
-
-def _default_budget_of_gpu(index: int) -> int:
-    return max(1 << 30, torch.cuda.get_device_properties(index).total_memory // 50)
-
-
-# While a compiler traces a call, it runs this function and takes the answer as a constant.
-_default_budget_of_gpu._dynamo_marked_constant = True
-
-
-def _rows_per_step(device: torch.device) -> int:
-    """A chunk has a multiple of these rows, if the budget holds them: rows of a tile of the products."""
-    return 128 if device.type == "cuda" else 64
 
 
 def product_dtype(hidden: torch.dtype, weight: torch.dtype, autocast_dtype: torch.dtype | None) -> torch.dtype:
@@ -279,7 +231,7 @@ def _chunk_size(count: int, chunking: Chunking, sources: list, device: torch.dev
             f"a chunk budget of {budget} bytes holds no row: a row takes {row_bytes} bytes, and the chunk itself "
             f"{fixed_bytes}. Chunks have one row now; kdkernels.chunk_budget sets the budget",
         )
-    step = _rows_per_step(device)
+    step = rows_per_step(device)
     most = max(most // step * step or most, 1)
     evenly = -(-count // max(-(-count // most), 1))
     return max(min(-(-evenly // step) * step, most, count), 1)
@@ -370,8 +322,8 @@ class _HeadLogits:
         logits_bytes, factor_bytes = self.logits_dtype.itemsize, self.dtype.itemsize
         self.row_bytes = self.columns * (logits_bytes * (1 + self.apart) + factor_bytes * self.rounded)
         self.row_bytes += source.data.shape[-1] * factor_bytes
-        slabs = wanted.weight and self.dtype in _HALVES and not writes_fp32(source.data.device)
-        self.fixed_bytes = min(_SLAB, self.weight.nbytes) if slabs else 0
+        slabs = wanted.weight and self.dtype in _HALVES and not adds_fp32(source.data.device)
+        self.fixed_bytes = min(_slab_bytes(source.data.device), self.weight.nbytes) if slabs else 0
 
     def allocate(self, size: int, chunks: int, all_rows_written: bool):
         def new(*shape, dtype):
@@ -447,8 +399,7 @@ class _ProductSum:
 
     def __init__(self, kernels, weight: Tensor, classes: int, dtype: torch.dtype, chunks: int):
         self.kernels, self.weight = kernels, weight
-        single_chunk = chunks == 1 and weight.dtype == dtype
-        total = dtype if single_chunk else torch.promote_types(dtype, torch.float32)
+        total = dtype if chunks == 1 and weight.dtype == dtype else torch.promote_types(dtype, torch.float32)
         self.total = kernels.empty(*weight.shape, dtype=total, device=weight.device)
         self.total[classes if chunks else 0 :].zero_()
         self.active = self.total[:classes]
@@ -457,31 +408,30 @@ class _ProductSum:
     def add(self, a: Tensor, b: Tensor, scale: float):
         """a is [n, classes], b is [n, H]."""
         beta, self.started, total = 1 if self.started else 0, True, self.active
-        if total.dtype == a.dtype:
-            torch.addmm(total, a.t(), b, beta=beta, alpha=scale, out=total)
-        elif writes_fp32(a.device):
-            torch.addmm(total, a.t(), b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
+        if total.dtype == a.dtype or adds_fp32(a.device):
+            out_dtype = {} if total.dtype == a.dtype else {"out_dtype": total.dtype}
+            torch.addmm(total, a.t(), b, **out_dtype, beta=beta, alpha=scale, out=total)
         else:
-            step = max(_SLAB // (b.shape[1] * b.element_size()), 1)
-            slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=a.dtype, device=a.device)
-            for first in range(0, total.shape[0], step):
-                target = total[first : first + step]
-                part = _product(a[:, first : first + step].t(), b, scale, out=slab[: target.shape[0]])
-                if beta:
-                    self.kernels.accumulate_(target, part)
-                else:
-                    target.copy_(part)
+            dtype = total.dtype if writes_fp32(a.device) else a.dtype
+            step = max(_slab_bytes(a.device) // (b.shape[1] * dtype.itemsize), 1)
+            slab = torch.empty(min(step, total.shape[0]), b.shape[1], dtype=dtype, device=a.device)
+            add = Tensor.copy_ if not beta else Tensor.add_ if dtype == total.dtype else self.kernels.accumulate_
+            for target, factor in zip(total.split(step), a.split(step, dim=1), strict=True):
+                add(target, _product(factor.t(), b, scale, out=slab[: target.shape[0]]))
 
     def result(self) -> Tensor:
-        if self.total.dtype == self.weight.dtype:
-            return self.total
-        return self.kernels.empty(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device).copy_(
-            self.total
-        )
+        total, dtype = self.total, self.weight.dtype
+        if total.dtype == dtype:
+            return total
+        return self.kernels.empty(*total.shape, dtype=dtype, device=total.device).copy_(total)
 
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor) -> Tensor:
-    return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    """out = scale * a b. `out` has the factors' dtype, or is fp32 where the library `writes_fp32`."""
+    if out.dtype == a.dtype:
+        return torch.addmm(out, a, b, beta=0, alpha=scale, out=out)
+    torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return out if scale == 1 else out.mul_(scale)
 
 
 def writes_fp32(device: torch.device) -> bool:
@@ -489,15 +439,24 @@ def writes_fp32(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def adds_fp32(device: torch.device) -> bool:
+    """Whether addmm takes an fp32 tensor beside 16-bit factors: not before torch 2.10, nor in every 2.10.0a0."""
+    return writes_fp32(device) and torch.__version__ >= "2.10"
+
+
+def _slab_bytes(device: torch.device) -> int:
+    return _SLAB if device.type == "cpu" else 16 * _SLAB
+
+
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor):
-    """out = scale * (hidden weight^T + bias), rounded once."""
+    """out = scale * (hidden weight^T + bias), rounded to 16 bits once or not at all."""
     add, beta = (out, 0) if bias is None else (bias.to(out.dtype), scale)
     if out.dtype == hidden.dtype:
         torch.addmm(add, hidden, weight.t(), beta=beta, alpha=scale, out=out)
     elif writes_fp32(out.device):
+        _product(hidden, weight.t(), scale, out)
         if bias is not None:
-            out.copy_(add)  # addmm with out_dtype does not broadcast
-        torch.addmm(out, hidden, weight.t(), out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+            out.add_(add, alpha=scale)
     else:
         hidden = hidden.to(out.dtype)
         step = max(_SLAB // (weight.shape[1] * out.element_size()), 1)

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import CLASS_OT, run
+from ..families.budget import current_budget
 from ..families.class_ot import GRADIENTS, NO_LABEL, ClassOT, widest_dtype
-from ..families.linear import current_budget
 from ..families.options import compute_dtype
 from . import options
 from .signatures import check_keywords, shows_keywords

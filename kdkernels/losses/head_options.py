@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..distributions import LinearLogits, gathered, is_sharded
-from ..families.linear import Chunking, LogitsSource, current_budget, product_dtype
+from ..families.budget import current_budget
+from ..families.linear import Chunking, LogitsSource, product_dtype
 from .options import check_int, check_type
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from ..autograd import ROWS, ULD, run
-from ..families.linear import current_budget
+from ..families.budget import current_budget
 from ..families.options import RowOptions, compute_dtype
 from ..families.rows import Rows
 from ..families.uld import Uld

@@ -53,6 +53,7 @@ if not hasattr(_native, "cuda_rows"):
 
 _HUGE_PAGE = 2 << 20
 _MOST_POINTS = 2048  # on a side of a transport problem, whose vectors must fit the shared memory of a block
+_POINTS_OF_ANY_DEVICE = 1024  # some devices have less shared memory than 2,048 points take
 
 
 def processors() -> int:
@@ -102,6 +103,14 @@ class Cuda(RowKernels, LinearKernels, TopkKernels, PairwiseKernels, SinkhornKern
         return _native if self.module is None else self.module
 
     def refuse(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+        reason, device = self.refuse_tensors(student, teacher, points), student.device.index or 0
+        reason = reason or _cuda_device_refusal(device)
+        if not reason and points > _POINTS_OF_ANY_DEVICE and self.device_type == "cuda":
+            reason = _refuse_points(device, points)
+        return reason or None
+
+    def refuse_tensors(self, student: Tensor, teacher: Tensor, points: int = 0) -> str | None:
+        """The reason that no device could change, or None."""
         if self.module is None:
             if _native is None:
                 return _missing()
@@ -118,7 +127,7 @@ class Cuda(RowKernels, LinearKernels, TopkKernels, PairwiseKernels, SinkhornKern
             return "its arithmetic is fp32; for fp64 use reference, or cpu for tensors on a CPU"
         if points > _MOST_POINTS:
             return f"it takes transport problems of at most {_MOST_POINTS} points a side; got {points}"
-        return _cuda_device_refusal(student.device.index or 0) or None
+        return None
 
     def launch(self, kernel: str, device: torch.device, fields: dict) -> None:
         function = getattr(self.compiled(), f"cuda_{kernel}")
@@ -146,6 +155,42 @@ def _cuda_device_refusal(device: int) -> str:
 # The mark of torch.compiler.assume_constant_result, which itself would import the compiler (1.2 s, and Triton): while a
 # compiler traces a call, it runs this function and takes the answer as a constant.
 _cuda_device_refusal._dynamo_marked_constant = True
+
+
+def _refuse_points(device: int, points: int) -> str | None:
+    """A block holds 9 numbers of each point of both sides, and 2 more of each point of a side: see `plan_sinkhorn` in
+    csrc/cuda/sinkhorn.cu.
+    """
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    most = (shared - 1024) // (4 * (2 * 9 + 2))
+    return f"this device's shared memory holds {most} points a side; got {points}" if points > most else None
+
+
+_refuse_points._dynamo_marked_constant = True
+
+
+def warn_if_passed_over(student: Tensor, teacher: Tensor, points: int = 0) -> None:
+    """Says once per process why an NVIDIA GPU does not run the CUDA kernels that were built: an old driver, say."""
+    if cuda.refuse_tensors(student, teacher, points) is None:
+        reason = _cuda_device_refusal(student.device.index or 0)
+        if reason:
+            _warn_of_device(reason)
+
+
+@functools.cache
+def _warned_of_device(reason: str) -> None:
+    warnings.warn(
+        f"kdkernels passes over its CUDA kernels on this GPU: {reason}. `python -m kdkernels.info` says which backend "
+        "serves; a call that names its backend does not warn",
+        stacklevel=2,
+    )
+
+
+def _warn_of_device(reason: str) -> None:
+    _warned_of_device(reason)
+
+
+_warn_of_device._dynamo_marked_constant = True  # as `_cuda_device_refusal`
 
 
 def _missing() -> str:
