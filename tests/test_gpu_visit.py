@@ -224,9 +224,9 @@ def test_the_page_lists_the_steps():
 
 
 def test_every_plan_of_the_kernels_is_checked():
-    team, plan = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("team.h", "plan.h"))
+    team, launch = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("team.h", "launch.h"))
     most_blocks, most_threads = (int(re.search(rf"{name} = (\d+);", team)[1]) for name in ("kMaxBlocks", "kMaxThreads"))
-    ways = re.search(r"enum class Way \{ (.*?) \}", plan)[1].split(", ")
+    ways = re.search(r"enum class Way \{ (.*?) \}", launch)[1].split(", ")
     listed = [plan.split(",") for plan in plans.plans()]
     assert {way for way, _, _ in listed} == set(ways)
     assert max(int(blocks) for _, blocks, _ in listed) == most_blocks

@@ -179,10 +179,9 @@ def warn_if_passed_over(student: Tensor, teacher: Tensor, points: int = 0) -> No
 
 @functools.cache
 def _warned_of_device(reason: str) -> None:
-    warnings.warn(
+    callers.warn(
         f"kdkernels passes over its CUDA kernels on this GPU: {reason}. `python -m kdkernels.info` says which backend "
-        "serves; a call that names its backend does not warn",
-        stacklevel=2,
+        "serves; a call that names its backend does not warn"
     )
 
 
