@@ -48,8 +48,9 @@ def _uld_again(problem, kept, grad_loss, wanted, backend):
 
 def _sinkhorn_kd_again(problem, kept, grad_loss, wanted, backend):
     grad_costs, dot, floats = kept
-    factor = grad_loss.view(-1, 1)  # a dropped row keeps gradient 0, whatever the factor of its cloud is
-    return (ops.sinkhorn_kd_gradient(problem, grad_costs * factor.view(-1, 1, 1), dot * factor, floats, backend),)
+    if not _is_one(grad_loss):  # a dropped row keeps gradient 0, whatever the factor of its cloud is
+        grad_costs, dot = grad_costs * grad_loss.view(-1, 1, 1), dot * grad_loss.view(-1, 1)
+    return (ops.sinkhorn_kd_gradient(problem, grad_costs, dot, floats, backend),)
 
 
 def _function(family: Family) -> type[torch.autograd.Function]:
@@ -151,13 +152,18 @@ def _may_scale_in_place(grad_loss: Tensor) -> bool:
     Batched gradients (is_grads_batched, vectorized Jacobians) read the saved gradient once each: torch runs an operator
     without a batching rule in a loop, if the operator returns its result.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
-    return not batched and _keeps_graph is not None and not _keeps_graph()
+    return not _is_batched(grad_loss) and _keeps_graph is not None and not _keeps_graph()
+
+
+def _is_batched(x: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def _is_one(x: Tensor) -> bool:
-    """Whether a tensor is the number 1, as the gradient of a loss that nothing multiplies. Waits for no device."""
-    return type(x) is Tensor and x.is_cpu and x.numel() == 1 and x.item() == 1
+    """Whether a tensor is known to be the number 1, as the gradient of a loss that nothing multiplies. Waits for no
+    device."""
+    readable = not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cpu and not _is_batched(x)
+    return readable and x.numel() == 1 and x.item() == 1
 
 
 def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_row: bool, backend: str) -> Tensor:
