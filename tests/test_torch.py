@@ -1,5 +1,7 @@
 """torch's demands on an operator: compile, opcheck, autocast, checkpointing, saved tensors, hooks, FakeTensors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -60,6 +62,27 @@ def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
         (want,) = torch.autograd.grad(step(hidden, teacher, 2.5), hidden)
         (got,) = torch.autograd.grad(compiled(hidden, teacher, 2.5), hidden)
         torch.testing.assert_close(got, want)
+
+
+def test_a_compiled_graph_names_the_version_of_its_operators(tmp_path):
+    """Inductor's cache on disk keeps a graph under the text of its code. A graph of a version whose `rows` returned two
+    row sums was found there by a version whose `rows` returns three, and its call raised: "expected size 3==2"."""
+    codes = []
+    compiled = torch.compile(fused_kl, fullgraph=True, backend=lambda graph, _: codes.append(graph.code) or graph)
+    with torch.no_grad():
+        compiled(torch.randn(3, 50), torch.randn(3, 50), backend="cpu")
+    (code,) = codes
+    assert f"torch.ops.kdkernels.rows.{ops.VERSION}(" in code
+    for name in torch.ops.kdkernels:
+        assert getattr(torch.ops.kdkernels, name).overloads() == [ops.VERSION], name
+
+    package = Path(kdkernels.__file__).parent
+    sources = [package / "ops.py", *sorted((package / "families").glob("*.py"))]
+    assert ops.version_of(sources) == ops.VERSION
+    with_more_sums = tmp_path / "rows.py"
+    with_more_sums.write_text((package / "families/rows.py").read_text().replace('"shift")', '"shift", "more")'))
+    changed = [with_more_sums if source.name == "rows.py" else source for source in sources]
+    assert ops.version_of(changed) != ops.VERSION
 
 
 def test_compiles_modules_without_grad_and_reference():

@@ -127,10 +127,10 @@ def rounding_if_steep(student, teacher, temperature, divergence) -> torch.Tensor
     """The error of a steep divergence's gradient by logits, times T, from fp32 log-probabilities: in fp64 of the
     logits' shape. 0 for other divergences, and in rows whose slopes have size 1.
 
-    A log-probability is off by r = 2^-23 (1 + 1.5 |log p|): it is a difference of terms no larger than itself. With psi =
-    d phi / d log q, psi_k is off by e_k = |d psi_k / d log p| r_p + |d psi_k / d log q| r_q, and the element psi_k - q_k
-    sum psi by e_k + q_k (sum e + r_q |sum psi|). At p = q the two derivatives sum to 2 over the classes (chi_square: 4),
-    for which the gradient's own tolerance has room; the factor 1 - 4 / sum leaves the excess.
+    A log-probability is off by r = 2^-23 (1 + 1.5 |log p|): it is a difference of terms no larger than itself. With
+    psi = d phi / d log q, psi_k is off by e_k = |d psi_k / d log p| r_p + |d psi_k / d log q| r_q, and the element
+    psi_k - q_k sum psi by e_k + q_k (sum e + r_q |sum psi|). At p = q the two derivatives sum to 2 over the classes
+    (chi_square: 4), for which the gradient's own tolerance has room; the factor 1 - 4 / sum leaves the excess.
     """
     if not divergence.is_steep:
         return torch.zeros_like(student, dtype=torch.float64)
