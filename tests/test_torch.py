@@ -226,6 +226,32 @@ def test_batched_gradients(backend, gradient):
     torch.testing.assert_close(torch.autograd.functional.jacobian(rows, student, vectorize=True), one_by_one)
 
 
+def test_a_plain_backward_scales_nothing_on_a_cpu(monkeypatch):
+    student, teacher = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    scaled = []
+    monkeypatch.setattr(ops, "scale_", lambda rows, factor, backend: scaled.append(factor))
+    fused_kl(student, teacher, backend="cpu").backward()
+    assert not scaled and student.grad.any()
+    (2 * fused_kl(student, teacher, backend="cpu")).backward()
+    assert [factor.tolist() for factor in scaled] == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_a_loss_without_a_gradient_gives_none(gradient):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    student, teacher = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    Nothing.apply(fused_kl(student, teacher, gradient=gradient, backend="cpu")).backward()
+    assert student.grad is None
+
+
 @kernel_backends
 def test_missing_derivatives_raise(backend):
     """Forward-mode AD and torch.func must raise: an operator without a derivative silently gives a tangent of 0."""
