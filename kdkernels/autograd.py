@@ -48,10 +48,9 @@ def _uld_again(problem, kept, grad_loss, wanted, backend):
 
 def _sinkhorn_kd_again(problem, kept, grad_loss, wanted, backend):
     grad_costs, dot, floats = kept
-    row_mass = problem.clouds.row_mass
-    # A cloud without rows keeps gradient 0, whatever the gradient of its loss is.
-    factor = torch.where((row_mass != 0).any(1), grad_loss, 0).to(row_mass.dtype)[:, None]
-    return (ops.sinkhorn_kd_gradient(problem, grad_costs * factor[..., None], dot * factor, floats, backend),)
+    if not _is_one(grad_loss):  # a dropped row keeps gradient 0, whatever the factor of its cloud is
+        grad_costs, dot = grad_costs * grad_loss.view(-1, 1, 1), dot * grad_loss.view(-1, 1)
+    return (ops.sinkhorn_kd_gradient(problem, grad_costs, dot, floats, backend),)
 
 
 def _function(family: Family) -> type[torch.autograd.Function]:
@@ -67,23 +66,26 @@ def _function(family: Family) -> type[torch.autograd.Function]:
             loss, *results = operator(*values, in_forward, backend)
             gradients, kept = results[: family.gradients], results[family.gradients :][: family.kept]
             detached = results[family.gradients + family.kept :]
+            tensors = []  # the caller's that are saved
             if mode == "forward":
                 ctx.save_for_backward(problem.row_scale, *gradients)
             else:
-                is_tensor = [isinstance(x, Tensor) for x in values]
-                tensors = [clone_if_inference(x) for x, saved in zip(values, is_tensor, strict=True) if saved]
+                tensors = clone_inference([x for x in values if isinstance(x, Tensor)])
+                ctx.values = [None if isinstance(x, Tensor) else x for x in values]
+                ctx.is_tensor = [isinstance(x, Tensor) for x in values]
                 ctx.save_for_backward(*tensors, *kept)
-                ctx.values = [None if saved else x for x, saved in zip(values, is_tensor, strict=True)]
-                ctx.is_tensor = is_tensor
             ctx.call = wanted, mode, backend, [None if x is None else x.dtype for x in tracked]
             if not torch.compiler.is_compiling():
-                ctx.shapes = _shapes(tracked), _shapes(ctx.to_save)
+                ctx.shapes = _shapes(tracked), _shapes(tensors)
+                ctx.set_materialize_grads(False)  # or torch makes zeros for the detached results
             ctx.mark_non_differentiable(*detached)
             return loss.sum() if reduce else loss, *detached
 
         @staticmethod
         def backward(ctx, grad_loss, *_):
             wanted, mode, backend, dtypes = ctx.call
+            if grad_loss is None:
+                return (None,) * (5 + len(wanted))
             _refuse_second_derivatives(backend)
             saved = list(ctx.saved_tensors)
             if not torch.compiler.is_compiling():
@@ -124,8 +126,7 @@ def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = Fals
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tracked]
     if backend == "reference" if definition is None else definition:
         if any(wanted):  # autograd saves the problem's tensors
-            values = [clone_if_inference(x) if isinstance(x, Tensor) else x for x in fields.flatten(problem)]
-            problem = fields.unflatten(values)
+            problem = fields.unflatten(clone_inference(fields.flatten(problem)))
         with torch.autocast(tracked[0].device.type, enabled=False):
             loss, *detached = getattr(backends.kernels("reference"), family.name)(problem)
         return loss.sum() if reduce else loss, *detached
@@ -138,9 +139,11 @@ def run(family: Family, problem, backend: str, mode: str, *, reduce: bool = Fals
     return loss.sum() if reduce else loss, *results[family.gradients + family.kept :]
 
 
-def clone_if_inference(x: Tensor) -> Tensor:
-    """The tensor, or a copy if it was made in inference mode: torch saves no inference tensor for backward."""
-    return x if torch.compiler.is_compiling() or not x.is_inference() else x.clone()
+def clone_inference(values: list) -> list:
+    """The values, with a copy of each tensor of inference mode: torch saves no such tensor for backward."""
+    if torch.compiler.is_compiling():
+        return values
+    return [x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in values]
 
 
 def _may_scale_in_place(grad_loss: Tensor) -> bool:
@@ -149,8 +152,18 @@ def _may_scale_in_place(grad_loss: Tensor) -> bool:
     Batched gradients (is_grads_batched, vectorized Jacobians) read the saved gradient once each: torch runs an operator
     without a batching rule in a loop, if the operator returns its result.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor(grad_loss)
-    return not batched and _keeps_graph is not None and not _keeps_graph()
+    return not _is_batched(grad_loss) and _keeps_graph is not None and not _keeps_graph()
+
+
+def _is_batched(x: Tensor) -> bool:
+    return torch._C._functorch.is_legacy_batchedtensor(x)
+
+
+def _is_one(x: Tensor) -> bool:
+    """Whether a tensor is known to be the number 1, as the gradient of a loss that nothing multiplies. Waits for no
+    device."""
+    readable = not torch.compiler.is_compiling() and type(x) is Tensor and x.is_cpu and not _is_batched(x)
+    return readable and x.numel() == 1 and x.item() == 1
 
 
 def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_row: bool, backend: str) -> Tensor:
@@ -159,6 +172,9 @@ def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_ro
     A skipped row keeps gradient 0, whatever the gradient of its loss is (NaN, say); so does a weight that no row
     reaches.
     """
+    in_place = not torch.compiler.is_compiling() and backend != "reference" and _may_scale_in_place(grad_loss)
+    if in_place and _is_one(grad_loss):
+        return gradient
     factor, rows = grad_loss, gradient
     if row_scale is None:
         rows = gradient.flatten(1)  # one row per problem, whose gradient may have two dimensions
@@ -168,7 +184,7 @@ def _scaled(gradient: Tensor, row_scale: Tensor | None, grad_loss: Tensor, by_ro
     factor = factor.to(torch.float64 if gradient.dtype == torch.float64 else torch.float32)
     if backend == "reference":  # it has no kernels
         return gradient * factor.view(*gradient.shape[:-1], 1)
-    if torch.compiler.is_compiling() or not _may_scale_in_place(grad_loss):
+    if not in_place:
         return ops.scale(rows, factor, backend).view(gradient.shape)
     ops.scale_(rows, factor, backend)
     return gradient
@@ -186,8 +202,8 @@ def _shapes(tensors) -> list[torch.Size]:
     return [x.shape for x in tensors if x is not None]
 
 
-def _refuse_emptied(ctx, saved: list[Tensor | None]):
-    """Raises where a tensor of the loss lost its shape or its memory between the loss and its backward.
+def _refuse_emptied(ctx, saved: list[Tensor]):
+    """Raises where a tensor of the caller lost its shape or its memory between the loss and its backward.
 
     New numbers behind `.data` are not looked for: torch.nn.Linear uses them too, and a wrapper that gathers a parameter
     for backward again puts the same numbers at a new address.
@@ -195,7 +211,7 @@ def _refuse_emptied(ctx, saved: list[Tensor | None]):
     tracked_shapes, saved_shapes = ctx.shapes
     leaves = [getattr(node, "variable", None) for node, _ in ctx.next_functions]
     lost = [(x, shape) for x, shape in zip(leaves, tracked_shapes, strict=True) if x is not None and x.shape != shape]
-    saved = [x for x in saved if x is not None]
+    saved = saved[: len(saved_shapes)]
     lost += [(x, shape) for x, shape in zip(saved, saved_shapes, strict=True) if x.shape != shape or is_freed(x)]
     if lost:
         x, shape = lost[0]

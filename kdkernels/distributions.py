@@ -94,7 +94,7 @@ class LinearLogits:
             if weight.dim() == 1 or weight.numel() == 0:
                 hint = f"; for a parameter that is sharded outside of its module's forward, {_GATHER}"
             raise ValueError(f"weight: expected shape [V, {hidden.shape[-1]}]; got {list(weight.shape)}{hint}")
-        if is_freed(weight):
+        if not torch.compiler.is_compiling() and is_freed(weight):
             raise ValueError(
                 f"weight: expected a tensor with its memory; the memory of this weight {list(weight.shape)} was freed, "
                 f"as FSDP does after a forward; {_GATHER}"
@@ -362,9 +362,7 @@ def gathered(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_freed(x: Tensor) -> bool:
     """Whether the tensor's memory was freed, as FSDP frees a module's parameters after its forward."""
-    if torch.compiler.is_compiling() or is_sharded(x):
-        return False
     try:
-        return x.numel() > 0 and x.untyped_storage().size() == 0
+        return x.numel() > 0 and x.untyped_storage().nbytes() == 0 and not is_sharded(x)
     except NotImplementedError:  # torch.func's wrappers have no storage
         return False

@@ -9,7 +9,9 @@ inner; every per-row tensor is contiguous [rows], or [1] for one number that ser
 A row with row_scale 0 is skipped before any load, and its results are 0.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +24,22 @@ from .families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, Rows
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def version_of(sources: list[Path]) -> str:
+    """The overload of every operator: a hash of the sources that decide the operators' arguments and results.
+
+    The compiler's caches on disk know an operator by its name and overload alone. A graph that an earlier version of
+    the package left there has other overloads, so no call finds it, whatever its operators returned.
+    """
+    try:
+        return "v" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    except OSError:  # an application that is frozen into one file has no sources
+        return "frozen"
+
+
+_here = Path(__file__)
+VERSION = version_of([_here, *sorted((_here.parent / "families").glob("*.py"))])
 
 
 class Operator(NamedTuple):
@@ -54,12 +72,13 @@ def _define(name: str, problem: type, arguments: str, results: int, implementati
 
 
 def _register(schema: str, implementation, fake):
-    name = schema.split("(")[0]
-    _library.define(schema)
+    name, rest = schema.split("(", 1)
+    qualified = f"{name}.{VERSION}"
+    _library.define(f"{qualified}({rest}")
     for key in ("CPU", "CUDA", "MPS", "XPU"):  # torch's products serve `class_ot` on any device
-        _library.impl(name, implementation, key)
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        _library.impl(qualified, implementation, key)
+    torch.library.register_fake(f"{NAMESPACE}::{qualified}", fake, lib=_library)
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), name), VERSION)
 
 
 def _new(like: Tensor, *shape, dtype: torch.dtype | None = None) -> Tensor:

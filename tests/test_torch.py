@@ -1,5 +1,7 @@
 """torch's demands on an operator: compile, opcheck, autocast, checkpointing, saved tensors, hooks, FakeTensors."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -60,6 +62,27 @@ def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
         (want,) = torch.autograd.grad(step(hidden, teacher, 2.5), hidden)
         (got,) = torch.autograd.grad(compiled(hidden, teacher, 2.5), hidden)
         torch.testing.assert_close(got, want)
+
+
+def test_a_compiled_graph_names_the_version_of_its_operators(tmp_path):
+    """Inductor's cache on disk keeps a graph under the text of its code. A graph of a version whose `rows` returned two
+    row sums was found there by a version whose `rows` returns three, and its call raised: "expected size 3==2"."""
+    codes = []
+    compiled = torch.compile(fused_kl, fullgraph=True, backend=lambda graph, _: codes.append(graph.code) or graph)
+    with torch.no_grad():
+        compiled(torch.randn(3, 50), torch.randn(3, 50), backend="cpu")
+    (code,) = codes
+    assert f"torch.ops.kdkernels.rows.{ops.VERSION}(" in code
+    for name in torch.ops.kdkernels:
+        assert getattr(torch.ops.kdkernels, name).overloads() == [ops.VERSION], name
+
+    package = Path(kdkernels.__file__).parent
+    sources = [package / "ops.py", *sorted((package / "families").glob("*.py"))]
+    assert ops.version_of(sources) == ops.VERSION
+    with_more_sums = tmp_path / "rows.py"
+    with_more_sums.write_text((package / "families/rows.py").read_text().replace('"shift")', '"shift", "more")'))
+    changed = [with_more_sums if source.name == "rows.py" else source for source in sources]
+    assert ops.version_of(changed) != ops.VERSION
 
 
 def test_compiles_modules_without_grad_and_reference():
@@ -201,6 +224,32 @@ def test_batched_gradients(backend, gradient):
 
     one_by_one = torch.autograd.functional.jacobian(rows, student)
     torch.testing.assert_close(torch.autograd.functional.jacobian(rows, student, vectorize=True), one_by_one)
+
+
+def test_a_plain_backward_scales_nothing_on_a_cpu(monkeypatch):
+    student, teacher = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    scaled = []
+    monkeypatch.setattr(ops, "scale_", lambda rows, factor, backend: scaled.append(factor))
+    fused_kl(student, teacher, backend="cpu").backward()
+    assert not scaled and student.grad.any()
+    (2 * fused_kl(student, teacher, backend="cpu")).backward()
+    assert [factor.tolist() for factor in scaled] == [[2.0] * 3]
+
+
+@pytest.mark.parametrize("gradient", ["forward", "backward"])
+def test_a_loss_without_a_gradient_gives_none(gradient):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, _):
+            return None
+
+    student, teacher = torch.randn(3, 50, requires_grad=True), torch.randn(3, 50)
+    Nothing.apply(fused_kl(student, teacher, gradient=gradient, backend="cpu")).backward()
+    assert student.grad is None
 
 
 @kernel_backends

@@ -123,6 +123,27 @@ def slopes_if_steep(student, teacher, temperature, divergence) -> torch.Tensor:
     return (by_teacher.abs() + by_student.abs()).nan_to_num(0, 0).sum(-1)
 
 
+def rounding_if_steep(student, teacher, temperature, divergence) -> torch.Tensor:
+    """The error of a steep divergence's gradient by logits, times T, from fp32 log-probabilities: in fp64 of the
+    logits' shape. 0 for other divergences, and in rows whose slopes have size 1.
+
+    A log-probability is off by r = 2^-23 (1 + 1.5 |log p|): it is a difference of terms no larger than itself. With
+    psi = d phi / d log q, psi_k is off by e_k = |d psi_k / d log p| r_p + |d psi_k / d log q| r_q, and the element
+    psi_k - q_k sum psi by e_k + q_k (sum e + r_q |sum psi|). At p = q the two derivatives sum to 2 over the classes
+    (chi_square: 4), for which the gradient's own tolerance has room; the factor 1 - 4 / sum leaves the excess.
+    """
+    if not divergence.is_steep:
+        return torch.zeros_like(student, dtype=torch.float64)
+    log_p, log_q = ((x.double() / temperature).log_softmax(-1).requires_grad_() for x in (teacher, student))
+    phi = TABLE[divergence.name](log_p, log_q, log_p.exp(), log_q.exp(), divergence.parameter)
+    (psi,) = torch.autograd.grad(phi.sum(), log_q, create_graph=True)
+    slopes = [x.abs().nan_to_num(0, 0) for x in torch.autograd.grad(psi.sum(), (log_p, log_q))]
+    r_p, r_q = (2.0**-23 * (1 + 1.5 * x.detach().abs().nan_to_num(0, 0, 0)) for x in (log_p, log_q))
+    e, psi = slopes[0] * r_p + slopes[1] * r_q, psi.detach().nan_to_num(0, 0, 0)
+    error = e + log_q.detach().exp() * (e.sum(-1, keepdim=True) + r_q * psi.sum(-1, keepdim=True).abs())
+    return error * (1 - 4 / sum(slopes).sum(-1, keepdim=True)).clamp_min(0).nan_to_num(0)
+
+
 def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.Tensor, what="", of_class=0):
     """`of_row` is the absolute error allowed in each row: the row's rounding error times the size of its slopes.
     `of_class` is an additional absolute error allowed in each class.

@@ -147,7 +147,7 @@ template <class Kernel> int teams_at_once(Kernel kernel, const Launch& launch, c
   if (found != known.end()) return found->second;
 
   KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, chip.shared);
-  if (launch.shared > 1024)  // it holds rows; kernels that read rows from memory gain more from a first-level cache
+  if (launch.shared > 8 << 10)  // it holds rows; kernels that read rows from memory gain more from a first-level cache
     KDK_CHECK(cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
               cudaSharedmemCarveoutMaxShared);
   int teams = 0;

@@ -20,15 +20,16 @@ class Fields:
 
     def __init__(self, problem: type):
         self.problem = problem
-        hints = typing.get_type_hints(problem)
-        kinds = [_without_none(hints[name]) for name in problem._fields]
-        self.nested = [Fields(kind) if hasattr(kind, "_fields") else None for kind, _ in kinds]
-        self.optional = [optional for _, optional in kinds]
         self.flat = []  # (name, schema type) of each value
-        self.places = []  # where a field's values begin and end
-        for name, nested, (kind, optional) in zip(problem._fields, self.nested, kinds, strict=True):
-            own = [("", _SCHEMA_TYPES.get(kind))] if nested is None else nested.flat
-            self.places.append((len(self.flat), len(self.flat) + len(own)))
+        self.nested = []  # (place, fields, optional) of each nested problem
+        hints = typing.get_type_hints(problem)
+        for place, name in enumerate(problem._fields):
+            kind, optional = _without_none(hints[name])
+            own = [("", _SCHEMA_TYPES.get(kind))]
+            if hasattr(kind, "_fields"):
+                fields = Fields(kind)
+                self.nested.append((place, fields, optional))
+                own = fields.flat
             for part, schema_type in own:
                 flat_name = f"{name}_{part}" if part else name
                 self.flat.append((flat_name, schema_type.rstrip("?") + "?" if optional else schema_type))
@@ -43,25 +44,20 @@ class Fields:
 
     def flatten(self, problem) -> list:
         """The values in the order of the schema."""
-        values = []
-        for nested, value in zip(self.nested, problem, strict=True):
-            if nested is None:
-                values.append(value)
-            else:
-                values += [None] * len(nested) if value is None else nested.flatten(value)
+        values = list(problem)
+        for place, fields, _ in reversed(self.nested):  # the last first, so that the others keep their places
+            value = values[place]
+            values[place : place + 1] = [None] * len(fields) if value is None else fields.flatten(value)
         return values
 
     def unflatten(self, values) -> Any:
         """The problem for which `flatten` gave these values."""
-        parts = []
-        for nested, optional, (first, end) in zip(self.nested, self.optional, self.places, strict=True):
-            if nested is None:
-                parts.append(values[first])
-            elif optional and all(value is None for value in values[first:end]):
-                parts.append(None)
-            else:
-                parts.append(nested.unflatten(values[first:end]))
-        return self.problem(*parts)
+        values = list(values)
+        for place, fields, optional in self.nested:
+            own = slice(place, place + len(fields))
+            absent = optional and all(value is None for value in values[own])
+            values[own] = [None if absent else fields.unflatten(values[own])]
+        return self.problem(*values)
 
 
 def _without_none(hint) -> tuple[Any, bool]:

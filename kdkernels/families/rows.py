@@ -65,4 +65,4 @@ class Rows(NamedTuple):
 
 def softmaxes(student: Tensor, teacher: Tensor, options: RowOptions, vocab_size: int) -> Rows:
     """The problem whose row floats are those of the two softmaxes; the row floats do not depend on the divergence."""
-    return Rows(student, teacher, options, "kl", options.temperature[:1], vocab_size, False)
+    return Rows(student, teacher, options, "kl", options.temperature, vocab_size, False)

@@ -194,8 +194,11 @@ def fused_divergence(
         chunking = chunking or head_options.whole_rows(student.device)
     backend = backends.select(backend, student, teacher)
     # A divergence without a parameter is given a number that it does not read.
-    parameter = 1.0 if divergence.parameter is None else divergence.parameter
-    parameters = options.number(parameter, student.device, rows.row_scale.dtype)
+    if divergence.parameter is None and not isinstance(temperature, Tensor):
+        parameters = rows.temperature
+    else:
+        parameter = 1.0 if divergence.parameter is None else divergence.parameter
+        parameters = options.number(parameter, student.device, rows.row_scale.dtype)
 
     loss_terms = (rows, divergence.name, parameters, vocab_size, any(name != "kept" for name in statistics))
     if chunking is None:

@@ -22,10 +22,10 @@ class HeadOptions(NamedTuple):
 def resolve_chunking(given: HeadOptions, **sides) -> Chunking | None:
     """How the loss makes the logits of the sides, given by their names in the call; None if no side is a head."""
     heads = {name: x for name, x in sides.items() if isinstance(x, LinearLogits)}
-    for name, value in given._asdict().items():
-        if value is not None and not heads:
-            raise ValueError(f"{name}: expected None without a LinearLogits, which alone has this option; got {value}")
     if not heads:
+        for name, value in zip(given._fields, given, strict=True):
+            if value is not None:
+                raise ValueError(f"{name}: expected None without a LinearLogits, which has this option; got {value}")
         return None
     if given.chunk_rows is not None:
         check_int("chunk_rows", given.chunk_rows, 1)

@@ -191,7 +191,7 @@ def as_outer_inner(*logits: Tensor) -> list[Tensor]:
     copies."""
     leading = logits[0].shape[:-1]
     if len(leading) == 1:
-        return [x[:, None] for x in logits]
+        return [x.unsqueeze(1) for x in logits]
     # Cuts the leading dimensions in two so that as few tensors as possible need a copy.
     cut, fewest = 1, 3
     for candidate in range(1, max(len(leading), 2)):

@@ -297,13 +297,13 @@ def fused_sinkhorn_kd(
     views = [x.reshape(leading.numel(), rows, x.shape[-1]) for x in (student, teacher)]
     clouds = Clouds(*views, row_mass, temperature, cost, vocab_size)
     problem = SinkhornKD(clouds, epsilon, iterations, gradient, current_budget(student.device))
-    (loss,) = run(SINKHORN_KD, problem, backend, "backward")
+    (loss,) = run(SINKHORN_KD, problem, backend, "backward", reduce=reduction != "none")
     if reduction == "none":
         return loss.view(leading)
     if reduction == "sum":
-        return loss.sum()
+        return loss
     with_rows = (row_mass != 0).any(1).sum()
-    return loss.sum() / with_rows.clamp_min(1)
+    return loss / with_rows.clamp_min(1)
 
 
 def _check_cost(name: str, cost: Tensor):

@@ -19,8 +19,10 @@ class Launcher(ABC):
 
     def gradient_target(self, student: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
         """The tensor that takes the student's gradient: `out`, or a fresh tensor; an empty one without a gradient."""
+        if not gradient:
+            return student.new_empty(0)
         if out is None:
-            return self.empty(*(student.shape if gradient else (0,)), dtype=student.dtype, device=student.device)
-        assert gradient and out.is_contiguous(), "out takes a gradient, and is contiguous"
+            return self.empty(*student.shape, dtype=student.dtype, device=student.device)
+        assert out.is_contiguous(), "out is contiguous"
         assert (out.shape, out.dtype, out.device) == (student.shape, student.dtype, student.device), "as the student"
         return out

@@ -93,5 +93,5 @@ def empty_statistics(row_scale: Tensor, wanted: bool) -> dict[str, Tensor]:
     rows = row_scale.numel()
     return {
         "statistics": row_scale.new_empty(len(ROW_STATISTICS) if wanted else 0, rows),
-        "top1": torch.empty(len(ROW_TOP1) if wanted else 0, rows, dtype=torch.int64, device=row_scale.device),
+        "top1": row_scale.new_empty(len(ROW_TOP1) if wanted else 0, rows, dtype=torch.int64),
     }

@@ -17,7 +17,7 @@ class SinkhornKernels(Launcher):
             "f": torch.empty_like(a),
             "g": torch.empty_like(b),
             "error": cost.new_empty(problems),
-            "done": torch.empty(problems, dtype=torch.int32, device=cost.device),
+            "done": cost.new_empty(problems, dtype=torch.int32),
         }
         for name, x in (("grad_cost", cost), ("grad_a", a), ("grad_b", b)):
             results[name] = torch.empty_like(x) if unrolled else cost.new_empty(0)
