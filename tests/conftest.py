@@ -12,6 +12,7 @@ os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE
 
 import chips
 import emulated
+import interpreter
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
@@ -22,6 +23,9 @@ COMMON = {"deadline": None, "print_blob": True, "database": None, "suppress_heal
 settings.register_profile("kdkernels", derandomize=True, **COMMON)
 settings.register_profile("fuzz", derandomize=False, **COMMON)
 settings.load_profile("kdkernels")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.patch_once()
 
 
 def pytest_addoption(parser):
