@@ -37,6 +37,13 @@ def pytest_configure(config):
         settings.load_profile("fuzz")
 
 
+# Tests that take minutes begin first, so that no process ends long after the others.
+LONG = (
+    "test_kernels_compile_without_spilling_a_tile", "test_suite_passes_on_every_instruction_set",
+    "test_a_backend_has_the_functions_of_the_interface", "test_installs_where_the_cuda_kernels_do_not_compile",
+)  # fmt: skip
+
+
 def is_property(function) -> bool:
     """Whether hypothesis draws the arguments of the test, or of a function that the test decorates with @given."""
     return is_hypothesis_test(function) or "given" in function.__code__.co_names
@@ -47,6 +54,7 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in items if not is_property(item.function)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_property(item.function)]
+    items.sort(key=lambda item: item.originalname not in LONG)
     if importlib.util.find_spec("triton") is None:
         skip = pytest.mark.skip(reason="triton is not installed")
         for item in items:
