@@ -15,6 +15,7 @@ os.environ.update(TORCHINDUCTOR_FX_GRAPH_CACHE="0", TORCHINDUCTOR_AUTOGRAD_CACHE
 
 import chips
 import emulated
+import interpreter
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
 
@@ -26,6 +27,9 @@ settings.register_profile("kdkernels", derandomize=True, **COMMON)
 settings.register_profile("fuzz", derandomize=False, **COMMON)
 settings.load_profile("kdkernels")
 
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpreter.patch_once()
+
 
 def pytest_addoption(parser):
     parser.addoption("--fuzz", action="store_true", help="run the property tests alone, on examples drawn at random")
@@ -34,6 +38,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("fuzz"):
         settings.load_profile("fuzz")
+
+
+# Tests that take minutes begin first, so that no process ends long after the others.
+LONG = (
+    "test_kernels_compile_without_spilling_a_tile", "test_suite_passes_on_every_instruction_set",
+    "test_a_backend_has_the_functions_of_the_interface", "test_installs_where_the_cuda_kernels_do_not_compile",
+)  # fmt: skip
 
 
 def is_property(function) -> bool:
@@ -46,6 +57,7 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in items if not is_property(item.function)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if is_property(item.function)]
+    items.sort(key=lambda item: item.originalname not in LONG)
     if importlib.util.find_spec("triton") is None:
         skip = pytest.mark.skip(reason="triton is not installed")
         for item in items:

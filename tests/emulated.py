@@ -116,13 +116,31 @@ def _object(source: Path) -> Path:
     includes = [f"-I{folder}" for folder in (MODEL, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # A mutation runs few calls: its compilation takes longer than its run.
     level = "-O0" if KEPT in source.parents else "-O1"
-    command = [COMPILER, level, *FLAGS, *includes, "-c", str(source)]
+    options = [level, *FLAGS, *includes]
+    command = [COMPILER, *options, *_precompiled(options, source), "-c", str(source)]
     headers = [path for folder in (CSRC, MODEL) for path in sorted(folder.rglob("*.h"))]
     texts = [path.read_text() for path in [source, *headers]]
     key = _hash(_compiler_version(), pybind11.__version__, *command, *texts)
     path = KEPT / key / f"{source.stem}-{key}.o"
     _make(path, command)
     return path
+
+
+def _precompiled(options: list[str], source: Path) -> list[str]:
+    """Options with which kernels take the model's headers precompiled. Reading them takes longer than a small kernel.
+
+    A compiler that cannot use the file reads the headers.
+    """
+    if source.suffix != ".cu":
+        return []
+    texts = [path.read_text() for path in sorted(MODEL.glob("*.h"))]
+    header = KEPT / _hash(_compiler_version(), *options, *texts) / "model.h"
+    header.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(header.parent / "lock"):
+        if not header.exists():
+            _replace(header, lambda unfinished: unfinished.write_text("#include <cuda_runtime.h>\n"))
+    _make(header.with_suffix(".h.gch"), [COMPILER, *options, "-c", "-x", "c++-header", str(header)])
+    return ["-include", str(header)]
 
 
 @functools.cache

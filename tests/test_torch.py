@@ -46,9 +46,8 @@ def test_compiles_whole_and_twice_at_most(gradient):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("gradient", ["forward", "backward"])
-def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
+def test_compiled_gradients_are_the_eager_ones(gradient):
     """The graph continues on both sides of the loss, and the loss is multiplied by a factor."""
     head = torch.randn(16, 60)
 
@@ -56,7 +55,7 @@ def test_compiled_gradients_are_the_eager_ones(compiler, gradient):
         loss = fused_divergence(hidden @ head, teacher, "skew_kl", gradient=gradient, backend="cpu")
         return loss * scale + hidden.square().mean()
 
-    compiled = torch.compile(step, fullgraph=True, backend=compiler)
+    compiled = torch.compile(step, fullgraph=True, backend="inductor")
     for rows in (5, 9, 12):
         hidden, teacher = torch.randn(rows, 16, requires_grad=True), torch.randn(rows, 60)
         (want,) = torch.autograd.grad(step(hidden, teacher, 2.5), hidden)

@@ -228,10 +228,10 @@ def pairwise_costs(clouds: Clouds, floats: Tensor, moments: bool):
             count, n, vocab_size, share, *row_strides(student), *row_strides(teacher),
             SQUARED=cost == "l2", ROWS=_PAIR_ROWS, BLOCK=_PAIR_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
+        tensors = (parts[0], moment_parts, row_mass, costs, moment_sums if moments else None)
         pair_costs_sum_kernel[(triton.cdiv(costs.numel(), _FINISH_BLOCK),)](
-            parts[0], moment_parts, row_mass, costs, moment_sums if moments else None, costs.numel(), n, splits,
-            SQUARED=cost == "l2", BLOCK=_FINISH_BLOCK, num_warps=_WARPS,
-        )  # fmt: skip
+            *tensors, costs.numel(), n, splits, SQUARED=cost == "l2", BLOCK=_FINISH_BLOCK, num_warps=_WARPS
+        )
     return costs, moment_sums
 
 

@@ -426,21 +426,20 @@ def sinkhorn(problem: Sinkhorn, unrolled: bool):
         return results
     rows, columns = triton.next_power_of_2(n), triton.next_power_of_2(m)
     gradients = derivatives if unrolled else (None,) * 3
+    tensors = (cost, a, b, epsilon, tolerance, value, f, g, error, done, *gradients)
     with device_of(cost):
         if rows * columns <= _RESIDENT:
             history = [empty(problems, iterations, x) if unrolled else None for x in (n, m, m)]
-            sinkhorn_kernel[(problems,)](
-                cost, a, b, epsilon, tolerance, value, f, g, error, done, *gradients, *history, n, m, iterations,
-                ENTROPIC=entropic, ROWS=rows, COLUMNS=columns, num_warps=_warps(rows * columns),
-            )  # fmt: skip
+            arguments, warps = (*tensors, *history, n, m, iterations), _warps(rows * columns)
+            sinkhorn_kernel[(problems,)](*arguments, ENTROPIC=entropic, ROWS=rows, COLUMNS=columns, num_warps=warps)
         else:
             slots = iterations + 1 if unrolled else 2
             history = [empty(problems, slots, n), *(empty(problems, slots, m) if unrolled else None for _ in range(2))]
             tile_rows = min(max(_TILE // columns, 1), rows)
+            arguments, warps = (*tensors, *history, n, m, iterations, slots), _warps(tile_rows * columns)
             tiled_sinkhorn_kernel[(problems,)](
-                cost, a, b, epsilon, tolerance, value, f, g, error, done, *gradients, *history, n, m, iterations, slots,
-                ENTROPIC=entropic, ROWS=tile_rows, COLUMNS=columns, num_warps=_warps(tile_rows * columns),
-            )  # fmt: skip
+                *arguments, ENTROPIC=entropic, ROWS=tile_rows, COLUMNS=columns, num_warps=warps
+            )
     return results
 
 

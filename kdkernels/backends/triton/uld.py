@@ -169,13 +169,13 @@ def uld(problem: Uld, gradient: bool):
             if gradient:
                 signs = torch.empty(rows, student_vocab_size + 1, dtype=torch.int32, device=device)
                 floats = torch.empty(2, rows, device=device)
-            uld_ranks_kernel[(rows,)](
-                ranked.student, ranked.teacher, *arguments, signs, floats, loss[chunk], divergence[chunk], rows,
-                student_vocab_size, teacher_vocab_size, BLOCK=block, num_warps=warps,
-            )  # fmt: skip
+            tensors = (ranked.student, ranked.teacher, *arguments, signs, floats, loss[chunk], divergence[chunk])
+            sizes = (rows, student_vocab_size, teacher_vocab_size)
+            uld_ranks_kernel[(rows,)](*tensors, *sizes, BLOCK=block, num_warps=warps)
             if gradient:
+                tensors = (ranked.student, ranked.indices, *arguments, signs, floats, target[chunk])
+                sizes = (rows, student_vocab_size, student.shape[2])
                 uld_gradient_kernel[(rows, triton.cdiv(student_vocab_size, gradient_block))](
-                    ranked.student, ranked.indices, *arguments, signs, floats, target[chunk], rows, student_vocab_size,
-                    student.shape[2], BLOCK=gradient_block, num_warps=gradient_warps,
-                )  # fmt: skip
+                    *tensors, *sizes, BLOCK=gradient_block, num_warps=gradient_warps
+                )
     return loss, out, divergence
