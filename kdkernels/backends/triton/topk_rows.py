@@ -10,6 +10,9 @@ The kernel reads a row of logits twice (once without a gradient), and makes no t
 gradient. The entries of a row ascend, so the entries of a tile are a range of them; `starts` has the begin of each
 range. In a tile with n entries each column finds its own entry by bisection: 1 + log2(n) loads that neighbours share. A
 row whose entries are all classes costs log2(BLOCK) loads a column, not BLOCK comparisons.
+
+A close row (`close_below` in families/rows.py) takes one more sweep over the logits, which finds the log-sums in fp64,
+and has the close lines. csrc/divergences.h says why.
 """
 
 from typing import NamedTuple
@@ -19,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...families.rows import CLOSE_TEMPERATURE, close_below
 from ...families.topk import TopkRows
+from .close_topk_rows import close_terms_of_entries, wide_sums, without_slack
+from .entries import Row, entry_of, load_entries, load_others
 from .launch import (
     device_of,
     gradient_target,
@@ -52,17 +58,7 @@ from .row import (
     store_statistics,
     value_without_result,
 )
-from .table import TABLE, weighted
-
-
-class _Row(NamedTuple):
-    student: tl.tensor  # pointer to the row's first logit
-    columns: tl.tensor
-    inverse_temperature: tl.tensor
-    indices: tl.tensor  # pointer to the row's first entry, as the next two
-    log_probs: tl.tensor
-    starts: tl.tensor
-    entries: tl.tensor
+from .table import CLOSE_TABLE, TABLE, close_terms, weighted
 
 
 class _Softmax(NamedTuple):
@@ -78,6 +74,8 @@ class _Softmax(NamedTuple):
 class _Normaliser(NamedTuple):
     maximum: tl.tensor
     log_sum: tl.tensor
+    is_close: tl.tensor  # whether the row has the close lines
+    wide_log_sum: tl.tensor  # of a close row: the log-sum in fp64
 
 
 class _Bucket(NamedTuple):
@@ -134,39 +132,10 @@ def _add_classes(softmax, x, index, row, UNIT: tl.constexpr, STATISTICS: tl.cons
 
 
 @triton.jit
-def _load_entries(row, first, LANES: tl.constexpr):
-    """LANES entries of a row: class, logit, log-probability. Lanes past the last entry: `columns`, -inf, -inf."""
-    lane = first + tl.arange(0, LANES)
-    index = tl.load(row.indices + lane, mask=lane < row.entries, other=row.columns)
-    there = index < row.columns
-    s = tl.load(row.student + index, mask=there, other=-float("inf")).to(tl.float32)
-    lp = tl.load(row.log_probs + lane, mask=there, other=-float("inf"))
-    return tl.where(there, index, row.columns), s, lp
-
-
-@triton.jit
-def _entry_of(column, row, first, end):
-    """The entry of each column, or -1, in a tile with the entries from `first` to before `end`, at least one."""
-    place = tl.zeros_like(column) + first
-    count = end - first
-    while count > 1:  # the column's entry, if any, is among `count` entries from `place` on
-        half = count // 2
-        below = tl.load(row.indices + place + (half - 1)) < column
-        place = tl.where(below, place + half, place)
-        count -= half
-    return tl.where(tl.load(row.indices + place) == column, place, -1)
-
-
-@triton.jit
 def _add_others(others, row, UNIT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the classes that no entry names."""
     for tile in range(tl.cdiv(row.columns, BLOCK)):
-        column = tile * BLOCK + tl.arange(0, BLOCK)
-        s = load_tile(row.student, tile * BLOCK, row.columns, BLOCK)
-        first = tl.load(row.starts + tile)
-        end = tl.load(row.starts + tile + 1)
-        if first < end:
-            s = tl.where(_entry_of(column, row, first, end) >= 0, -float("inf"), s)
+        column, s = load_others(row, tile, BLOCK)
         others = _add_classes(others, s, column, row, UNIT, STATISTICS)
     return others
 
@@ -179,7 +148,7 @@ def _add_entries(
     entries_max = tl.full((), -float("inf"), tl.float32)
     entries_sum = tl.full((), 0, tl.float32)
     for lane in range(0, row.entries, LANES):
-        index, s, _ = _load_entries(row, lane, LANES)
+        index, s, _ = load_entries(row, lane, LANES)
         if ALL_CLASSES:
             student = _add_classes(student, s, index, row, UNIT, STATISTICS)
         entries_max, entries_sum = add_exponentials(s, entries_max, entries_sum, row.inverse_temperature)
@@ -207,7 +176,7 @@ def _entry_sums(
     teacher_first = row.columns
     teacher_label = tail
     for lane in range(0, row.entries, LANES):
-        index, s, lp = _load_entries(row, lane, LANES)
+        index, s, lp = load_entries(row, lane, LANES)
         lq = log_prob(s, softmax.maximum, softmax.log_sum, row.inverse_temperature)
         lq = tl.where(index < row.columns, lq, -float("inf"))
         q = tl.exp(lq)
@@ -267,7 +236,11 @@ def _teacher_lse(sums, tail, WITH_TAIL: tl.constexpr):
 
 
 @triton.jit
-def _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
+def _find_gradient(
+    row, softmax, bucket, psi, terms,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, CLOSE_VALUE: tl.constexpr, CLOSE_SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient of every tile. `bucket` is None if the teacher's support is its entries alone."""
     tiles = tl.cdiv(row.columns, BLOCK)
     for back in range(tiles):
@@ -289,11 +262,16 @@ def _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE: tl.conste
             # (psi - q Psi) (q / q_R) of the bucket. Its q / q_R is a softmax over the classes that no entry names.
             slope = bucket.slope * tl.exp(log_prob(s, bucket.base, bucket.log_sum, row.inverse_temperature))
         if first < end:
-            entry = _entry_of(column, row, first, end)
+            entry = entry_of(column, row, first, end)
             lp = tl.load(row.log_probs + entry, mask=entry >= 0, other=-float("inf"))
             lq = log_prob(s, softmax.maximum, softmax.log_sum, row.inverse_temperature)
             q = tl.exp(lq)
-            of_entry = SLOPE(lp, lq, tl.exp(lp), q, parameter) - q * psi
+            of_entry = SLOPE(lp, lq, tl.exp(lp), q, row.parameter) - q * psi
+            if softmax.is_close:
+                q, _, close_psi, _ = close_terms_of_entries(
+                    row, s, lp, entry, softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
+                )
+                of_entry = close_psi - q * psi
             slope = tl.where(entry >= 0, of_entry, slope)
         store_gradient(terms, tile * BLOCK, row.columns, slope, s, BLOCK)
 
@@ -305,7 +283,10 @@ def topk_rows_kernel(
     log_probs,  # [rows, entries]
     starts,  # [rows, tiles + 1]: the number of entries whose class comes before each tile
     tail_log_prob,  # [rows]
+    log_probs_rounding,  # [rows, entries] or None: what fp32 does not hold of log_probs
+    tail_rounding,  # [rows] or None: the same of tail_log_prob
     parameters,
+    slack,  # [1] or None: c, if phi has c (p - q) more in rows of CLOSE_TEMPERATURE or a higher one
     loss,  # [rows]
     statistics,  # [11, rows], in the order of ROW_STATISTICS, or None
     top1,  # [2, rows] with statistics
@@ -323,6 +304,10 @@ def topk_rows_kernel(
     NEEDS_LOSS: tl.constexpr,  # whether the gradient depends on the loss
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
+    CLOSE_VALUE: tl.constexpr,
+    CLOSE_SLOPE: tl.constexpr,
+    CLOSE_BELOW: tl.constexpr,  # a row whose divergence is below is close
+    CLOSE_TEMPERATURE: tl.constexpr,  # and so is a row of this temperature or a higher one
     SUPPORT_ONLY: tl.constexpr,  # no bucket; the student is renormalised over the entries
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # entries that are worked on at a time
@@ -349,14 +334,17 @@ def topk_rows_kernel(
     ALL_CLASSES: tl.constexpr = (not SUPPORT_ONLY) or UNIT or STATISTICS
     inverse_temperature = options.inverse_temperature
     parameter = tl.load(parameters)
-    row = _Row(
+    row = Row(
         start_of_row(student, row_index, inner, student_outer_stride, student_inner_stride),
         columns,
         inverse_temperature,
         indices + row_index * entries,
         log_probs + row_index * entries,
+        None if log_probs_rounding is None else log_probs_rounding + row_index * entries,
         starts + row_index * (tl.cdiv(columns, BLOCK) + 1),
         entries,
+        options.temperature,
+        parameter,
     )
     tail = tl.load(tail_log_prob + row_index)
     if given.labels is not None:
@@ -369,9 +357,9 @@ def topk_rows_kernel(
     student_log_sum = log_of_sum(whole.maximum, whole.sum_exp)
     unit_log_sum = log_of_sum(whole.maximum, whole.unit_sum)
     if SUPPORT_ONLY:
-        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum))
+        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum), False, 0.0)
     else:
-        softmax = _Normaliser(whole.maximum, student_log_sum)
+        softmax = _Normaliser(whole.maximum, student_log_sum, False, 0.0)
 
     label = None if given.labels is None else options.label
     sums = _entry_sums(row, softmax, tail, label, parameter, VALUE, SLOPE, STATISTICS, LANES)
@@ -386,6 +374,36 @@ def topk_rows_kernel(
         phi += VALUE(tail, lq_bucket, p_bucket, q_bucket, parameter)
         bucket_slope = SLOPE(tail, lq_bucket, p_bucket, q_bucket, parameter)
         psi += bucket_slope
+
+    is_close = (phi < CLOSE_BELOW) | (options.temperature >= CLOSE_TEMPERATURE)
+    wide_log_sum = tl.full((), 0, tl.float64)
+    if is_close:
+        of_others, of_entries = wide_sums(row, softmax.maximum, SUPPORT_ONLY, BLOCK, LANES)
+        wide_log_sum = tl.log(of_others + of_entries)
+        close_softmax = _Normaliser(softmax.maximum, softmax.log_sum, is_close, wide_log_sum)
+        c = tl.full((), 0, tl.float32)
+        if slack is not None:
+            c = tl.where(options.temperature >= CLOSE_TEMPERATURE, tl.load(slack), c)
+        phi = tl.full((), 0, tl.float32)
+        psi = tl.full((), 0, tl.float32)
+        for lane in range(0, entries, LANES):
+            index, s, lp = load_entries(row, lane, LANES)
+            place = tl.where(index < columns, lane + tl.arange(0, LANES), -1)
+            _, phi_of, psi_of, change = close_terms_of_entries(
+                row, s, lp, place, close_softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
+            )
+            phi += tl.sum(without_slack(c, phi_of, change), 0)
+            psi += tl.sum(psi_of, 0)
+        if not SUPPORT_ONLY:
+            d = tl.log(of_others / (of_others + of_entries)) - tail
+            if tail_rounding is not None:
+                d -= tl.load(tail_rounding + row_index)
+            phi_of, bucket_slope, change = close_terms(
+                d.to(tl.float32), tail, lq_bucket, p_bucket, q_bucket, parameter,
+                VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE,
+            )  # fmt: skip
+            phi += without_slack(c, phi_of, change)
+            psi += bucket_slope
 
     cross_entropy = tl.full((), 0, tl.float32)
     if UNIT and given.labels is not None:
@@ -435,7 +453,8 @@ def topk_rows_kernel(
         # The gradient may overwrite the logits. All threads have loaded the logits of the label and the entries before
         # one thread writes. A tile is loaded before it is written.
         tl.debug_barrier()
-        _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE, BLOCK)
+        softmax = _Normaliser(softmax.maximum, softmax.log_sum, is_close, wide_log_sum)
+        _find_gradient(row, softmax, bucket, psi, terms, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE, BLOCK)
 
 
 # ---- the operator: ../native.py says what it takes and returns
@@ -445,24 +464,29 @@ def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
     """Returns loss [rows], gradient, statistics and top-1 of student logits against entries. `out` as in `rows`."""
     student, vocab_size, statistics = problem.student, problem.vocab_size, problem.statistics
     row_scale = problem.options.row_scale
-    indices, log_probs, tail_log_prob = problem.entries
+    indices, log_probs, tail_log_prob, log_probs_rounding, tail_rounding = problem.entries
     for x in problem.entries:
-        assert x.is_contiguous(), x.stride()
+        assert x is None or x.is_contiguous(), x.stride()
     out = gradient_target(student, gradient, out)
     loss = per_row_empty(student, (), row_scale)
     row_statistics, top1 = statistics_empty(student, row_scale, statistics)
     count, entries = indices.shape
     if count:
         value, slope, _ = TABLE[problem.divergence]
+        bound = close_below(problem.divergence, torch.float32)
+        close_value, close_slope = CLOSE_TABLE.get(problem.divergence, (value, slope))
         block, warps = topk_tile(vocab_size)
         outer_stride, inner_stride = row_strides(student)
         with device_of(student), written(out if gradient else None) as target:
             topk_rows_kernel[(count,)](
-                student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, problem.parameters,
+                student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, log_probs_rounding,
+                tail_rounding, problem.parameters, problem.slack,
                 loss, row_statistics if statistics else None, top1 if statistics else None, target,
                 count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
                 **loss_arguments(problem.options),
-                VALUE=value, SLOPE=slope, SUPPORT_ONLY=problem.support_only,
+                VALUE=value, SLOPE=slope, CLOSE_VALUE=close_value, CLOSE_SLOPE=close_slope,
+                CLOSE_BELOW=bound, CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
+                SUPPORT_ONLY=problem.support_only,
                 BLOCK=block, LANES=lanes(entries), num_warps=warps,
             )  # fmt: skip
     return loss, out, row_statistics, top1
