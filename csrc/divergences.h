@@ -7,7 +7,7 @@
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. But lp and lq are rounded, so that a sum of phi is off by about 1e-7. A
 // row whose divergence is small has a second set of lines, which take the log-ratio d itself, found from differences of
-// logits, so that their error is relative to the term:
+// logits, or in fp64, so that their error is relative to the term:
 //
 //     close_value(d, p, q), close_slope(d, p, q)     phi and psi for |d| < 2,  d = lq - lp
 //

@@ -261,7 +261,7 @@ def test_close_rows_do_not_depend_on_the_number_of_threads(divergence):
 
 TAILS = ["bucket", "the rest as bucket", "support", "renormalize", "truncate"]
 # The sizes of the logits' differences for each temperature.
-SPARSE_CASES = {1: (1.0, 0.2, 0.03, 1e-3, 4e-4), 2: (0.3,), 16: (3,), 100: (3,), 1e3: (3,), 1e4: (3,), 1e5: (3,)}
+SPARSE_CASES = {1: (1.0, 0.2, 0.03, 1e-3, 4e-4), 16: (3,), 1e3: (3,), 1e5: (3,)}
 
 
 def sparse_rows(noises, temperature: float, vocab: int, entries: int, tail: str, seed: int):
@@ -325,15 +325,15 @@ def sparse_calls(divergence: Divergence, backend: str):
     if backend in ("cpu", "reference") or device_of(backend) != "cpu":
         return [(tail, temperature, noises) for tail in tails for temperature, noises in SPARSE_CASES.items()]
     number = DIVERGENCES.index(divergence)
-    temperature = [16, 100, 1e3, 1e4, 1e5][number % 5]
-    return [("bucket", 1, (0.2, 1e-3)), (tails[1 + number % (len(tails) - 1)], temperature, (3,))]
+    calls = [("bucket", 1, (0.03, 1e-3)), (tails[1 + number % (len(tails) - 1)], [16, 1e3, 1e5][number % 3], (3,))]
+    return calls if backend == "cuda" else [calls[number % 2]]
 
 
 @each_divergence
 @each_backend
 def test_small_divergences_from_sparse_teachers_keep_their_digits(divergence, backend):
     """KL from 1 to 1e-7 at T = 1, and temperatures up to 1e5, for the tails that have kernels of their own."""
-    vocab, entries = {"cpu": (5000, 64), "reference": (500, 30)}.get(backend, (150, 12))
+    vocab, entries = {"cpu": (2000, 40), "reference": (500, 30)}.get(backend, (150, 12))
     # These seeds give no row in which rounding decides the sign of a slope of tv.
     for seed, (tail, temperature, noises) in enumerate(sparse_calls(divergence, backend), start=40):
         student, teacher = sparse_rows(noises, temperature, vocab, entries, tail, seed)
@@ -351,7 +351,7 @@ def test_a_sparse_teacher_whose_mass_is_not_1_keeps_its_digits(temperature, back
     """As one that was stored in 16 bits. No sum over the classes shows the rounding of the student's log-sum then."""
     student, teacher = sparse_rows((0.01,), temperature, 150, 12, "bucket", seed=7)
     teacher = replace(teacher, log_probs=teacher.log_probs.half(), tail_log_prob=teacher.tail_log_prob.half())
-    for divergence in map(Divergence, ("kl", "js", "tv")):
+    for divergence in map(Divergence, ("kl",) if backend == "triton" else ("kl", "js", "tv")):
         with on_small_chips(backend, temperature):
             got = run(student.to(device_of(backend)), to_device(teacher, device_of(backend)), divergence,
                       temperature=float(temperature), backend=backend)  # fmt: skip
@@ -363,7 +363,7 @@ def test_rows_of_other_temperatures_than_the_sparse_teacher_s_keep_their_digits(
     """Log-probabilities that the loss tempers and renormalises itself are not rounded for the close lines."""
     student, teacher = sparse_rows((0.01, 0.3, 3), 1, 150, 12, "support", seed=8)
     temperatures = torch.tensor([3.0, 20.0, 1e4])
-    for tail in ("support", "renormalize"):
+    for tail in ("support",) if backend == "triton" else ("support", "renormalize"):
         with on_small_chips(backend, 8):
             got = run(student.to(device_of(backend)), to_device(replace(teacher, tail=tail), device_of(backend)), "kl",
                       temperature=temperatures.to(device_of(backend)), backend=backend)  # fmt: skip

@@ -14,6 +14,8 @@ namespace kdk {
 //     gradient      (psi - q Psi) / temperature of an entry, (psi_R - q_R Psi) (q / q_R) / temperature of the others;
 //                   q / q_R is the softmax over the others, which is exact however small q_R is
 //
+// A close row (csrc/divergences.h) has phi and psi by the close lines.
+//
 // support_only: the loss has no bucket, and the student's log-probabilities are renormalised over the entries. The
 // gradient of the other classes is 0. The row scale, the hard weight and the label's cross-entropy (over all classes,
 // at temperature 1) are those of RowsCall.

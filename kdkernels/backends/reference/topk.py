@@ -99,11 +99,12 @@ def log_ratio(s: Tensor, entries: Entries, temperature: Tensor, support_only: bo
     tempered = s.to(place).double() / temperature.to(place)[:, None]
     lse, lq_of_all = tempered.logsumexp(-1), torch.log_softmax(tempered, -1)
     lq = compared(tempered, lse, lq_of_all, entries.indices.to(place), support_only)
-    log_probs, tail_log_prob = (
-        x.to(place).double() if rounding is None else x.to(place).double() + rounding.to(place)
-        for x, rounding in (entries[1::2], entries[2::2])
-    )
-    return (lq - with_tail(log_probs, tail_log_prob, support_only)).to(s)
+
+    def exact(rounded: Tensor, rounding: Tensor | None) -> Tensor:
+        return rounded.to(place).double() + (0 if rounding is None else rounding.to(place))
+
+    log_probs = exact(entries.log_probs, entries.log_probs_rounding)
+    return (lq - with_tail(log_probs, exact(entries.tail_log_prob, entries.tail_rounding), support_only)).to(s)
 
 
 def topk(logits: Tensor, row_scale: Tensor, temperature: Tensor, k: int, vocab_size: int):
