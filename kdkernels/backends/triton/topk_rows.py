@@ -11,8 +11,8 @@ gradient. The entries of a row ascend, so the entries of a tile are a range of t
 range. In a tile with n entries each column finds its own entry by bisection: 1 + log2(n) loads that neighbours share. A
 row whose entries are all classes costs log2(BLOCK) loads a column, not BLOCK comparisons.
 
-A close row (`close_below` in families/rows.py) takes one more sweep over the logits, which finds the log-sums in fp64,
-and has the close lines. csrc/divergences.h says why.
+The kernel leaves a close row (`close_below` in families/rows.py) to a second launch, with CLOSE. That one finds the
+log-sums in fp64 and has the close lines; csrc/divergences.h says why. The programs of all other rows return at once.
 """
 
 from typing import NamedTuple
@@ -33,11 +33,13 @@ from .launch import (
     loss_arguments,
     per_row_empty,
     row_strides,
+    starts_of,
     statistics_empty,
     topk_tile,
     written,
 )
 from .row import (
+    DIVERGENCE,
     Statistics,
     add_exponentials,
     exponentials,
@@ -49,6 +51,7 @@ from .row import (
     has_no_result,
     load_row_options,
     load_tile,
+    log_of_rest,
     log_of_sum,
     log_prob,
     scale_of_gradient,
@@ -74,7 +77,6 @@ class _Softmax(NamedTuple):
 class _Normaliser(NamedTuple):
     maximum: tl.tensor
     log_sum: tl.tensor
-    is_close: tl.tensor  # whether the row has the close lines
     wide_log_sum: tl.tensor  # of a close row: the log-sum in fp64
 
 
@@ -197,17 +199,6 @@ def _entry_sums(
 
 
 @triton.jit
-def _log_of_rest(share):
-    """log(1 - share) of a share below 0.4, with all its digits: -2 artanh(share / (2 - share))."""
-    x = share / (2 - share)
-    square = x * x
-    series = square * (1 / 11) + 1 / 9
-    for i in tl.static_range(4):
-        series = series * square + 1 / (7 - 2 * i)
-    return -2 * x * series
-
-
-@triton.jit
 def _bucket_log_prob(row, student_max, student_log_sum, others, entries_max, entries_sum):
     """The log-probability of the bucket, and the log sum of its classes."""
     # Without mass in the bucket no maximum is its base. A row without a softmax has no bucket.
@@ -217,7 +208,7 @@ def _bucket_log_prob(row, student_max, student_log_sum, others, entries_max, ent
     # Near 1 the share of the bucket gets its digits from the share of the entries.
     relative = log_prob(entries_max, student_max, student_log_sum, row.inverse_temperature)
     share = weighted(entries_sum, tl.exp(relative))
-    lq = tl.where(lq > -0.5, _log_of_rest(share), lq)
+    lq = tl.where(lq > -0.5, log_of_rest(share), lq)
     return tl.where(nothing & (student_log_sum == student_log_sum), -float("inf"), lq), others_log_sum
 
 
@@ -239,7 +230,7 @@ def _teacher_lse(sums, tail, WITH_TAIL: tl.constexpr):
 def _find_gradient(
     row, softmax, bucket, psi, terms,
     VALUE: tl.constexpr, SLOPE: tl.constexpr, CLOSE_VALUE: tl.constexpr, CLOSE_SLOPE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CLOSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of every tile. `bucket` is None if the teacher's support is its entries alone."""
     tiles = tl.cdiv(row.columns, BLOCK)
@@ -267,7 +258,7 @@ def _find_gradient(
             lq = log_prob(s, softmax.maximum, softmax.log_sum, row.inverse_temperature)
             q = tl.exp(lq)
             of_entry = SLOPE(lp, lq, tl.exp(lp), q, row.parameter) - q * psi
-            if softmax.is_close:
+            if CLOSE:
                 q, _, close_psi, _ = close_terms_of_entries(
                     row, s, lp, entry, softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
                 )
@@ -291,6 +282,7 @@ def topk_rows_kernel(
     statistics,  # [11, rows], in the order of ROW_STATISTICS, or None
     top1,  # [2, rows] with statistics
     gradient,  # [rows, gradient_columns], contiguous, or None; it may be `student`
+    close,  # [rows] int32: whether each row is close; None if no row is
     rows,
     inner,  # row r is (r // inner, r % inner) of the logits
     columns,  # classes that count
@@ -308,6 +300,7 @@ def topk_rows_kernel(
     CLOSE_SLOPE: tl.constexpr,
     CLOSE_BELOW: tl.constexpr,  # a row whose divergence is below is close
     CLOSE_TEMPERATURE: tl.constexpr,  # and so is a row of this temperature or a higher one
+    CLOSE: tl.constexpr,  # whether to work on the close rows, which an earlier launch found
     SUPPORT_ONLY: tl.constexpr,  # no bucket; the student is renormalised over the entries
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # entries that are worked on at a time
@@ -317,6 +310,11 @@ def topk_rows_kernel(
         gradient_row = gradient + row_index * gradient_columns
     options = load_row_options(row_index, columns, given, strides)
 
+    if CLOSE:
+        if has_no_result(options):
+            return
+        if tl.load(close + row_index) == 0:
+            return
     if has_no_result(options):  # before any logit is read: a label may be out of bounds
         value = value_without_result(options)
         tl.store(loss + row_index, value)
@@ -327,7 +325,7 @@ def topk_rows_kernel(
         return
 
     HAS_HARD: tl.constexpr = given.hard_weight is not None
-    STATISTICS: tl.constexpr = statistics is not None
+    STATISTICS: tl.constexpr = (statistics is not None) and not CLOSE
     # The softmax at temperature 1 is for the label term or the cross-entropy.
     UNIT: tl.constexpr = HAS_HARD or (STATISTICS and given.labels is not None)
     # With SUPPORT_ONLY the other classes matter only to the label term and the statistics.
@@ -357,9 +355,9 @@ def topk_rows_kernel(
     student_log_sum = log_of_sum(whole.maximum, whole.sum_exp)
     unit_log_sum = log_of_sum(whole.maximum, whole.unit_sum)
     if SUPPORT_ONLY:
-        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum), False, 0.0)
+        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum), 0.0)
     else:
-        softmax = _Normaliser(whole.maximum, student_log_sum, False, 0.0)
+        softmax = _Normaliser(whole.maximum, student_log_sum, 0.0)
 
     label = None if given.labels is None else options.label
     sums = _entry_sums(row, softmax, tail, label, parameter, VALUE, SLOPE, STATISTICS, LANES)
@@ -375,12 +373,10 @@ def topk_rows_kernel(
         bucket_slope = SLOPE(tail, lq_bucket, p_bucket, q_bucket, parameter)
         psi += bucket_slope
 
-    is_close = (phi < CLOSE_BELOW) | (options.temperature >= CLOSE_TEMPERATURE)
-    wide_log_sum = tl.full((), 0, tl.float64)
-    if is_close:
+    if CLOSE:
         of_others, of_entries = wide_sums(row, softmax.maximum, SUPPORT_ONLY, BLOCK, LANES)
         wide_log_sum = tl.log(of_others + of_entries)
-        close_softmax = _Normaliser(softmax.maximum, softmax.log_sum, is_close, wide_log_sum)
+        softmax = _Normaliser(softmax.maximum, softmax.log_sum, wide_log_sum)
         c = tl.full((), 0, tl.float32)
         if slack is not None:
             c = tl.where(options.temperature >= CLOSE_TEMPERATURE, tl.load(slack), c)
@@ -390,7 +386,7 @@ def topk_rows_kernel(
             index, s, lp = load_entries(row, lane, LANES)
             place = tl.where(index < columns, lane + tl.arange(0, LANES), -1)
             _, phi_of, psi_of, change = close_terms_of_entries(
-                row, s, lp, place, close_softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
+                row, s, lp, place, softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
             )
             phi += tl.sum(without_slack(c, phi_of, change), 0)
             psi += tl.sum(psi_of, 0)
@@ -410,6 +406,8 @@ def topk_rows_kernel(
         cross_entropy = unit_log_sum + (whole.maximum - student_label)
     store_loss(loss, row_index, options, phi, cross_entropy, TEMPERATURE_SQUARED)
 
+    if CLOSE and statistics is not None:
+        tl.store(statistics + rows * DIVERGENCE + row_index, phi)
     if STATISTICS:
         tv = sums.tv
         teacher_entropy = sums.teacher_entropy
@@ -440,6 +438,12 @@ def topk_rows_kernel(
         )
         store_statistics(statistics, top1, row_index, rows, columns, row_statistics)
 
+    if not CLOSE and close is not None:
+        is_close = (phi < CLOSE_BELOW) | (options.temperature >= CLOSE_TEMPERATURE)
+        tl.store(close + row_index, is_close.to(tl.int32))
+        if is_close:
+            return
+
     if gradient is not None:
         scale = options.scale
         if NEEDS_LOSS:
@@ -453,8 +457,7 @@ def topk_rows_kernel(
         # The gradient may overwrite the logits. All threads have loaded the logits of the label and the entries before
         # one thread writes. A tile is loaded before it is written.
         tl.debug_barrier()
-        softmax = _Normaliser(softmax.maximum, softmax.log_sum, is_close, wide_log_sum)
-        _find_gradient(row, softmax, bucket, psi, terms, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE, BLOCK)
+        _find_gradient(row, softmax, bucket, psi, terms, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE, CLOSE, BLOCK)
 
 
 # ---- the operator: ../native.py says what it takes and returns
@@ -477,23 +480,19 @@ def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
         close_value, close_slope = CLOSE_TABLE.get(problem.divergence, (value, slope))
         block, warps = topk_tile(vocab_size)
         outer_stride, inner_stride = row_strides(student)
+        starts = starts_of(indices, block, vocab_size)
+        close = torch.empty(count, dtype=torch.int32, device=student.device) if bound else None
         with device_of(student), written(out if gradient else None) as target:
-            topk_rows_kernel[(count,)](
-                student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, log_probs_rounding,
-                tail_rounding, problem.parameters, problem.slack,
-                loss, row_statistics if statistics else None, top1 if statistics else None, target,
-                count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
-                **loss_arguments(problem.options),
-                VALUE=value, SLOPE=slope, CLOSE_VALUE=close_value, CLOSE_SLOPE=close_slope,
-                CLOSE_BELOW=bound, CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
-                SUPPORT_ONLY=problem.support_only,
-                BLOCK=block, LANES=lanes(entries), num_warps=warps,
-            )  # fmt: skip
+            for CLOSE in (False, True) if bound else (False,):
+                topk_rows_kernel[(count,)](
+                    student, indices, log_probs, starts, tail_log_prob, log_probs_rounding, tail_rounding,
+                    problem.parameters, problem.slack,
+                    loss, row_statistics if statistics else None, top1 if statistics else None, target, close,
+                    count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
+                    **loss_arguments(problem.options),
+                    VALUE=value, SLOPE=slope, CLOSE_VALUE=close_value, CLOSE_SLOPE=close_slope,
+                    CLOSE_BELOW=bound, CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
+                    CLOSE=CLOSE, SUPPORT_ONLY=problem.support_only,
+                    BLOCK=block, LANES=lanes(entries), num_warps=warps,
+                )  # fmt: skip
     return loss, out, row_statistics, top1
-
-
-def _starts(indices: Tensor, block: int, vocab_size: int) -> Tensor:
-    """The number of entries of each row whose class comes before each tile, and of all entries: [rows, tiles + 1]."""
-    tiles = triton.cdiv(vocab_size, block)
-    bounds = torch.arange(tiles + 1, dtype=torch.int32, device=indices.device).mul_(block).clamp_(max=vocab_size)
-    return torch.searchsorted(indices, bounds.repeat(indices.shape[0], 1), out_int32=True)
