@@ -361,8 +361,8 @@ def test_a_sparse_teacher_whose_mass_is_not_1_keeps_its_digits(temperature, back
 @each_backend
 def test_rows_of_other_temperatures_than_the_sparse_teacher_s_keep_their_digits(backend):
     """Log-probabilities that the loss tempers and renormalises itself are not rounded for the close lines."""
-    student, teacher = sparse_rows((0.01, 0.3, 3), 1, 150, 12, "support", seed=8)
-    temperatures = torch.tensor([3.0, 20.0, 1e4])
+    student, teacher = sparse_rows((0.01, 3), 1, 150, 12, "support", seed=8)
+    temperatures = torch.tensor([3.0, 1e4])
     for tail in ("support",) if backend == "triton" else ("support", "renormalize"):
         with on_small_chips(backend, 8):
             got = run(student.to(device_of(backend)), to_device(replace(teacher, tail=tail), device_of(backend)), "kl",
@@ -389,7 +389,7 @@ def test_infinite_logits_of_close_rows_against_entries(backend):
     log_probs[6], tail[6] = -torch.inf, 0.0
     calls = [(name, kind) for name in ("kl", "js", "tv", "alpha") for kind in ("bucket", "support", "truncate")]
     if backend == "triton" and device == "cpu":  # its interpreter is slow
-        calls = [("kl", "truncate"), ("reverse_kl", "bucket")]
+        calls = [("kl", "bucket")]
     for name, kind in calls:
         divergence = Divergence(name)
         teacher = SparseLogProbs(
@@ -408,9 +408,9 @@ def test_infinite_logits_of_close_rows_against_entries(backend):
 @each_backend
 def test_heads_keep_the_digits_of_small_divergences_from_entries(gradient, backend):
     """Also where the gradient overwrites the logits that a head's chunk holds."""
-    student, teacher = sparse_rows((1e-3, 0.03, 1.0), 1, 130, 12, "bucket", seed=2)
+    student, teacher = sparse_rows((1e-3, 1.0), 1, 130, 12, "bucket", seed=2)
     weight = student.T.contiguous().to(device_of(backend)).requires_grad_()
-    one = torch.eye(3, device=weight.device)  # the products with it are exact
+    one = torch.eye(2, device=weight.device)  # the products with it are exact
     with on_small_chips(backend, 1):
         loss = fused_divergence(
             LinearLogits(one, weight), to_device(teacher, device_of(backend)), backend=backend, gradient=gradient,
