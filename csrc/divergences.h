@@ -7,7 +7,7 @@
 // and psi up to c * q, since both cancel in the row; that freedom makes every term here vanish at p = q, which keeps
 // its digits when the distributions are close. But lp and lq are rounded, so that a sum of phi is off by about 1e-7. A
 // row whose divergence is small has a second set of lines, which take the log-ratio d itself, found from differences of
-// logits, so that their error is relative to the term:
+// logits, or in fp64, so that their error is relative to the term:
 //
 //     close_value(d, p, q), close_slope(d, p, q)     phi and psi for |d| < 2,  d = lq - lp
 //
@@ -307,6 +307,37 @@ template <class T, class D> KDK_HD CloseTerms<T> close_terms(const D& divergence
 template <class T> KDK_HD T close_sum(T phi, T psi, T epsilon) {
   T corrected = phi - T(0.5) * epsilon * psi;
   return phi < T(INFINITY) ? corrected : phi;
+}
+
+// ---- close rows of a sparse teacher
+//
+// The teacher's log-probabilities are given, and their mass need not be 1: no sum measures the rounding of the student's
+// log-sum. And the bucket's log-ratio takes its own sum of exponentials, to more digits than fp32 has. So a close row
+// finds the student's log-sums and the log-ratios in fp64, from the logits:
+//
+//     d = (s - s_max) / temperature - log_sum - lp                 of an entry
+//     d = log(others / all) - lp_R                                 of the bucket, which is the class of all others
+//
+// others and all are sums of exponentials in fp64. The differences cancel, but 1e-15 is all that they are off then, and
+// rounding d to fp32 is relative to d. The lines above take d, and their sums need no correction.
+
+struct CloseStudent {
+  double max, log_sum, inverse_temperature;
+
+  // log_prob is the teacher's, and rounding the part of it that fp32 does not hold.
+  KDK_HD float log_ratio(float logit, float log_prob, float rounding) const {
+    return (float)((logit - max) * inverse_temperature - log_sum - log_prob - rounding);
+  }
+  // The sums are relative to the maximum of all classes. -inf if the bucket has no mass.
+  static KDK_HD float log_ratio_of_bucket(double others, double all, float log_prob, float rounding) {
+    return (float)(::log(others / all) - log_prob - rounding);
+  }
+};
+// phi without c (q - p), which its line has more than the formula. In a class without teacher mass the rest of some
+// formulas is 0, and only rounding would be left.
+template <class T> KDK_HD T without_slack(T slack, const CloseTerms<T>& x) {
+  const T rest = x.phi - slack * x.excess, size = rest < 0 ? -rest : rest, before = x.phi < 0 ? -x.phi : x.phi;
+  return size < T(1e-6) * before ? T(0) : rest;
 }
 
 // The list: name in kdkernels/divergences.py, struct.

@@ -240,7 +240,7 @@ WRITTEN = {
 OF_KEPT_ROWS = {
     "rows": {"student": "columns", "teacher": "columns"},
     "scale_rows": {"x": "columns"},
-    "topk_rows": {"student": "columns", "indices": None, "log_probs": None},
+    "topk_rows": {"student": "columns", "indices": None, "log_probs": None, "log_probs_rounding": None},
     "topk": {"logits": "columns"},
     "ranked_uld": {"student": None, "teacher": None, "indices": None, "sums_of_signs": None},
     "pair_costs": {"student": "columns", "teacher": "columns"},

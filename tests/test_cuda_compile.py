@@ -30,8 +30,9 @@ specification.loader.exec_module(build)
 
 # Kernels that are not instantiated per divergence.
 OTHERS = (
-    "close_rows_kernel", "scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel", "topk_kernel",
-    "pair_costs_kernel", "finish_pairs_kernel", "pair_gradient_kernel", "sinkhorn_kernel", "uld_kernel",
+    "close_rows_kernel", "scale_kernel", "softcap_kernel", "softcap_gradient_kernel", "topk_rows_kernel",
+    "close_topk_rows_kernel", "topk_kernel", "pair_costs_kernel", "finish_pairs_kernel", "pair_gradient_kernel",
+    "sinkhorn_kernel", "uld_kernel",
 )  # fmt: skip
 
 

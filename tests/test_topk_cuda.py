@@ -508,11 +508,12 @@ def test_rows_past_a_skipped_one_and_none_at_all():
 
 
 def launches(call: Call, chip: str, gradient: bool, statistics: bool) -> list[dict]:
+    """Without the launch of the kernel of close rows, which follows."""
     problem = call.problem(DIVERGENCES[0], call.student, statistics=statistics)
     with chips.on(chip) as model:
         model.clear_launches()
         native.cuda.topk_rows(problem, gradient)
-        return model.launches()
+        return model.launches()[::2]
 
 
 @pytest.mark.parametrize(

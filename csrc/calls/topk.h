@@ -14,6 +14,8 @@ namespace kdk {
 //     gradient      (psi - q Psi) / temperature of an entry, (psi_R - q_R Psi) (q / q_R) / temperature of the others;
 //                   q / q_R is the softmax over the others, which is exact however small q_R is
 //
+// A close row (csrc/divergences.h) has phi and psi by the close lines.
+//
 // support_only: the loss has no bucket, and the student's log-probabilities are renormalised over the entries. The
 // gradient of the other classes is 0. The row scale, the hard weight and the label's cross-entropy (over all classes,
 // at temperature 1) are those of RowsCall.
@@ -28,8 +30,13 @@ struct TopkRowsCall {
   const int32_t* indices;      // [rows, K], ascending, without duplicates; indices from `columns` on are no entries
   Numbers log_probs;           // [rows, K]; the log-probability of an entry is finite or NaN
   Numbers tail_log_prob;       // [rows]; -inf: the bucket has no mass
+  Numbers log_probs_rounding;  // [rows, K] or null: what fp32 does not hold of log_probs; the close lines add it
+  Numbers tail_rounding;       // [rows] or null: the same of tail_log_prob
   RowOptions options;
   Numbers parameters;          // of the divergence
+  double close_below;          // as in RowsCall
+  double close_temperature;
+  Numbers slack;               // [1] or null: c, if phi has c (p - q) more in rows of close_temperature or a higher one
   Numbers loss;                // [rows]
   // [kRowStatistics, rows] or null. tv and the teacher's entropy are over the entries and the bucket (support_only:
   // over the entries). The student's statistics are over all classes. teacher_label_log_prob is the bucket's
@@ -39,8 +46,14 @@ struct TopkRowsCall {
   int64_t* top1;               // [2, rows] if the call has statistics: the student's top class, the teacher's top entry
   Stored gradient;             // as in RowsCall, or null
   KDK_FIELDS(divergence, support_only, rows, inner, columns, gradient_columns, entries, student, indices, log_probs,
-             tail_log_prob, options, parameters, loss, statistics, top1, gradient)
+             tail_log_prob, log_probs_rounding, tail_rounding, options, parameters, close_below, close_temperature,
+             slack, loss, statistics, top1, gradient)
   Execution run;
+
+  // Whether a row has the close lines, from its divergence by the lines for all rows.
+  template <class T> KDK_EVERYWHERE bool is_close(T phi, T temperature) const {
+    return close_below > 0 && (phi < (T)close_below || temperature >= (T)close_temperature);
+  }
 };
 
 // The k largest log-probabilities of each row at the row's temperature, and the log-sum-exp of the other classes. The

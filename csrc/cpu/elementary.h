@@ -31,6 +31,31 @@ static inline float exp_core(float x) {
 static inline float exp_of_nonpositive(float x) { return x < -87.0f ? 0.0f : exp_core(x); }
 static inline double exp_of_nonpositive(double x) { return ::exp(x); }
 
+// exp(x) for x <= 0 in fp64 within 1e-11, as packed instructions, for sums that need more digits than fp32 has. exp(r) is
+// the series to degree 9. Rounding adds and subtracts 1.5 * 2^52. It is 0 for x < -700.
+static inline double wide_exp_of_nonpositive(double x) {
+  const double round_to_integer = 6755399441055744.0;
+  double shifted = x * 1.44269504088896341 + round_to_integer;
+  double n = shifted - round_to_integer;
+  double r = x - n * 0.693147180559945309;
+  double y = 1.0 / 362880;
+  y = y * r + 1.0 / 40320;
+  y = y * r + 1.0 / 5040;
+  y = y * r + 1.0 / 720;
+  y = y * r + 1.0 / 120;
+  y = y * r + 1.0 / 24;
+  y = y * r + 1.0 / 6;
+  y = y * r + 0.5;
+  y = y * r + 1.0;
+  y = y * r + 1.0;
+  uint64_t bits;
+  __builtin_memcpy(&bits, &shifted, 8);
+  bits = (bits + 1023) << 52;
+  double power;
+  __builtin_memcpy(&power, &bits, 8);
+  return x < -700.0 ? 0.0 : y * power;
+}
+
 #if defined(__AVX512F__)
 // exp(x inverse_temperature) with AVX-512's scalef, which no compiler finds, down through the subnormal numbers:
 // exp(x inverse_temperature) = 2^n 2^f, where n + f = x factor, factor = inverse_temperature / ln 2 and |f| <= 1/2. The

@@ -6,6 +6,9 @@
 // second sweep scales the exponentials into the gradient of the other classes, and writes the entries' gradients in
 // their places.
 //
+// A row in fp32 whose divergence comes out small, or whose temperature is high, has the close lines of the table. Another
+// sweep of the logits finds the others' sum of exponentials in fp64, and the sums over the entries are found again.
+//
 // setup.py compiles this file once for each instruction set, into a namespace of the instruction set's name. The file
 // calls no std:: template.
 #if defined(__F16C__)
@@ -41,12 +44,14 @@ template <class T> T moved(T sum, T max, T larger, T beta) {
 template <class T> struct BlockSums {
   T max, sum, unit_sum;    // of the classes that no entry names; unit_sum is the sum at temperature 1
   T sum_of_distance;       // sum exp(d) d with d = (logit - max) / temperature; the entropy needs it
+  double wide_sum;         // of a close row: the sum in fp64, relative to the maximum of all classes
 };
 
 template <class T> struct RowScratch {
   T* e;                    // the exponentials of a row, each relative to its block's maximum
   BlockSums<T>* blocks;
   T *logits, *lp, *lq, *q, *psi;  // of the entries; the bucket comes last
+  T* d;                           // log q - log p of a close row
   int32_t* first_entry;           // of each block, and of the end past the last block
 
   RowScratch(const TopkRowsCall& call, Arena& arena) {
@@ -55,7 +60,7 @@ template <class T> struct RowScratch {
     blocks = arena.take<BlockSums<T>>(blocks_of_row);
     logits = arena.take<T>(entries);
     lp = arena.take<T>(entries), lq = arena.take<T>(entries);
-    q = arena.take<T>(entries), psi = arena.take<T>(entries);
+    q = arena.take<T>(entries), psi = arena.take<T>(entries), d = arena.take<T>(entries);
     first_entry = arena.take<int32_t>(blocks_of_row + 1);
   }
 };
@@ -82,6 +87,23 @@ __attribute__((noinline)) void entry_sums(const D& divergence, const T* lp_of, c
   *sums = {phi, psi, T(0.5) * tv, entropy};
 }
 
+// phi and psi by the close lines, phi without the slack.
+template <class T, class D>
+__attribute__((noinline)) void close_entry_sums(const D& divergence, T slack, const T* lp_of, const T* lq_of,
+                                                const T* d_of, int64_t n, T* psi_of, EntrySums<T>* sums) {
+  T phi = 0, psi = 0;
+#pragma omp simd reduction(+ : phi, psi)
+  for (int64_t i = 0; i < n; ++i) {
+    T lp = lp_of[i], lq = lq_of[i];
+    CloseTerms<T> x = close_terms(divergence, d_of[i], lp, lq, exp_of(lp), exp_of(lq));
+    phi += without_slack(slack, x);
+    psi += x.psi;
+    psi_of[i] = x.psi;
+  }
+  sums->phi = phi;
+  sums->psi = psi;
+}
+
 template <class T> struct TopkRow {
   const TopkRowsCall& call;
   const int64_t row;
@@ -96,6 +118,7 @@ template <class T> struct TopkRow {
   T bucket_max, entries_max, max;
   double bucket_sum, entries_sum, log_sum, unit_log_sum, entropy;
   EntrySums<T> sums;
+  bool close;  // whether the row has the close lines
   Factors<T> factors;
 
   TopkRow(const TopkRowsCall& call, int64_t row)
@@ -130,18 +153,23 @@ template <class T> struct TopkRow {
       scratch.first_entry[b] = k;
     }
   }
-  // Sweep 1 of a block. It moves the logits of entries to the scratch, and leaves -inf in their places.
-  void block_sums(int64_t b, RowScratch<T>& scratch) const {
-    alignas(64) T buffer[kBlock];
-    const int n = student.width(b);
+  // A block's logits with -inf in the places of entries. It moves the logits of entries to the scratch.
+  const T* load_others(int64_t b, RowScratch<T>& scratch, T* buffer) const {
     const T* x = student.load(b, buffer);
     const int first = scratch.first_entry[b], last = scratch.first_entry[b + 1];
-    if (first < last && x != buffer) memcpy(buffer, x, n * sizeof(T)), x = buffer;
+    if (first < last && x != buffer) memcpy(buffer, x, student.width(b) * sizeof(T)), x = buffer;
     for (int k = first; k < last; ++k) {
       T& logit = buffer[indices[k] - b * kBlock];
       scratch.logits[k] = logit;
       logit = -INFINITY;
     }
+    return x;
+  }
+  // Sweep 1 of a block.
+  void block_sums(int64_t b, RowScratch<T>& scratch) const {
+    alignas(64) T buffer[kBlock];
+    const int n = student.width(b);
+    const T* x = load_others(b, scratch, buffer);
     BlockSums<T>& out = scratch.blocks[b];
     T* e = gradient.exponentials(student, scratch.e) + b * kBlock;
     out.max = block_max(x, n);
@@ -155,6 +183,21 @@ template <class T> struct TopkRow {
       for (int i = 0; i < n; ++i) sum += weighted(e[i], (x[i] - base) * beta);
       out.sum_of_distance = sum;
     }
+  }
+  // The sweep of a close row.
+  void block_wide_sum(int64_t b, RowScratch<T>& scratch) const {
+    alignas(64) T buffer[kBlock];
+    const int n = student.width(b);
+    const T* x = load_others(b, scratch, buffer);
+    scratch.blocks[b].wide_sum = wide_sum(x, n, max);
+  }
+  // The sum of exponentials in fp64.
+  double wide_sum(const T* x, int64_t n, T base) const {
+    const double from = finite(base), wide_beta = 1 / (double)terms.temperature;
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; ++i) sum += wide_exp_of_nonpositive((x[i] - from) * wide_beta);
+    return sum;
   }
 
   void merge(RowScratch<T>& scratch) {
@@ -186,6 +229,37 @@ template <class T> struct TopkRow {
       scratch.lq[entries] = (T)bucket_log_prob();
       find_sums(scratch, entries + 1);
     }
+    close = sizeof(T) == sizeof(float) && call.is_close(sums.phi, terms.temperature);
+  }
+  bool sweeps_again() const { return close && !call.support_only; }
+  // Finds phi and psi of a close row again.
+  void find_close_sums(RowScratch<T>& scratch) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const bool slack = call.slack && terms.temperature >= (T)call.close_temperature;
+      const T base = call.support_only ? entries_max : max;
+      const double of_entries = wide_sum(scratch.logits, entries, base);
+      double of_others = 0;
+      if (!call.support_only)
+        for (int64_t b = 0; b < student.blocks; ++b) of_others += scratch.blocks[b].wide_sum;
+      const double of_all = of_others + of_entries;
+      const CloseStudent close_student = {base, ::log(of_all), 1 / (double)terms.temperature};
+      const T* rounding = call.log_probs_rounding ? (const T*)call.log_probs_rounding + row * call.entries : nullptr;
+      for (int64_t k = 0; k < entries; ++k)
+        scratch.d[k] = close_student.log_ratio(scratch.logits[k], scratch.lp[k], rounding ? rounding[k] : 0);
+      int64_t classes = entries;
+      if (!call.support_only) {
+        const T tail_rounding = call.tail_rounding ? ((const T*)call.tail_rounding)[row] : 0;
+        scratch.d[entries] = CloseStudent::log_ratio_of_bucket(of_others, of_all, scratch.lp[entries], tail_rounding);
+        ++classes;
+      }
+      with_divergence((int)call.divergence, (const T*)call.parameters, [&](const auto& divergence) {
+        close_entry_sums(divergence, slack ? *(const T*)call.slack : T(0), scratch.lp, scratch.lq, scratch.d, classes,
+                         scratch.psi, &sums);
+      });
+    }
+  }
+  void finish(RowScratch<T>& scratch) {
+    if (close) find_close_sums(scratch);
     if (call.statistics) {
       entropy = entropy_of_all(scratch);
       write_statistics(scratch);
@@ -329,7 +403,14 @@ template <class T> struct TopkRow {
       Team::once([&] {
         for (int64_t k = 0; k < entries; ++k) scratch.logits[k] = student.logit(indices[k]);
       });
-    Team::once([&] { merge(scratch); });
+    Team::once([&] {
+      merge(scratch);
+      if (!sweeps_again()) finish(scratch);
+    });
+    if (sweeps_again()) {
+      Team::blocks(student.blocks, [&](int64_t b) { block_wide_sum(b, scratch); });
+      Team::once([&] { finish(scratch); });
+    }
     if (!call.gradient) return;
     const Slopes found = slopes(scratch);
     if (sweeps_logits())

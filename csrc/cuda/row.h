@@ -103,6 +103,24 @@ inline __device__ void fill_gradient(const Call& call, const Team& team, int64_t
     store_group<false>(data, dtype, i >= shift && i + kGroup <= end, (int)i, shift, end, values);
 }
 
+// Calls sweep(row, its options) for the team's rows that is_close(row) finds among the rows with a result. A team looks
+// for them among 32 of its rows at a time: most calls have none.
+template <class Call, class IsClose, class Sweep>
+inline __device__ void each_close_row(const Call& call, const Plan& plan, IsClose is_close, Sweep sweep) {
+  const int64_t teams = plan.teams;
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t first = blockIdx.x / plan.blocks; first < call.rows; first += kWarp * teams) {
+    const int64_t mine = first + lane * teams;
+    const bool close = mine < call.rows && RowTerms(call, mine).swept(call) && is_close(mine);
+    const uint32_t rows = __ballot_sync(0xffffffffu, close);
+    for (int i = 0; i < kWarp; ++i) {
+      if (!(rows >> i & 1)) continue;
+      const int64_t row = first + i * teams;
+      sweep(row, RowTerms(call, row));
+    }
+  }
+}
+
 // The begin and the end of a block's slice of a row.
 struct Cut {
   int begin, end;    // the positions of the slice that hold columns

@@ -112,23 +112,13 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
 __global__ void __launch_bounds__(kMaxThreads, 1)
     close_rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
   Team team(plan);
-  const int64_t teams = plan.teams;
-  const int lane = threadIdx.x % kWarp;
-  // A team looks for close rows among 32 of its rows at a time: most calls have none.
-  for (int64_t first = blockIdx.x / plan.blocks; first < call.rows; first += kWarp * teams) {
-    const int64_t mine = first + lane * teams;
-    const bool swept = mine < call.rows && RowTerms(call, mine).swept(call);
-    const bool close = swept && load((const float*)call.sums + 2 * call.rows + mine) < INFINITY;
-    const uint32_t rows = __ballot_sync(0xffffffffu, close);
-    for (int i = 0; i < kWarp; ++i) {
-      if (!(rows >> i & 1)) continue;
-      const int64_t row = first + i * teams;
-      const RowTerms numbers(call, row);
-      const RowCut cut(call, plan, team, row);
-      sweep_close_row(call, team, row, numbers, cut);
-      __syncthreads();  // all threads have read the label's logit
-    }
-  }
+  each_close_row(
+      call, plan, [&](int64_t row) { return load((const float*)call.sums + 2 * call.rows + row) < INFINITY; },
+      [&](int64_t row, const RowTerms& numbers) {
+        const RowCut cut(call, plan, team, row);
+        sweep_close_row(call, team, row, numbers, cut);
+        __syncthreads();  // all threads have read the label's logit
+      });
 }
 
 }  // namespace cuda

@@ -15,7 +15,7 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;  // of a block
 constexpr int kMaxBlocks = 16;    // of a cluster; 8 where the device does not allow more
 
-// The words of a struct of floats and ints. Shuffles and slots move words.
+// The words of a struct of floats, doubles and ints. Shuffles and slots move words.
 template <class X> struct Words {
   static constexpr int count = sizeof(X) / 4;
   uint32_t words[count];
@@ -113,8 +113,9 @@ struct Team {
     return (Slot*)(shared_memory() + launch.shared - bytes_of_slots(launch.threads, blocks));
   }
 
-  // Returns, in every thread, the merge of every thread's x. An X is a struct of floats and ints with merge(other) and
-  // with none(), the neutral element. It may have share(options), which moves x to a base that the whole warp shares.
+  // Returns, in every thread, the merge of every thread's x. An X is a struct of floats, doubles and ints with
+  // merge(other) and with none(), the neutral element. It may have share(options), which moves x to a base that the
+  // whole warp shares.
   template <class X, class... Options> __device__ X merged(const X& mine, const Options&... options) {
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = launch.threads / kWarp;
     X x = merged_in_warp(mine, options...);

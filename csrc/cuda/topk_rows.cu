@@ -8,6 +8,9 @@
 //     sums        the divergence's value and slope of each entry and of the bucket         -> sum phi, sum psi
 //     gradient    of each entry, and of the others (psi_R - q_R sum psi) times their softmax among themselves
 //
+// The kernel leaves the gradient of a close row to a second kernel, which finds the row's masses in fp64 and its sums by
+// the close lines of csrc/divergences.h. A byte of the workspace for each row says whether the row is close.
+//
 // Only masses and gradient are sweeps over all classes. Neither depends on the divergence, so one kernel serves all
 // divergences, and branches by divergence only where it works on entries. The bucket's mass is never 1 - the entries'
 // mass: the bucket has a sum of its own, and the gradient of the others is relative to that sum. Both are thus exact
@@ -24,6 +27,7 @@
 // two special functions a column. (cuobjdump --dump-sass shows the loops of a build.)
 #include <cuda_runtime.h>
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "device.h"
@@ -35,59 +39,11 @@
 #include "row.h"
 #include "table.h"
 #include "team.h"
+#include "topk_partials.h"
+#include "wide_mass.h"
 
 namespace kdk {
 namespace cuda {
-
-// ---- partial results, and their merge across a warp, whose result is in lane 0
-
-struct Masses {
-  Mass others, entries;
-  float teacher_max, teacher_sum;  // of the teacher's log-probabilities; the statistics need them
-
-  static __device__ Masses none() { return {Mass::none(), Mass::none(), -INFINITY, 0}; }
-  __device__ void rebase_teacher(float larger) {
-    teacher_sum *= exp_of(teacher_max - base_of(larger));
-    teacher_max = larger;
-  }
-  __device__ void add_teacher(float log_prob) {
-    if (log_prob > teacher_max) rebase_teacher(log_prob);
-    teacher_sum += exp_of(log_prob - base_of(teacher_max));
-  }
-  __device__ void share(Tempering at) {
-    others.rebase(warp_max(others.max), at);
-    entries.rebase(warp_max(entries.max), at);
-    rebase_teacher(warp_max(teacher_max));
-  }
-  __device__ void merge(const Masses& below) {
-    others.sum += below.others.sum, others.unit_sum += below.others.unit_sum;
-    entries.sum += below.entries.sum, entries.unit_sum += below.entries.unit_sum;
-    teacher_sum += below.teacher_sum;
-  }
-};
-
-struct EntrySums {
-  float phi, psi;
-
-  static __device__ EntrySums none() { return {0, 0}; }
-  __device__ void merge(const EntrySums& below) {
-    phi += below.phi, psi += below.psi;
-  }
-};
-
-struct EntryStatistics {
-  float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // the first class that has the maximum; INT32_MAX: no class has it
-  int label_entry;                   // the entry that is the label; INT32_MAX: no entry is the label
-
-  static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
-  __device__ void merge(const EntryStatistics& below) {
-    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
-    student_first = min(student_first, below.student_first);
-    teacher_first = min(teacher_first, below.teacher_first);
-    label_entry = min(label_entry, below.label_entry);
-  }
-};
 
 // ---- the sweeps
 
@@ -229,7 +185,8 @@ struct TopkOutcome {
   }
 };
 
-template <Way way>
+// close: the row has the close lines. The first kernel has written its statistics, but for the divergence.
+template <Way way, bool close>
 inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int64_t row, const RowTerms& numbers,
                                       const char* logits, int first_column, const Slice& student, const Names& names) {
   const Dtype dtype = call.student.dtype;
@@ -271,7 +228,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
   const float bucket_q = exp_of(bucket_lq);
 
   EntryStatistics statistics = EntryStatistics::none();
-  if (call.statistics) {
+  if (call.statistics && !close) {
     add_statistics_of_others<way>(statistics, student, names, all, first_column);
     each_entry(call, team, row, [&](int64_t k, int column) {
       const float logit = load_logit(logits, dtype, column), of_all = all.log_prob(logit);
@@ -288,26 +245,53 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
 
   EntrySums sums = EntrySums::none();
   float bucket_phi = 0, bucket_psi = 0;
+  SparseCloseRow close_row(call, row, logits, norm.max, numbers.temperature);
+  WideMasses wide = WideMasses::none();
+  float slack = 0;
+  if constexpr (close) {
+    wide = team.merged(close_row.masses<way>(team, student, names));
+    close_row.student.log_sum = log(wide.all());
+    slack = close_row.slack(numbers.temperature);
+  }
   with_divergence((int)call.divergence, (const float*)call.parameters, [&](auto divergence) {
     each_entry(call, team, row, [&](int64_t k, int column) {
-      const float lp = load(log_probs + k), lq = norm.log_prob(load_logit(logits, dtype, column));
+      const float logit = load_logit(logits, dtype, column), lp = load(log_probs + k), lq = norm.log_prob(logit);
+      if constexpr (close) {
+        const CloseTerms<float> x = close_row.of_entry(divergence, k, logit, lq, exp_of(lq));
+        sums.phi += without_slack(slack, x), sums.psi += x.psi;
+        return;
+      }
       const float p = exp_of(lp), q = exp_of(lq);
       sums.phi += divergence.value(lp, lq, p, q);
       sums.psi += divergence.slope(lp, lq, p, q);
     });
     if (call.support_only) return;
+    if constexpr (close) {
+      const CloseTerms<float> x = close_row.of_bucket(divergence, wide, bucket_lp, bucket_lq);
+      bucket_phi = without_slack(slack, x), bucket_psi = x.psi;
+      return;
+    }
     const float bucket_p = exp_of(bucket_lp);
     bucket_phi = divergence.value(bucket_lp, bucket_lq, bucket_p, bucket_q);
     bucket_psi = divergence.slope(bucket_lp, bucket_lq, bucket_p, bucket_q);
   });
   sums = team.merged(sums);
   sums.phi += bucket_phi, sums.psi += bucket_psi;
+  const bool is_close = close || call.is_close(sums.phi, numbers.temperature);
   if (team.first_thread()) {
     const TopkOutcome outcome = {call, row, numbers, all, unit_log_sum, team.board.label_logit};
     outcome.write_loss(sums.phi);
-    if (call.statistics) outcome.write_statistics(sums.phi, statistics, masses, bucket_lp, bucket_lq);
+    if constexpr (close) {
+      if (call.statistics) {
+        const int64_t place = offsetof(RowStatistics<float>, divergence) / sizeof(float);
+        store((float*)call.statistics + place * call.rows + row, sums.phi);
+      }
+    } else {
+      if (call.statistics) outcome.write_statistics(sums.phi, statistics, masses, bucket_lp, bucket_lq);
+      if (call.close_below > 0) store((uint8_t*)call.run.workspace + row, (uint8_t)is_close);
+    }
   }
-  if (!call.gradient) return;
+  if (!call.gradient || (is_close && !close)) return;
 
   TopkGradient gradient;
   gradient.row = (char*)call.gradient + row * call.gradient_columns * bytes_of(dtype);
@@ -329,7 +313,9 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
     each_entry(call, team, row, [&](int64_t k, int column) {
       const float logit = load_logit(logits, dtype, column);
       const float lp = load(log_probs + k), lq = norm.log_prob(logit), q = exp_of(lq);
-      const float soft_part = gradient.softened(divergence.slope(lp, lq, exp_of(lp), q), q);
+      float slope = divergence.slope(lp, lq, exp_of(lp), q);
+      if constexpr (close) slope = close_row.of_entry(divergence, k, logit, lq, q).psi;
+      const float soft_part = gradient.softened(slope, q);
       const float hard_part = gradient.hard == 0 ? 0 : gradient.hard_of(logit, column);
       store_logit(gradient.row, dtype, column, soft_part + hard_part);
     });
@@ -373,7 +359,7 @@ __global__ void __launch_bounds__(way == Way::streaming ? 2 * kMaxThreads : thre
   if constexpr (way == Way::streaming) {
     each_row([&](int64_t row, const RowTerms& numbers, const char* logits, const Cut& cut) {
       __syncthreads();  // the names are complete
-      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
+      sweep_topk_row<way, false>(call, team, row, numbers, logits, cut.first_column, cut.slice(logits, dtype), names);
     });
   } else {
     Staging staging(dtype, plan, team.board);
@@ -385,10 +371,29 @@ __global__ void __launch_bounds__(way == Way::streaming ? 2 * kMaxThreads : thre
         staging.prefetch(cut_of(after).slice(after, dtype));
       }
       const Slice student = {staging.student, dtype, cut.begin, cut.end, true};
-      sweep_topk_row<way>(call, team, row, numbers, logits, cut.first_column, student, names);
+      sweep_topk_row<way, false>(call, team, row, numbers, logits, cut.first_column, student, names);
       bulk_fence();
     });
   }
+}
+
+// It finds the close rows again.
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    close_topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
+  Team team(plan);
+  Names names(team.board.data(), plan);
+  const Dtype dtype = call.student.dtype;
+  each_close_row(
+      call, plan, [&](int64_t row) { return load((const uint8_t*)call.run.workspace + row) != 0; },
+      [&](int64_t row, const RowTerms& numbers) {
+        const char* logits = row_start(call.student, call, row);
+        const Cut cut(call.columns, shift_of(logits, dtype, logits, dtype), plan, team);
+        names.set(call, row, cut);
+        __syncthreads();  // the names are complete
+        sweep_topk_row<Way::streaming, true>(call, team, row, numbers, logits, cut.first_column,
+                                             cut.slice(logits, dtype), names);
+        __syncthreads();  // before the next row's names
+      });
 }
 
 // ---- the host
@@ -426,14 +431,22 @@ void topk_rows(const TopkRowsCall& original) {
   const Plan planned = plan(shape_of(call), Chip(device, topk_rows_kernel<Way::streaming>), device,
                             topk_rows_kernel_of);
   launch(topk_rows_kernel_of(planned.way), planned, call.run, call, planned);
+
+  if (call.close_below == 0) return;
+  Shape close = shape_of(call);
+  close.sweeps = close.sweeps ? 2 : 0;
+  const Plan again = plan_streaming(close, Chip(device, close_topk_rows_kernel), device,
+                                    [](Way) { return close_topk_rows_kernel; });
+  launch(close_topk_rows_kernel, again, call.run, call, again);
 }
 
-int64_t topk_rows_bytes(const TopkRowsCall&) { return 0; }
+int64_t topk_rows_bytes(const TopkRowsCall& call) { return call.close_below == 0 ? 0 : call.rows; }
 
 void load_topk_rows() {
   cudaFuncAttributes attributes;
   for (Way way : {Way::streaming, Way::staged, Way::halves})
     KDK_CHECK(cudaFuncGetAttributes, &attributes, topk_rows_kernel_of(way));
+  KDK_CHECK(cudaFuncGetAttributes, &attributes, close_topk_rows_kernel);
 }
 
 }  // namespace cuda

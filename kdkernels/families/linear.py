@@ -122,6 +122,8 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
     count = rows if kept_rows is None else kept_rows.shape[0]
     all_rows_written = kept_rows is None and rows > 0
     teacher_is_entries = entries is not None and sparse.tail != "uniform"
+    truncated = sparse is not None and sparse.tail == "truncate"
+    slack = topk.slack_of(problem.divergence, problem.parameters) if truncated else None
 
     def logits_of(source: LogitsSource, wanted: NeedsGrad):
         if source.weight is None:
@@ -149,7 +151,7 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
         out = sources[0].gradient_target(chunk) if gradient else None
         common = (own, problem.divergence, problem.parameters, problem.vocab_size, statistics)
         if teacher_is_entries:
-            part = topk.TopkRows(*logits, entries.of(chunk), *common, support_only=sparse.tail == "support")
+            part = topk.TopkRows(*logits, entries.of(chunk), *common, sparse.tail == "support", slack)
             loss[chunk], _, row_statistics[:, chunk], top1[:, chunk] = kernels.topk_rows(part, gradient, out)
         else:
             part = Rows(*logits, *common)
@@ -161,8 +163,8 @@ def chunked_rows(kernels, problem: ChunkedRows, wanted: list[bool]):
         sweep(chunk)
     for x in sources:
         x.release()
-    if sparse is not None and sparse.tail == "truncate":
-        offset = topk.tail_offset(problem.divergence, problem.parameters, entries.log_probs)
+    if truncated:
+        offset = topk.tail_offset(problem.divergence, problem.parameters, entries.log_probs, options.temperature)
         loss, row_statistics = topk.with_offset(offset, options, loss, row_statistics)
     return loss, *sources[0].gradients(), row_statistics, top1
 

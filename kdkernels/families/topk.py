@@ -14,7 +14,7 @@ from torch import Tensor
 from ..distributions import HAVE_TAIL_MASS
 from ..divergences import CATALOGUE
 from .options import RowOptions, fp64_device
-from .rows import ROW_STATISTICS
+from .rows import CLOSE_TEMPERATURE, ROW_STATISTICS, close_below
 
 # How far from 1 rounding may move a teacher's mass.
 _MASS_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -36,9 +36,12 @@ class Entries(NamedTuple):
     indices: Tensor  # [rows, K] int32, ascending; an index of vocab_size or more is no entry
     log_probs: Tensor  # [rows, K] in the compute dtype, -inf for an absent entry
     tail_log_prob: Tensor  # [rows]
+    # What rounding to fp32 took from the two, for the close lines. None: nothing.
+    log_probs_rounding: Tensor | None = None  # [rows, K]
+    tail_rounding: Tensor | None = None  # [rows]
 
     def of(self, chunk) -> "Entries":
-        return Entries(*(x[chunk] for x in self))
+        return Entries(*(None if x is None else x[chunk] for x in self))
 
 
 class TopkRows(NamedTuple):
@@ -52,6 +55,9 @@ class TopkRows(NamedTuple):
     vocab_size: int
     statistics: bool
     support_only: bool  # whether both sides are renormalised over the entries (tail "support")
+    # [1]: the divergence's slack c. From `CLOSE_TEMPERATURE` on, a row's divergence then has c (p - q) more in each
+    # class: it contains the offset of `tail_offset`. None: no row contains it.
+    slack: Tensor | None = None
 
 
 def sorted_entries(indices: Tensor, log_probs: Tensor, row_scale: Tensor, vocab_size: int):
@@ -84,16 +90,22 @@ def entries_of(
 
     ratio = teacher.source_temperature / options.temperature
     bad = {"indices": outside}
+    log_probs_rounding = tail_rounding = None
     if teacher.tail in ("support", "renormalize"):
-        log_probs = log_probs * ratio[:, None]
-        mass = log_probs.logsumexp(-1, keepdim=True)
-        log_probs = torch.where(torch.isneginf(log_probs), log_probs, log_probs - mass)
+        given, log_probs = log_probs, _renormalized(log_probs, ratio)
+        if dtype == torch.float32:
+            place = fp64_device(given.device)
+            wide, *temperatures = (
+                x.to(place).double() for x in (given, teacher.source_temperature, options.temperature)
+            )
+            wide_ratio = temperatures[0] / temperatures[1]
+            log_probs_rounding = _rounding(_renormalized(wide, wide_ratio), log_probs)
     else:
         bad["temperature"] = kept & ~((ratio - 1).abs() < 1e-6)
     tail_log_prob = torch.full_like(options.row_scale, -torch.inf)
     if teacher.tail in HAVE_TAIL_MASS:
         names_all = (indices < vocab_size).all(-1) if indices.shape[1] == vocab_size else torch.zeros_like(kept)
-        tail_log_prob, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, names_all)
+        tail_log_prob, tail_rounding, bad["log_probs"] = _tail_and_excess(teacher, log_probs, kept, names_all)
     if teacher.tail != "truncate" and checked:
         bad["repeated"] = repeated
 
@@ -102,7 +114,20 @@ def entries_of(
     row_scale = options.row_scale
     for rows in bad.values():
         row_scale = torch.where(rows, torch.nan, row_scale)
-    return Entries(indices, log_probs.to(dtype), tail_log_prob), row_scale
+    return Entries(indices, log_probs.to(dtype), tail_log_prob, log_probs_rounding, tail_rounding), row_scale
+
+
+def _renormalized(log_probs: Tensor, ratio: Tensor) -> Tensor:
+    """Log-probabilities whose mass is 1, from those of another temperature: `ratio` is that one over the call's."""
+    log_probs = log_probs * ratio[:, None]
+    mass = log_probs.logsumexp(-1, keepdim=True)
+    return torch.where(torch.isneginf(log_probs), log_probs, log_probs - mass)
+
+
+def _rounding(wide: Tensor, rounded: Tensor) -> Tensor:
+    """wide (fp64, perhaps on another device) minus rounded, in the dtype of the latter; 0 for -inf."""
+    rest = (wide - rounded.to(wide.device).double()).to(rounded)
+    return torch.where(torch.isneginf(rounded), 0, rest)
 
 
 def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> tuple[Tensor, Tensor]:
@@ -118,9 +143,11 @@ def _merged(indices: Tensor, log_probs: Tensor, vocab_size: int, add: bool) -> t
     return merged_indices, torch.where(merged_indices < vocab_size, largest + mass.log(), -torch.inf)
 
 
-def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all: Tensor) -> tuple[Tensor, Tensor]:
-    """The tail's log-probability [rows], and the rows whose mass is not 1. `names_all`: the rows that name every
-    class."""
+def _tail_and_excess(
+    teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The tail's log-probability [rows], its rounding, and the rows whose mass is not 1. `names_all`: the rows that
+    name every class."""
     tolerance, dtype, device = _MASS_TOLERANCE[teacher.log_probs.dtype], log_probs.dtype, log_probs.device
     wide, kept, names_all = (x.to(fp64_device(device)) for x in (log_probs, kept, names_all))
     wide = wide.double()
@@ -131,12 +158,16 @@ def _tail_and_excess(teacher: Sparse, log_probs: Tensor, kept: Tensor, names_all
         # A rest within the rounding of the log-probabilities counts as 0. A clamp would hide a NaN, so where() is used.
         units = 2 * torch.finfo(teacher.log_probs.dtype).eps
         rounding = units * torch.where(torch.isneginf(wide), 0, wide.exp() * wide.abs()).sum(-1)
-        tail_log_prob = torch.where((left < rounding) | names_all, 0, left).log().to(dtype)
+        exact = torch.where((left < rounding) | names_all, 0, left).log()
+        tail_log_prob = exact.to(dtype)
         bad = kept & (left < -tolerance)
     else:
-        tail_log_prob = torch.where(kept, teacher.tail_log_prob.to(kept.device).to(dtype), 0)
+        exact = teacher.tail_log_prob.to(kept.device)
+        tail_log_prob = torch.where(kept, exact.to(dtype), 0)
         bad = kept & ((left - tail_log_prob.double().exp()).abs() > tolerance)
-    return tail_log_prob.to(device), bad.to(device)
+    tail_log_prob = tail_log_prob.to(device)
+    is_rounded = dtype == torch.float32 and exact.dtype == torch.float64
+    return tail_log_prob, _rounding(exact, tail_log_prob) if is_rounded else None, bad.to(device)
 
 
 def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, vocab_size: int):
@@ -171,9 +202,16 @@ def _raise_for(bad: dict[str, Tensor], teacher: Sparse, options: RowOptions, voc
         raise ValueError(f"log_probs and tail_log_prob: expected a mass of 1 together; got {mass:.6g} in row {row}")
 
 
-def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor) -> Tensor:
-    """[rows]: the divergence's value minus the row's sum of phi, for a teacher of mass M."""
-    return CATALOGUE[divergence].slack(parameters[0]) * torch.expm1(log_probs.logsumexp(-1))
+def tail_offset(divergence: str, parameters: Tensor, log_probs: Tensor, temperature: Tensor) -> Tensor:
+    """[rows]: the divergence's value minus the row's sum of phi, for a teacher of mass M; 0 in a row whose divergence
+    contains it already (`TopkRows.slack`)."""
+    offset = CATALOGUE[divergence].slack(parameters[0]) * torch.expm1(log_probs.logsumexp(-1))
+    return torch.where(temperature >= CLOSE_TEMPERATURE, 0, offset) if close_below(divergence, offset.dtype) else offset
+
+
+def slack_of(divergence: str, parameters: Tensor) -> Tensor:
+    """The slack of a divergence [1]."""
+    return torch.zeros_like(parameters) + CATALOGUE[divergence].slack(parameters)
 
 
 def with_offset(

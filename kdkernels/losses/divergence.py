@@ -151,7 +151,7 @@ def fused_divergence(
         divergence of stored logits, and one at a temperature of 16 or more, is off by about 3e-6 of itself, and its
         gradient by as much of the row's largest element, before rounding to the student's dtype; docs/architecture.md
         ("Numbers") has the exceptions. Such a row is swept a second time: on a CPU it takes two to four and a half
-        times as long. Rows of a `SparseLogProbs` have the former bound.
+        times as long, against a `SparseLogProbs` twice as long.
         The terms of a steep divergence (`Divergence.is_steep`: alpha outside (0, 1), chi_square) are exponentials of
         the log-ratio: their rounding is relative to the loss, and they overflow in fp32 before they do in fp64.
 

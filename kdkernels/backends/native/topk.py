@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...families.rows import CLOSE_TEMPERATURE, close_below
 from ...families.topk import TopkRows, sorted_entries
 from .launcher import Launcher
 from .rows import empty_statistics
@@ -31,8 +32,13 @@ class TopkKernels(Launcher):
                 "indices": problem.entries.indices,
                 "log_probs": problem.entries.log_probs,
                 "tail_log_prob": problem.entries.tail_log_prob,
+                "log_probs_rounding": problem.entries.log_probs_rounding,
+                "tail_rounding": problem.entries.tail_rounding,
                 "options": problem.options,
                 "parameters": problem.parameters,
+                "close_below": close_below(problem.divergence, row_scale.dtype),
+                "close_temperature": CLOSE_TEMPERATURE,
+                "slack": problem.slack,
                 **results,
             }
             self.launch("topk_rows", student.device, fields)

@@ -45,10 +45,15 @@ def chunked_rows(problem: ChunkedRows):
         teacher = torch.empty(row_scale.shape[0], vocab_size + 1, dtype=dtype, device=device)
         sparse_teachers.fill_uniform(entries, options.temperature.expand_as(row_scale), vocab_size, teacher)
         return rows(Rows(student, teacher.view(*student.shape[:2], vocab_size + 1), options, *loss_terms))
-    problem = TopkRows(student, entries, options, *loss_terms, support_only=sparse.tail == "support")
-    loss, statistics, top1 = topk_rows(problem)
-    if sparse.tail == "truncate":
-        offset = sparse_teachers.tail_offset(problem.divergence, problem.parameters, entries.log_probs)
+    truncated = sparse.tail == "truncate"
+    slack = sparse_teachers.slack_of(problem.divergence, problem.parameters) if truncated else None
+    loss, statistics, top1 = topk_rows(
+        TopkRows(student, entries, options, *loss_terms, sparse.tail == "support", slack)
+    )
+    if truncated:
+        offset = sparse_teachers.tail_offset(
+            problem.divergence, problem.parameters, entries.log_probs, options.temperature
+        )
         loss, statistics = sparse_teachers.with_offset(offset, options, loss, statistics)
     return loss, statistics, top1
 

@@ -16,6 +16,7 @@ from ...families.options import (
     is_transformed,
 )
 from ...families.rows import CLOSE_TEMPERATURE, ROW_STATISTICS, ROW_TOP1, Rows, close_below
+from ...families.topk import TopkRows
 from .table import CLOSE_TABLE, NEAR, TABLE, weighted
 
 
@@ -57,7 +58,9 @@ def rows(problem: Rows):
     terms = TABLE[divergence](lp, lq, p, q, parameters[0])
     close = close_rows(terms.sum(-1), divergence, temperature)
     if close is not None:
-        terms = close_terms(close, terms, problem, (s, t), (lq, lp))
+        exact = log_ratio(s, t, temperature, lp.detach(), lq.detach())
+        whole = [x / x.detach().sum(-1, keepdim=True) for x in (p, q)]
+        terms = close_terms(close, terms, problem, exact, lq - lp, *whole)
     row_divergence = terms.sum(-1)
     index, cross_entropy, loss = label_and_loss(row_divergence, s, options, bad)
     if not statistics:
@@ -115,20 +118,19 @@ def difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return high, (a - (high - of_b)) - (b + of_b)
 
 
-def close_terms(close: Tensor, terms: Tensor, problem: Rows, logits: tuple[Tensor, Tensor], log_probs) -> Tensor:
+def close_terms(
+    close: Tensor, terms: Tensor, problem: Rows | TopkRows, exact: Tensor, far: Tensor, p: Tensor, q: Tensor
+) -> Tensor:
     """`terms` [rows, classes] of the table, with those of the close lines in the classes of close rows that are near.
 
-    `logits` are s and t, `log_probs` lq and lp.
+    `exact` is lq - lp to its last digits, without a derivative; `far` is lq - lp as it is.
     """
-    lq, lp = log_probs
-    far, exact = lq - lp, log_ratio(*logits, problem.options.temperature, lp.detach(), lq.detach())
     value, parameter = CLOSE_TABLE[problem.divergence], problem.parameters[0]
     near = close[:, None] & (exact.abs() < NEAR)
     with torch.no_grad():  # a power of a large |alpha| overflows; the lines for all rows find it in log space
-        near &= torch.isfinite(value(exact, lp.exp(), lq.exp(), parameter))
-    far = torch.where(near, far, 0)
+        near &= torch.isfinite(value(exact, p, q, parameter))
+    far, p, q = (torch.where(near, x, 0) for x in (far, p, q))
     d = far + torch.where(near, exact - far.detach(), 0)  # the exact value, with the derivative of lq - lp
-    p, q = (torch.where(near, x.exp() / x.detach().exp().sum(-1, keepdim=True), 0) for x in (lp, lq))
     return torch.where(near, value(d, p, q, parameter), terms)
 
 

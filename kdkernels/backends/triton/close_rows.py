@@ -33,7 +33,7 @@ from .row import (
     store_gradient,
     store_loss,
 )
-from .table import expm1, log1p
+from .table import close_terms, log1p
 
 
 class Logits(NamedTuple):
@@ -100,14 +100,8 @@ def _terms(
     q = tl.exp(lq)
     ratio = (s - t - (floats.student_max - floats.teacher_max)) + _rest(s, t)
     d = ratio * logits.inverse_temperature - shift  # NaN if a logit is infinite
-    near = tl.abs(d) < 2
-    close_phi = CLOSE_VALUE(d, p, q, parameter)
-    close_psi = CLOSE_SLOPE(d, p, q, parameter)
-    # A power of a large |alpha| overflows; the lines for all rows find it in log space.
-    serves = near & (close_phi < float("inf")) & (tl.abs(close_psi) < float("inf"))
-    phi = tl.where(serves, close_phi, VALUE(lp, lq, p, q, parameter))
-    psi = tl.where(serves, close_psi, SLOPE(lp, lq, p, q, parameter))
-    return s, q, phi, psi, tl.where(near, p * expm1(d), q - p)
+    phi, psi, change = close_terms(d, lp, lq, p, q, parameter, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE)
+    return s, q, phi, psi, change
 
 
 @triton.jit

@@ -93,3 +93,10 @@ def row_strides(x: Tensor) -> tuple[int, int]:
 def stride(per_row: Tensor) -> int:
     """0 for a number that all rows share."""
     return 0 if per_row.numel() == 1 else per_row.stride(0)
+
+
+def starts_of(indices: Tensor, block: int, vocab_size: int) -> Tensor:
+    """The number of entries of each row whose class comes before each tile, and of all entries: [rows, tiles + 1]."""
+    tiles = triton.cdiv(vocab_size, block)
+    bounds = torch.arange(tiles + 1, dtype=torch.int32, device=indices.device).mul_(block).clamp_(max=vocab_size)
+    return torch.searchsorted(indices, bounds.repeat(indices.shape[0], 1), out_int32=True)

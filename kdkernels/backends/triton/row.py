@@ -185,6 +185,17 @@ def add_exponentials(x, maximum, sum_exp, inverse_temperature):
 
 
 @triton.jit
+def log_of_rest(share):
+    """log(1 - share) of a share below 0.4, with all its digits: -2 artanh(share / (2 - share))."""
+    x = share / (2 - share)
+    square = x * x
+    series = square * (1 / 11) + 1 / 9
+    for i in tl.static_range(4):
+        series = series * square + 1 / (7 - 2 * i)
+    return -2 * x * series
+
+
+@triton.jit
 def log_of_sum(maximum, sum_exp):
     """A row that is -inf everywhere has no distribution: NaN, as log_softmax."""
     return tl.where(maximum == -float("inf"), float("nan"), tl.log(sum_exp))

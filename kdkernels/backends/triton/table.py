@@ -379,6 +379,22 @@ def chi_square_close_slope(d, p, q, _):
     return -q * expm1(-2 * d)
 
 
+@triton.jit
+def close_terms(
+    d, lp, lq, p, q, parameter,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, CLOSE_VALUE: tl.constexpr, CLOSE_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """phi, psi and p (exp(d) - 1) of classes of a close row."""
+    near = tl.abs(d) < 2
+    close_phi = CLOSE_VALUE(d, p, q, parameter)
+    close_psi = CLOSE_SLOPE(d, p, q, parameter)
+    # A power of a large |alpha| overflows; the lines for all rows find it in log space.
+    serves = near & (close_phi < float("inf")) & (tl.abs(close_psi) < float("inf"))
+    phi = tl.where(serves, close_phi, VALUE(lp, lq, p, q, parameter))
+    psi = tl.where(serves, close_psi, SLOPE(lp, lq, p, q, parameter))
+    return phi, psi, tl.where(near, p * expm1(d), q - p)
+
+
 # name: (value, slope) of the close lines. A divergence without them has `close_below` 0 in kdkernels/divergences.py.
 CLOSE_TABLE = {
     "kl": (kl_close_value, kl_close_slope),

@@ -10,6 +10,9 @@ The kernel reads a row of logits twice (once without a gradient), and makes no t
 gradient. The entries of a row ascend, so the entries of a tile are a range of them; `starts` has the begin of each
 range. In a tile with n entries each column finds its own entry by bisection: 1 + log2(n) loads that neighbours share. A
 row whose entries are all classes costs log2(BLOCK) loads a column, not BLOCK comparisons.
+
+The kernel leaves a close row (`close_below` in families/rows.py) to a second launch, with CLOSE. That one finds the
+log-sums in fp64 and has the close lines; csrc/divergences.h says why. The programs of all other rows return at once.
 """
 
 from typing import NamedTuple
@@ -19,7 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...families.rows import CLOSE_TEMPERATURE, close_below
 from ...families.topk import TopkRows
+from .close_topk_rows import close_terms_of_entries, wide_sums, without_slack
+from .entries import Row, entry_of, load_entries, load_others
 from .launch import (
     device_of,
     gradient_target,
@@ -27,11 +33,13 @@ from .launch import (
     loss_arguments,
     per_row_empty,
     row_strides,
+    starts_of,
     statistics_empty,
     topk_tile,
     written,
 )
 from .row import (
+    DIVERGENCE,
     Statistics,
     add_exponentials,
     exponentials,
@@ -43,6 +51,7 @@ from .row import (
     has_no_result,
     load_row_options,
     load_tile,
+    log_of_rest,
     log_of_sum,
     log_prob,
     scale_of_gradient,
@@ -52,17 +61,7 @@ from .row import (
     store_statistics,
     value_without_result,
 )
-from .table import TABLE, weighted
-
-
-class _Row(NamedTuple):
-    student: tl.tensor  # pointer to the row's first logit
-    columns: tl.tensor
-    inverse_temperature: tl.tensor
-    indices: tl.tensor  # pointer to the row's first entry, as the next two
-    log_probs: tl.tensor
-    starts: tl.tensor
-    entries: tl.tensor
+from .table import CLOSE_TABLE, TABLE, close_terms, weighted
 
 
 class _Softmax(NamedTuple):
@@ -78,6 +77,7 @@ class _Softmax(NamedTuple):
 class _Normaliser(NamedTuple):
     maximum: tl.tensor
     log_sum: tl.tensor
+    wide_log_sum: tl.tensor  # of a close row: the log-sum in fp64
 
 
 class _Bucket(NamedTuple):
@@ -134,39 +134,10 @@ def _add_classes(softmax, x, index, row, UNIT: tl.constexpr, STATISTICS: tl.cons
 
 
 @triton.jit
-def _load_entries(row, first, LANES: tl.constexpr):
-    """LANES entries of a row: class, logit, log-probability. Lanes past the last entry: `columns`, -inf, -inf."""
-    lane = first + tl.arange(0, LANES)
-    index = tl.load(row.indices + lane, mask=lane < row.entries, other=row.columns)
-    there = index < row.columns
-    s = tl.load(row.student + index, mask=there, other=-float("inf")).to(tl.float32)
-    lp = tl.load(row.log_probs + lane, mask=there, other=-float("inf"))
-    return tl.where(there, index, row.columns), s, lp
-
-
-@triton.jit
-def _entry_of(column, row, first, end):
-    """The entry of each column, or -1, in a tile with the entries from `first` to before `end`, at least one."""
-    place = tl.zeros_like(column) + first
-    count = end - first
-    while count > 1:  # the column's entry, if any, is among `count` entries from `place` on
-        half = count // 2
-        below = tl.load(row.indices + place + (half - 1)) < column
-        place = tl.where(below, place + half, place)
-        count -= half
-    return tl.where(tl.load(row.indices + place) == column, place, -1)
-
-
-@triton.jit
 def _add_others(others, row, UNIT: tl.constexpr, STATISTICS: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the classes that no entry names."""
     for tile in range(tl.cdiv(row.columns, BLOCK)):
-        column = tile * BLOCK + tl.arange(0, BLOCK)
-        s = load_tile(row.student, tile * BLOCK, row.columns, BLOCK)
-        first = tl.load(row.starts + tile)
-        end = tl.load(row.starts + tile + 1)
-        if first < end:
-            s = tl.where(_entry_of(column, row, first, end) >= 0, -float("inf"), s)
+        column, s = load_others(row, tile, BLOCK)
         others = _add_classes(others, s, column, row, UNIT, STATISTICS)
     return others
 
@@ -179,7 +150,7 @@ def _add_entries(
     entries_max = tl.full((), -float("inf"), tl.float32)
     entries_sum = tl.full((), 0, tl.float32)
     for lane in range(0, row.entries, LANES):
-        index, s, _ = _load_entries(row, lane, LANES)
+        index, s, _ = load_entries(row, lane, LANES)
         if ALL_CLASSES:
             student = _add_classes(student, s, index, row, UNIT, STATISTICS)
         entries_max, entries_sum = add_exponentials(s, entries_max, entries_sum, row.inverse_temperature)
@@ -207,7 +178,7 @@ def _entry_sums(
     teacher_first = row.columns
     teacher_label = tail
     for lane in range(0, row.entries, LANES):
-        index, s, lp = _load_entries(row, lane, LANES)
+        index, s, lp = load_entries(row, lane, LANES)
         lq = log_prob(s, softmax.maximum, softmax.log_sum, row.inverse_temperature)
         lq = tl.where(index < row.columns, lq, -float("inf"))
         q = tl.exp(lq)
@@ -228,17 +199,6 @@ def _entry_sums(
 
 
 @triton.jit
-def _log_of_rest(share):
-    """log(1 - share) of a share below 0.4, with all its digits: -2 artanh(share / (2 - share))."""
-    x = share / (2 - share)
-    square = x * x
-    series = square * (1 / 11) + 1 / 9
-    for i in tl.static_range(4):
-        series = series * square + 1 / (7 - 2 * i)
-    return -2 * x * series
-
-
-@triton.jit
 def _bucket_log_prob(row, student_max, student_log_sum, others, entries_max, entries_sum):
     """The log-probability of the bucket, and the log sum of its classes."""
     # Without mass in the bucket no maximum is its base. A row without a softmax has no bucket.
@@ -248,7 +208,7 @@ def _bucket_log_prob(row, student_max, student_log_sum, others, entries_max, ent
     # Near 1 the share of the bucket gets its digits from the share of the entries.
     relative = log_prob(entries_max, student_max, student_log_sum, row.inverse_temperature)
     share = weighted(entries_sum, tl.exp(relative))
-    lq = tl.where(lq > -0.5, _log_of_rest(share), lq)
+    lq = tl.where(lq > -0.5, log_of_rest(share), lq)
     return tl.where(nothing & (student_log_sum == student_log_sum), -float("inf"), lq), others_log_sum
 
 
@@ -267,7 +227,11 @@ def _teacher_lse(sums, tail, WITH_TAIL: tl.constexpr):
 
 
 @triton.jit
-def _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE: tl.constexpr, BLOCK: tl.constexpr):
+def _find_gradient(
+    row, softmax, bucket, psi, terms,
+    VALUE: tl.constexpr, SLOPE: tl.constexpr, CLOSE_VALUE: tl.constexpr, CLOSE_SLOPE: tl.constexpr,
+    CLOSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The gradient of every tile. `bucket` is None if the teacher's support is its entries alone."""
     tiles = tl.cdiv(row.columns, BLOCK)
     for back in range(tiles):
@@ -289,11 +253,16 @@ def _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE: tl.conste
             # (psi - q Psi) (q / q_R) of the bucket. Its q / q_R is a softmax over the classes that no entry names.
             slope = bucket.slope * tl.exp(log_prob(s, bucket.base, bucket.log_sum, row.inverse_temperature))
         if first < end:
-            entry = _entry_of(column, row, first, end)
+            entry = entry_of(column, row, first, end)
             lp = tl.load(row.log_probs + entry, mask=entry >= 0, other=-float("inf"))
             lq = log_prob(s, softmax.maximum, softmax.log_sum, row.inverse_temperature)
             q = tl.exp(lq)
-            of_entry = SLOPE(lp, lq, tl.exp(lp), q, parameter) - q * psi
+            of_entry = SLOPE(lp, lq, tl.exp(lp), q, row.parameter) - q * psi
+            if CLOSE:
+                q, _, close_psi, _ = close_terms_of_entries(
+                    row, s, lp, entry, softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
+                )
+                of_entry = close_psi - q * psi
             slope = tl.where(entry >= 0, of_entry, slope)
         store_gradient(terms, tile * BLOCK, row.columns, slope, s, BLOCK)
 
@@ -305,11 +274,15 @@ def topk_rows_kernel(
     log_probs,  # [rows, entries]
     starts,  # [rows, tiles + 1]: the number of entries whose class comes before each tile
     tail_log_prob,  # [rows]
+    log_probs_rounding,  # [rows, entries] or None: what fp32 does not hold of log_probs
+    tail_rounding,  # [rows] or None: the same of tail_log_prob
     parameters,
+    slack,  # [1] or None: c, if phi has c (p - q) more in rows of CLOSE_TEMPERATURE or a higher one
     loss,  # [rows]
     statistics,  # [11, rows], in the order of ROW_STATISTICS, or None
     top1,  # [2, rows] with statistics
     gradient,  # [rows, gradient_columns], contiguous, or None; it may be `student`
+    close,  # [rows] int32: whether each row is close; None if no row is
     rows,
     inner,  # row r is (r // inner, r % inner) of the logits
     columns,  # classes that count
@@ -323,6 +296,11 @@ def topk_rows_kernel(
     NEEDS_LOSS: tl.constexpr,  # whether the gradient depends on the loss
     VALUE: tl.constexpr,
     SLOPE: tl.constexpr,
+    CLOSE_VALUE: tl.constexpr,
+    CLOSE_SLOPE: tl.constexpr,
+    CLOSE_BELOW: tl.constexpr,  # a row whose divergence is below is close
+    CLOSE_TEMPERATURE: tl.constexpr,  # and so is a row of this temperature or a higher one
+    CLOSE: tl.constexpr,  # whether to work on the close rows, which an earlier launch found
     SUPPORT_ONLY: tl.constexpr,  # no bucket; the student is renormalised over the entries
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,  # entries that are worked on at a time
@@ -332,6 +310,11 @@ def topk_rows_kernel(
         gradient_row = gradient + row_index * gradient_columns
     options = load_row_options(row_index, columns, given, strides)
 
+    if CLOSE:
+        if has_no_result(options):
+            return
+        if tl.load(close + row_index) == 0:
+            return
     if has_no_result(options):  # before any logit is read: a label may be out of bounds
         value = value_without_result(options)
         tl.store(loss + row_index, value)
@@ -342,21 +325,24 @@ def topk_rows_kernel(
         return
 
     HAS_HARD: tl.constexpr = given.hard_weight is not None
-    STATISTICS: tl.constexpr = statistics is not None
+    STATISTICS: tl.constexpr = (statistics is not None) and not CLOSE
     # The softmax at temperature 1 is for the label term or the cross-entropy.
     UNIT: tl.constexpr = HAS_HARD or (STATISTICS and given.labels is not None)
     # With SUPPORT_ONLY the other classes matter only to the label term and the statistics.
     ALL_CLASSES: tl.constexpr = (not SUPPORT_ONLY) or UNIT or STATISTICS
     inverse_temperature = options.inverse_temperature
     parameter = tl.load(parameters)
-    row = _Row(
+    row = Row(
         start_of_row(student, row_index, inner, student_outer_stride, student_inner_stride),
         columns,
         inverse_temperature,
         indices + row_index * entries,
         log_probs + row_index * entries,
+        None if log_probs_rounding is None else log_probs_rounding + row_index * entries,
         starts + row_index * (tl.cdiv(columns, BLOCK) + 1),
         entries,
+        options.temperature,
+        parameter,
     )
     tail = tl.load(tail_log_prob + row_index)
     if given.labels is not None:
@@ -369,9 +355,9 @@ def topk_rows_kernel(
     student_log_sum = log_of_sum(whole.maximum, whole.sum_exp)
     unit_log_sum = log_of_sum(whole.maximum, whole.unit_sum)
     if SUPPORT_ONLY:
-        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum))
+        softmax = _Normaliser(entries_max, log_of_sum(entries_max, entries_sum), 0.0)
     else:
-        softmax = _Normaliser(whole.maximum, student_log_sum)
+        softmax = _Normaliser(whole.maximum, student_log_sum, 0.0)
 
     label = None if given.labels is None else options.label
     sums = _entry_sums(row, softmax, tail, label, parameter, VALUE, SLOPE, STATISTICS, LANES)
@@ -387,11 +373,41 @@ def topk_rows_kernel(
         bucket_slope = SLOPE(tail, lq_bucket, p_bucket, q_bucket, parameter)
         psi += bucket_slope
 
+    if CLOSE:
+        of_others, of_entries = wide_sums(row, softmax.maximum, SUPPORT_ONLY, BLOCK, LANES)
+        wide_log_sum = tl.log(of_others + of_entries)
+        softmax = _Normaliser(softmax.maximum, softmax.log_sum, wide_log_sum)
+        c = tl.full((), 0, tl.float32)
+        if slack is not None:
+            c = tl.where(options.temperature >= CLOSE_TEMPERATURE, tl.load(slack), c)
+        phi = tl.full((), 0, tl.float32)
+        psi = tl.full((), 0, tl.float32)
+        for lane in range(0, entries, LANES):
+            index, s, lp = load_entries(row, lane, LANES)
+            place = tl.where(index < columns, lane + tl.arange(0, LANES), -1)
+            _, phi_of, psi_of, change = close_terms_of_entries(
+                row, s, lp, place, softmax, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE
+            )
+            phi += tl.sum(without_slack(c, phi_of, change), 0)
+            psi += tl.sum(psi_of, 0)
+        if not SUPPORT_ONLY:
+            d = tl.log(of_others / (of_others + of_entries)) - tail
+            if tail_rounding is not None:
+                d -= tl.load(tail_rounding + row_index)
+            phi_of, bucket_slope, change = close_terms(
+                d.to(tl.float32), tail, lq_bucket, p_bucket, q_bucket, parameter,
+                VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE,
+            )  # fmt: skip
+            phi += without_slack(c, phi_of, change)
+            psi += bucket_slope
+
     cross_entropy = tl.full((), 0, tl.float32)
     if UNIT and given.labels is not None:
         cross_entropy = unit_log_sum + (whole.maximum - student_label)
     store_loss(loss, row_index, options, phi, cross_entropy, TEMPERATURE_SQUARED)
 
+    if CLOSE and statistics is not None:
+        tl.store(statistics + rows * DIVERGENCE + row_index, phi)
     if STATISTICS:
         tv = sums.tv
         teacher_entropy = sums.teacher_entropy
@@ -422,6 +438,12 @@ def topk_rows_kernel(
         )
         store_statistics(statistics, top1, row_index, rows, columns, row_statistics)
 
+    if not CLOSE and close is not None:
+        is_close = (phi < CLOSE_BELOW) | (options.temperature >= CLOSE_TEMPERATURE)
+        tl.store(close + row_index, is_close.to(tl.int32))
+        if is_close:
+            return
+
     if gradient is not None:
         scale = options.scale
         if NEEDS_LOSS:
@@ -435,7 +457,7 @@ def topk_rows_kernel(
         # The gradient may overwrite the logits. All threads have loaded the logits of the label and the entries before
         # one thread writes. A tile is loaded before it is written.
         tl.debug_barrier()
-        _find_gradient(row, softmax, bucket, psi, terms, parameter, SLOPE, BLOCK)
+        _find_gradient(row, softmax, bucket, psi, terms, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE, CLOSE, BLOCK)
 
 
 # ---- the operator: ../native.py says what it takes and returns
@@ -445,31 +467,32 @@ def topk_rows(problem: TopkRows, gradient: bool, out: Tensor | None = None):
     """Returns loss [rows], gradient, statistics and top-1 of student logits against entries. `out` as in `rows`."""
     student, vocab_size, statistics = problem.student, problem.vocab_size, problem.statistics
     row_scale = problem.options.row_scale
-    indices, log_probs, tail_log_prob = problem.entries
+    indices, log_probs, tail_log_prob, log_probs_rounding, tail_rounding = problem.entries
     for x in problem.entries:
-        assert x.is_contiguous(), x.stride()
+        assert x is None or x.is_contiguous(), x.stride()
     out = gradient_target(student, gradient, out)
     loss = per_row_empty(student, (), row_scale)
     row_statistics, top1 = statistics_empty(student, row_scale, statistics)
     count, entries = indices.shape
     if count:
         value, slope, _ = TABLE[problem.divergence]
+        bound = close_below(problem.divergence, torch.float32)
+        close_value, close_slope = CLOSE_TABLE.get(problem.divergence, (value, slope))
         block, warps = topk_tile(vocab_size)
         outer_stride, inner_stride = row_strides(student)
+        starts = starts_of(indices, block, vocab_size)
+        close = torch.empty(count, dtype=torch.int32, device=student.device) if bound else None
         with device_of(student), written(out if gradient else None) as target:
-            topk_rows_kernel[(count,)](
-                student, indices, log_probs, _starts(indices, block, vocab_size), tail_log_prob, problem.parameters,
-                loss, row_statistics if statistics else None, top1 if statistics else None, target,
-                count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
-                **loss_arguments(problem.options),
-                VALUE=value, SLOPE=slope, SUPPORT_ONLY=problem.support_only,
-                BLOCK=block, LANES=lanes(entries), num_warps=warps,
-            )  # fmt: skip
+            for CLOSE in (False, True) if bound else (False,):
+                topk_rows_kernel[(count,)](
+                    student, indices, log_probs, starts, tail_log_prob, log_probs_rounding, tail_rounding,
+                    problem.parameters, problem.slack,
+                    loss, row_statistics if statistics else None, top1 if statistics else None, target, close,
+                    count, student.shape[1], vocab_size, student.shape[2], entries, outer_stride, inner_stride,
+                    **loss_arguments(problem.options),
+                    VALUE=value, SLOPE=slope, CLOSE_VALUE=close_value, CLOSE_SLOPE=close_slope,
+                    CLOSE_BELOW=bound, CLOSE_TEMPERATURE=CLOSE_TEMPERATURE if bound else float("inf"),
+                    CLOSE=CLOSE, SUPPORT_ONLY=problem.support_only,
+                    BLOCK=block, LANES=lanes(entries), num_warps=warps,
+                )  # fmt: skip
     return loss, out, row_statistics, top1
-
-
-def _starts(indices: Tensor, block: int, vocab_size: int) -> Tensor:
-    """The number of entries of each row whose class comes before each tile, and of all entries: [rows, tiles + 1]."""
-    tiles = triton.cdiv(vocab_size, block)
-    bounds = torch.arange(tiles + 1, dtype=torch.int32, device=indices.device).mul_(block).clamp_(max=vocab_size)
-    return torch.searchsorted(indices, bounds.repeat(indices.shape[0], 1), out_int32=True)
