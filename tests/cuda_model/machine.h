@@ -74,12 +74,18 @@ constexpr const char* kWaits[] = {"runnable", "at the block barrier", "at the cl
 
 struct Block;
 
+// Times are numbers of events: of barriers, of fences, of starts of clusters.
+using Time = uint32_t;
+
 struct Fiber {
   jmp_buf context;
   char* stack = nullptr;
   bool entered = false;  // its stack holds a loop that runs one thread after the other
   Block* block = nullptr;
   int thread = 0, priority = 0;  // priority 0 is the highest
+  uint32_t number = 0;           // in the launch; 0 is no thread
+  Time fence = 0;                // of the last bulk_fence
+  Time fence_before = 0;         // of the last bulk_fence before the block's last barrier, if `fence` is after it
   dim3 index;
   Wait wait = Wait::nothing;
   Place place;
@@ -96,11 +102,14 @@ struct Lane {
 
 struct Warp {
   uint32_t present = 0, ended = 0, waiting = 0;
+  Time synchronised = 0;  // the last __syncwarp
   Lane lanes[32];
 };
 
 struct BulkBarrier {
   uint32_t phase = 0;
+  const Fiber* initialised_by = nullptr;
+  bool published = false;               // a fence made its initialisation visible to bulk copies
   bool expecting = false;               // the one arrival of this phase has come
   int64_t to_issue = 0, to_arrive = 0;  // bytes
   std::vector<Fiber*> waiting;
@@ -113,6 +122,7 @@ struct Block {
   Fiber* first = nullptr;  // the first of the block's fibers
   int at_barrier = 0, ended = 0;
   Place barrier;
+  Time synchronised = 0;  // the last block barrier
   int votes = 0, vote_result = 0;  // of __syncthreads_count
   bool mapped = false;             // another block mapped its shared memory since the last cluster barrier
   std::vector<Warp> warps;
@@ -181,6 +191,8 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<BulkCopy> copies;
   int ended = 0, at_barrier = 0;
+  Place barrier;
+  Time now = 0, launched = 0, started = 0, synchronised = 0;  // launch, start and last barrier of the cluster
   std::vector<char> shared;  // shared memory of all its blocks
   uint64_t switches = 0;
 };
@@ -305,29 +317,39 @@ inline void wake_block(Block& block, Wait wait) {
     if (block.first[i].wait == wait) wake(block.first + i);
 }
 
+inline void require_same_place(const char* barrier, Place here, Place others) {
+  if (here != others)
+    fail("waits at the " + std::string(barrier) + " of " + here.text() + ", others at that of " + others.text());
+}
+
 // Returns the number of the block's threads whose predicate is not 0.
 inline int block_barrier(int predicate, Place place) {
   Block& block = *machine.current->block;
   require_all_there(block.ended, "block barrier");
   if (block.at_barrier == 0) block.barrier = place;
-  if (place != block.barrier)
-    fail("waits at the block barrier of " + place.text() + ", others at that of " + block.barrier.text());
+  require_same_place("block barrier", place, block.barrier);
   block.votes += predicate != 0;
   if (++block.at_barrier < block_threads()) {
     sleep(Wait::block_barrier, place);
   } else {
     block.vote_result = block.votes;
     block.at_barrier = block.votes = 0;
+    block.synchronised = ++machine.now;
     wake_block(block, Wait::block_barrier);
     reschedule();
   }
   return block.vote_result;
 }
 
+// The instruction is .aligned: all lanes of a warp execute the same one. No kernel needs more than one place at a time,
+// so all threads of the cluster wait at one.
 inline void cluster_barrier(Place place) {
   require_all_there(machine.ended, "cluster barrier");
+  if (machine.at_barrier == 0) machine.barrier = place;
+  require_same_place("cluster barrier", place, machine.barrier);
   if (++machine.at_barrier < machine.threads) return sleep(Wait::cluster_barrier, place);
   machine.at_barrier = 0;
+  machine.synchronised = ++machine.now;
   for (Block& block : machine.blocks) {
     block.mapped = false;
     wake_block(block, Wait::cluster_barrier);
@@ -380,6 +402,7 @@ inline uint64_t exchange(Exchange what, uint32_t mask, uint64_t value, int sourc
   } else {
     exchange_values(warp, mask, what, place);
     warp.waiting &= ~mask;
+    if (what == Exchange::sync) warp.synchronised = ++machine.now;
     for (int i = 0; i < 32; ++i)
       if ((mask >> i & 1) && i != me) wake(self - me + i);
     reschedule();
