@@ -45,8 +45,8 @@ KEPT = ROOT / "build" / "cuda_model"
 COMPILER = os.environ.get("CXX", "g++")
 # -fvisibility=hidden keeps two modules in one process from sharing the state of the model.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
-# Of the watched build's kernels. -fsanitize=thread calls functions of watch.cpp; no library of it is linked. g++ contracts
-# no products at -O1 without -fexpensive-optimizations.
+# -fsanitize=thread makes calls of watch.cpp's functions, and no library of it is linked. -fexpensive-optimizations is
+# what g++ fuses products and sums with at -O1.
 WATCHED_KERNELS = ["-fsanitize=thread", "-fexpensive-optimizations", "-ffp-contract=fast"]
 
 

@@ -48,8 +48,8 @@ FAULTS = {
 }
 
 
-# Faults that the watched build finds under every seed. The plain build finds the first by the places alone; it finds the
-# second part under some seeds, and the others under none.
+# Faults that the watched build finds under every seed. The plain build finds two_cluster_barriers and init_not_fenced
+# too, and those of FAULTS under some seeds; it finds no other.
 UNORDERED = "and no barrier stands between"
 WATCHED_FAULTS = {
     "two_cluster_barriers": (CLUSTER, r"cluster barrier of faults.cu:\d+, others at that of faults.cu:\d+"),
@@ -81,10 +81,10 @@ def is_rotated(out: list[float], group: int) -> bool:
     return out == [float(i - i % group + (i + 1) % group) for i in range(len(out))]
 
 
-def outcomes(faults, fault: str, broken: bool, group: int, message: str | None) -> list[bool]:
+def outcomes(faults, fault: str, broken: bool, group: int, message: str | None, seeds: int = SEEDS) -> list[bool]:
     """For each seed, whether the model finds the fault: a wrong result, or an error with this message."""
     found = []
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         faults.set_seed(seed)
         try:
             found.append(not is_rotated(faults.run(fault, broken), group))
@@ -111,7 +111,7 @@ def test_fault_is_found(faults, fault):
 def test_right_kernels_pass_under_the_watch():
     for fault in FAULTS | WATCHED_FAULTS:
         group = (FAULTS | WATCHED_FAULTS)[fault][0]
-        assert not any(outcomes(emulated.faults(watched=True), fault, False, group, None)), fault
+        assert not any(outcomes(emulated.faults(watched=True), fault, False, group, None, seeds=5)), fault
 
 
 @pytest.mark.parametrize("fault", WATCHED_FAULTS)
