@@ -47,7 +47,10 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
 # -fsanitize=thread makes calls of watch.cpp's functions, and no library of it is linked. -fexpensive-optimizations is
 # what g++ fuses products and sums with at -O1.
-WATCHED_KERNELS = ["-fsanitize=thread", "-fexpensive-optimizations", "-ffp-contract=fast"]
+# -fno-thread-jumps keeps it from making two calls of one.
+WATCHED_KERNELS = [
+    "-DKDK_WATCHED", "-fsanitize=thread", "-fno-thread-jumps", "-fexpensive-optimizations", "-ffp-contract=fast",
+]  # fmt: skip
 
 
 def _missing() -> str | None:
@@ -129,12 +132,10 @@ def _object(source: Path, watched: bool) -> Path:
     import pybind11
 
     flags = list(FLAGS)
-    if watched:
-        flags.append("-DKDK_WATCHED")
-        if source.suffix == ".cu":
-            flags += WATCHED_KERNELS
-            if platform.machine() == "x86_64" and contracts():
-                flags.append("-mfma")
+    if watched and source.suffix == ".cu":
+        flags += WATCHED_KERNELS
+        if platform.machine() == "x86_64" and contracts():
+            flags.append("-mfma")
     includes = [f"-I{folder}" for folder in (MODEL, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # A mutation runs few calls: its compilation takes longer than its run.
     level = "-O0" if KEPT in source.parents else "-O1"

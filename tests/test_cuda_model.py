@@ -53,6 +53,7 @@ FAULTS = {
 UNORDERED = "and no barrier stands between"
 WATCHED_FAULTS = {
     "two_cluster_barriers": (CLUSTER, r"cluster barrier of faults.cu:\d+, others at that of faults.cu:\d+"),
+    "two_calls_of_a_barrier": (BLOCK, r"block barrier of faults.cu:\d+, to which other calls led others"),
     "block_barrier": (BLOCK, UNORDERED),
     "warp_barrier": (WARP, UNORDERED),
     "cluster_barrier": (CLUSTER, UNORDERED),

@@ -82,9 +82,6 @@ FAULTS = [
      "    gradient.slope_sum = finite_or_nan(sums.psi);\n",
      "    cluster_sync(team.blocks);\n"
      "    gradient.slope_sum = finite_or_nan(load((const float*)call.sums + call.rows + row));\n", "rows"),
-    ("two teams work on one row",
-     "row = blockIdx.x / team.blocks; row < call.rows; row += teams",
-     "row = blockIdx.x / team.blocks; row < call.rows; row += 1", "topk_rows"),
     ("no fence hands a sparse teacher's row to the next row's copy",
      "student, names);\n      bulk_fence();\n", "student, names);\n", "topk_rows"),
     ("no fence shows a barrier's initialisation to bulk copies", "      bulk_barrier_init_fence();\n", "", "topk_rows"),
@@ -92,11 +89,14 @@ FAULTS = [
      "if (plan.blocks > 1) cluster_sync(plan.blocks);  // no block",
      "if (plan.blocks > 1) {\n if (threadIdx.x % kWarp) cluster_sync(plan.blocks); else\n cluster_sync(plan.blocks);\n"
      "  }  // no block", "topk_rows"),
-    ("a store of a group rewrites the neighbour's first element",
+    ("lanes of a warp merge in two places", "  sums = team.merged(sums);\n  sums.phi +=",
+     "  if (threadIdx.x % kWarp) sums = team.merged(sums);\n  else sums = team.merged(sums);\n  sums.phi +=", "topk_rows"),
+    ("a block's last store rewrites the next block's first element",
      "    store_group<false>(x + first * bytes_of(dtype), dtype, slice.whole(0), 0, begin, end, values);\n",
      "    store_group<false>(x + first * bytes_of(dtype), dtype, slice.whole(0), 0, begin, end, values);\n"
      "    char* group = x + first * bytes_of(dtype);\n"
-     "    if (first + end < count) store_logit(group, dtype, end, load_logit(group, dtype, end));\n", "linear"),
+     "    if (threadIdx.x + 1 == kThreads && first + end < count)\n"
+     "      store_logit(group, dtype, end, load_logit(group, dtype, end));\n", "linear"),
 ]  # fmt: skip
 
 

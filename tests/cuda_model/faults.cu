@@ -89,6 +89,17 @@ __global__ void two_cluster_barriers(const float* in, float* out, bool broken) {
   cluster_sync(kCluster);
 }
 
+// The same, where both barriers have one line.
+__device__ inline void wait_for_block() { __syncthreads(); }
+__global__ void two_calls_of_a_barrier(const float* in, float* out, bool broken) {
+  shared_floats()[thread()] = load(in + element());
+  if (!broken || thread() % 32)
+    wait_for_block();
+  else
+    wait_for_block();
+  store(out + element(), shared_floats()[next_thread()]);
+}
+
 // Half of a warp waits in an exchange for the other half, which waits at a barrier.
 __global__ void deadlock(const float* in, float* out, bool broken) {
   shared_floats()[thread()] = load(in + element());
@@ -342,6 +353,7 @@ const std::map<std::string, void (*)(const float*, float*, bool)> kernels = {
     KDK_FAULT(shuffle_outside_mask), KDK_FAULT(shuffle_without_a_lane), KDK_FAULT(shuffle_by_kind),
     KDK_FAULT(slot_reused), KDK_FAULT(unwritten), KDK_FAULT(shared_overrun), KDK_FAULT(read_past_the_end),
     KDK_FAULT(write_to_input), KDK_FAULT(misaligned), KDK_FAULT(two_cluster_barriers),
+    KDK_FAULT(two_calls_of_a_barrier),
     KDK_FAULT(shuffle_for_a_barrier), KDK_FAULT(block_through_global), KDK_FAULT(cluster_through_global),
     KDK_FAULT(neighbour_rewritten), KDK_FAULT(neighbour_read), KDK_FAULT(written_twice)};
 const std::map<std::string, BulkFault> bulk_faults = {

@@ -56,12 +56,13 @@ struct Launch {
 
 // ---- threads, warps, blocks
 
-// A place in the source at which a thread waits.
+// A place in the source at which a thread waits. `calls` is a hash of the calls that led there, if the build is watched.
 struct Place {
   const char* file;
   int line;
+  uint64_t calls = 0;
   Place(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
-  bool operator!=(const Place& other) const { return line != other.line || strcmp(file, other.file) != 0; }
+  bool same_line(const Place& other) const { return line == other.line && strcmp(file, other.file) == 0; }
   std::string text() const {
     const char* slash = strrchr(file, '/');
     return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
@@ -89,6 +90,9 @@ struct Fiber {
   dim3 index;
   Wait wait = Wait::nothing;
   Place place;
+  // Where each function that runs was called, if the build is watched. It is no vector, whose functions are calls too.
+  uintptr_t calls[64];
+  int depth = 0;
 };
 
 enum class Exchange { sync, indexed, up, down, butterfly, vote };
@@ -247,6 +251,7 @@ inline Fiber* choose() {
 [[noreturn]] inline void enter(Fiber* fiber) {
   machine.current = fiber;
   if (fiber->entered) _longjmp(fiber->context, 1);
+  fiber->depth = 0;
   constexpr size_t guard = 4 << 10, usable = 32 << 10;  // an overflow of the stack ends the process
   if (!fiber->stack) {
     void* memory = mmap(nullptr, guard + usable, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -273,7 +278,9 @@ inline __attribute__((noinline)) void reschedule() {
   Fiber* next = choose();
   if (next == self) return;
   ++machine.switches;
+  const int depth = self->depth;
   if (_setjmp(self->context) == 0) enter(next);
+  self->depth = depth;  // enter() did not return
 }
 
 inline void sleep(Wait wait, Place place) {
@@ -317,17 +324,23 @@ inline void wake_block(Block& block, Wait wait) {
     if (block.first[i].wait == wait) wake(block.first + i);
 }
 
-inline void require_same_place(const char* barrier, Place here, Place others) {
-  if (here != others)
-    fail("waits at the " + std::string(barrier) + " of " + here.text() + ", others at that of " + others.text());
+// The barriers are .aligned instructions: all lanes of a warp execute the same one. No kernel has its warps or blocks wait
+// at several, so the first thread at a barrier decides where all threads wait.
+inline void require_one_place(const char* barrier, bool is_first, Place here, Place& all) {
+  const Fiber& self = *machine.current;
+  for (int i = 0; i < self.depth && i < (int)std::size(self.calls); ++i)
+    here.calls = scrambled(here.calls ^ self.calls[i]);
+  if (is_first) all = here;
+  auto at = [&] { return "waits at the " + std::string(barrier) + " of " + here.text(); };
+  if (!here.same_line(all)) fail(at() + ", others at that of " + all.text());
+  if (here.calls != all.calls) fail(at() + ", to which other calls led others");
 }
 
 // Returns the number of the block's threads whose predicate is not 0.
 inline int block_barrier(int predicate, Place place) {
   Block& block = *machine.current->block;
   require_all_there(block.ended, "block barrier");
-  if (block.at_barrier == 0) block.barrier = place;
-  require_same_place("block barrier", place, block.barrier);
+  require_one_place("block barrier", block.at_barrier == 0, place, block.barrier);
   block.votes += predicate != 0;
   if (++block.at_barrier < block_threads()) {
     sleep(Wait::block_barrier, place);
@@ -341,12 +354,9 @@ inline int block_barrier(int predicate, Place place) {
   return block.vote_result;
 }
 
-// The instruction is .aligned: all lanes of a warp execute the same one. No kernel needs more than one place at a time,
-// so all threads of the cluster wait at one.
 inline void cluster_barrier(Place place) {
   require_all_there(machine.ended, "cluster barrier");
-  if (machine.at_barrier == 0) machine.barrier = place;
-  require_same_place("cluster barrier", place, machine.barrier);
+  require_one_place("cluster barrier", machine.at_barrier == 0, place, machine.barrier);
   if (++machine.at_barrier < machine.threads) return sleep(Wait::cluster_barrier, place);
   machine.at_barrier = 0;
   machine.synchronised = ++machine.now;

@@ -1,4 +1,5 @@
 // The functions of the watch (watch.h), and those that the compiler calls before each read and each write.
+#define KDK_WATCHED
 #include <memory>
 #include <unordered_map>
 
@@ -229,7 +230,14 @@ int __tsan_atomic32_fetch_add(volatile int* address, int x, int) {
 }
 char __tsan_atomic8_load(const volatile char* address, int) { return *address; }  // of the host
 void __tsan_vptr_update(void**, void*) {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
+void __tsan_func_entry(void* call) {
+  kdk::model::Fiber* self = kdk::model::machine.current;
+  if (!self) return;
+  if ((size_t)self->depth < std::size(self->calls)) self->calls[self->depth] = (uintptr_t)call;
+  ++self->depth;
+}
+void __tsan_func_exit() {
+  if (kdk::model::Fiber* self = kdk::model::machine.current) --self->depth;
+}
 void __tsan_init() {}
 }

@@ -2,9 +2,13 @@
 // a fence stands between one touch and the next. The order in which the threads happened to run does not matter, so a
 // missing barrier is an error under every seed. watch.cpp has the functions.
 //
-// Only a watched build (emulated.py) has a watch. There the compiler calls a function before each read and each write
-// (-fsanitize=thread, with functions of watch.cpp in place of the library's), because kernels touch shared memory by
-// plain pointers. A touch takes tens of nanoseconds.
+// Only a watched build (emulated.py) has a watch. There the kernels call a function before each read and each write, and
+// at the begin and the end of each function (-fsanitize=thread, with functions of watch.cpp in place of the library's),
+// because kernels touch shared memory by plain pointers. A touch takes tens of nanoseconds.
+//
+// ---- Barriers
+//
+// All threads come to a barrier by the same calls: a merge that lanes of one warp call in two places has two barriers.
 //
 // ---- Shared memory
 //
