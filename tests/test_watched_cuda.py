@@ -90,7 +90,8 @@ FAULTS = [
      "if (plan.blocks > 1) {\n if (threadIdx.x % kWarp) cluster_sync(plan.blocks); else\n cluster_sync(plan.blocks);\n"
      "  }  // no block", "topk_rows"),
     ("lanes of a warp merge in two places", "  sums = team.merged(sums);\n  sums.phi +=",
-     "  if (threadIdx.x % kWarp) sums = team.merged(sums);\n  else sums = team.merged(sums);\n  sums.phi +=", "topk_rows"),
+     "  if (threadIdx.x % kWarp) sums = team.merged(sums);\n  else sums = team.merged(sums);\n  sums.phi +=",
+     "topk_rows"),
     ("a block's last store rewrites the next block's first element",
      "    store_group<false>(x + first * bytes_of(dtype), dtype, slice.whole(0), 0, begin, end, values);\n",
      "    store_group<false>(x + first * bytes_of(dtype), dtype, slice.whole(0), 0, begin, end, values);\n"
