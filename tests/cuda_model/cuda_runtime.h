@@ -13,9 +13,9 @@
 //   - exp2_approx, log2_approx and reciprocal_approx are as wrong as the instructions may be.
 //   - Devices may have any size, and any call of the runtime can be made to fail.
 //
-// A watched build (watch.h) finds more, under every seed: accesses that no barrier orders, bytes that two clusters share
-// (clusters run one after the other), reads of global memory that need not see what another thread wrote, and bulk
-// copies over bytes that no fence hands to them. Its host compiler fuses products and sums, as a GPU's compiler does.
+// A watched build (watch.h) finds more, under every seed: accesses that no barrier orders, bytes that two clusters
+// share (clusters run one after the other), reads of global memory that need not see what another thread wrote, and
+// bulk copies over bytes that no fence hands to them. Its host compiler fuses products and sums, as a GPU's does.
 //
 // The model does not find: other reordering by a GPU's compiler and memory system, such as a load that is still under
 // way at a cluster barrier; errors that depend on registers or on the host's asynchrony.

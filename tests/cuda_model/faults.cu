@@ -215,7 +215,8 @@ __global__ void cluster_through_global(const float* in, float* out, bool broken)
 
 __device__ inline bool ends_a_cluster() { return (element() + 1) % (kCluster * kThreads) == 0; }
 
-// The last thread of a cluster rewrites the neighbour's first element, as the store of a shared group of 16 bytes would.
+// The last thread of a cluster rewrites the neighbour's first element, as the store of a group of 16 bytes would that
+// both share.
 __global__ void neighbour_rewritten(const float* in, float* out, bool broken) {
   const float next = load(in + element() - thread() + next_lane());
   store(out + element(), next);

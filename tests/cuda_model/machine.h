@@ -56,7 +56,7 @@ struct Launch {
 
 // ---- threads, warps, blocks
 
-// A place in the source at which a thread waits. `calls` is a hash of the calls that led there, if the build is watched.
+// A place in the source at which a thread waits. In a watched build `calls` is a hash of the calls that led there.
 struct Place {
   const char* file;
   int line;
@@ -324,8 +324,8 @@ inline void wake_block(Block& block, Wait wait) {
     if (block.first[i].wait == wait) wake(block.first + i);
 }
 
-// The barriers are .aligned instructions: all lanes of a warp execute the same one. No kernel has its warps or blocks wait
-// at several, so the first thread at a barrier decides where all threads wait.
+// The barriers are .aligned instructions: all lanes of a warp execute the same one. No kernel has its warps or blocks
+// wait at several, so the first thread at a barrier decides where all threads wait.
 inline void require_one_place(const char* barrier, bool is_first, Place here, Place& all) {
   const Fiber& self = *machine.current;
   for (int i = 0; i < self.depth && i < (int)std::size(self.calls); ++i)

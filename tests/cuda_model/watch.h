@@ -1,10 +1,10 @@
-// The watch of the CUDA model (cuda_runtime.h): for each byte, the threads that touched it last, and whether a barrier or
-// a fence stands between one touch and the next. The order in which the threads happened to run does not matter, so a
-// missing barrier is an error under every seed. watch.cpp has the functions.
+// The watch of the CUDA model (cuda_runtime.h): for each byte, the threads that touched it last, and whether a barrier
+// or a fence stands between one touch and the next. The order in which the threads happened to run does not matter, so
+// a missing barrier is an error under every seed. watch.cpp has the functions.
 //
-// Only a watched build (emulated.py) has a watch. There the kernels call a function before each read and each write, and
-// at the begin and the end of each function (-fsanitize=thread, with functions of watch.cpp in place of the library's),
-// because kernels touch shared memory by plain pointers. A touch takes tens of nanoseconds.
+// Only a watched build (emulated.py) has a watch. There the kernels call a function before each read and each write,
+// and at the begin and the end of each function (-fsanitize=thread, with functions of watch.cpp in place of the
+// library's), because kernels touch shared memory by plain pointers. A touch takes tens of nanoseconds.
 //
 // ---- Barriers
 //
@@ -15,8 +15,8 @@
 // Two threads touch a byte, and one of them writes: a barrier must stand between. Threads of a block meet at block
 // barriers, lanes of a warp at __syncwarp too, threads of a cluster at cluster barriers. A shuffle orders nothing.
 //
-// A bulk copy overwrites a byte: each thread that touched the byte must have called bulk_fence since, and a barrier must
-// stand between that call and the copy.
+// A bulk copy overwrites a byte: each thread that touched the byte must have called bulk_fence since, and a barrier
+// must stand between that call and the copy. If several lanes of a warp read the byte, the watch remembers two.
 //
 // ---- Global memory, within a launch
 //
