@@ -4,6 +4,7 @@ The chips are small: a few hundred classes already need a cluster or exceed the 
 exceed the blocks that the chip runs at once.
 """
 
+import contextlib
 import functools
 
 import emulated
@@ -36,14 +37,28 @@ CHIPS = {
 }
 
 
+_watched = False
+
+
+@contextlib.contextmanager
+def watched():
+    """The chips run the watched build of the kernels (emulated.py) meanwhile."""
+    global _watched
+    _watched = True
+    try:
+        yield
+    finally:
+        _watched = False
+
+
 @functools.cache
-def device_of(name: str) -> int:
-    return emulated.cuda_model().configure_device(**CHIPS[name]) if name != "h100" else 0
+def device_of(name: str, watched: bool = False) -> int:
+    return emulated.cuda_model(watched).configure_device(**CHIPS[name]) if name != "h100" else 0
 
 
 def on(name: str, seed: int = 0):
     """Makes the backend "cuda" serve CPU tensors on the chip `name`; the seed determines the order of the threads."""
-    return emulated.serving(device=device_of(name), seed=seed)
+    return emulated.serving(emulated.cuda_model(_watched), device_of(name, _watched), seed)
 
 
 def on_any(seed: int):

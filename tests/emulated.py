@@ -5,6 +5,9 @@ The resulting module replaces the CUDA functions of the compiled module:
     with emulated.serving(seed=3):
         kdkernels.fused_kl(student, teacher, backend="cuda")  # CPU tensors
 
+The model has two builds. The plain one runs most tests. The watched one sees each access to memory (cuda_model/watch.h)
+and contracts products and sums to fused multiply-adds, as a GPU's compiler does; it takes several times as long.
+
 build/cuda_model caches the compiled files, keyed by a hash of all their inputs.
 """
 
@@ -14,6 +17,7 @@ import hashlib
 import importlib.util
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -35,11 +39,18 @@ CSRC = ROOT / "csrc"
 MODEL = Path(__file__).parent / "cuda_model"
 BINDINGS = MODEL / "module.cpp"
 ABSENT = MODEL / "absent.cpp"
+WATCH = MODEL / "watch.cpp"
 KEPT = ROOT / "build" / "cuda_model"
 
 COMPILER = os.environ.get("CXX", "g++")
 # -fvisibility=hidden keeps two modules in one process from sharing the state of the model.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
+# -fsanitize=thread makes calls of watch.cpp's functions, and no library of it is linked. -fexpensive-optimizations is
+# what g++ fuses products and sums with at -O1.
+# -fno-thread-jumps keeps it from making two calls of one.
+WATCHED_KERNELS = [
+    "-DKDK_WATCHED", "-fsanitize=thread", "-fno-thread-jumps", "-fexpensive-optimizations", "-ffp-contract=fast",
+]  # fmt: skip
 
 
 def _missing() -> str | None:
@@ -53,20 +64,25 @@ def _missing() -> str | None:
 missing_because = _missing()
 
 
+def contracts() -> bool:
+    """Whether the processor has fused multiply-adds, so that the watched build may use them."""
+    return platform.machine() != "x86_64" or " fma " in Path("/proc/cpuinfo").read_text()
+
+
 @functools.cache
-def cuda_model() -> ModuleType:
+def cuda_model(watched: bool = False) -> ModuleType:
     """The kernels of csrc/cuda with the controls of the model: cuda_model/module.cpp, cuda_model/control.h."""
-    return _module("cuda_model", *sorted((CSRC / "cuda").glob("*.cu")), BINDINGS)
+    return _module("cuda_model", *sorted((CSRC / "cuda").glob("*.cu")), BINDINGS, watched=watched)
 
 
 @functools.cache
-def faults() -> ModuleType:
+def faults(watched: bool = False) -> ModuleType:
     """Kernels with switchable faults: cuda_model/faults.cu."""
-    return _module("faults", MODEL / "faults.cu")
+    return _module("faults", MODEL / "faults.cu", watched=watched)
 
 
-def mutated(old: str, new: str, *families: str) -> ModuleType:
-    """`cuda_model` with `new` in place of `old`, and with the kernels of these families alone.
+def mutated(old: str, new: str, *families: str, watched: bool = False) -> ModuleType:
+    """`cuda_model(watched)` with `new` in place of `old`, and with the kernels of these families alone.
 
     The files of csrc/cuda must contain `old` exactly once.
     """
@@ -86,7 +102,7 @@ def mutated(old: str, new: str, *families: str) -> ModuleType:
     sources = [CSRC / "cuda" / f"{name}.cu" for name in (*families, "refusal")]
     # A source that does not include the changed file is compiled from its original path, so that the cache serves it.
     sources = [copy / path.relative_to(CSRC) if original in _included(path) else path for path in sources]
-    return _module("cuda_model", *sources, ABSENT, BINDINGS)
+    return _module("cuda_model", *sources, ABSENT, BINDINGS, watched=watched)
 
 
 @functools.cache
@@ -97,9 +113,11 @@ def _included(path: Path) -> set[Path]:
     return {path}.union(*(_included(other) for other in found))
 
 
-def _module(name: str, *sources: Path) -> ModuleType:
+def _module(name: str, *sources: Path, watched: bool) -> ModuleType:
+    if watched:
+        sources = WATCH, *sources  # first, so that the linker takes inline functions that are not watched themselves
     with ThreadPoolExecutor() as pool:
-        objects = list(pool.map(_object, sources))
+        objects = list(pool.map(functools.partial(_object, watched=watched), sources))
     key = _hash(name, *(object.name for object in objects))
     path = KEPT / key / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     _make(path, [COMPILER, "-shared", *map(str, objects)])
@@ -110,13 +128,18 @@ def _module(name: str, *sources: Path) -> ModuleType:
     return module
 
 
-def _object(source: Path) -> Path:
+def _object(source: Path, watched: bool) -> Path:
     import pybind11
 
+    flags = list(FLAGS)
+    if watched and source.suffix == ".cu":
+        flags += WATCHED_KERNELS
+        if platform.machine() == "x86_64" and contracts():
+            flags.append("-mfma")
     includes = [f"-I{folder}" for folder in (MODEL, pybind11.get_include(), sysconfig.get_paths()["include"])]
     # A mutation runs few calls: its compilation takes longer than its run.
     level = "-O0" if KEPT in source.parents else "-O1"
-    options = [level, *FLAGS, *includes]
+    options = [level, *flags, *includes]
     command = [COMPILER, *options, *_precompiled(options, source), "-c", str(source)]
     headers = [path for folder in (CSRC, MODEL) for path in sorted(folder.rglob("*.h"))]
     texts = [path.read_text() for path in [source, *headers]]

@@ -228,7 +228,7 @@ FAULTS = [
      "bulk_barrier_wait(&board.arrived, parity);", "bulk_barrier_wait(&board.arrived, parity ^ 1);"),
     ("the phase of a bulk copy is not counted", "      parity ^= 1;\n", ""),
     ("a barrier for bulk copies is used before it is initialised",
-     "bulk_barrier_init(&board.arrived);\n    __syncthreads();", "bulk_barrier_init(&board.arrived);"),
+     "bulk_barrier_init_fence();\n    }\n    __syncthreads();", "bulk_barrier_init_fence();\n    }"),
     ("fewer bytes are copied than expected",
      "in_bulk, &board.arrived);", "in_bulk - 16, &board.arrived);"),
     ("the column after the last is read",

@@ -95,13 +95,17 @@ inline __device__ void cluster_sync(int blocks) {
 
 inline __device__ uint32_t shared_address(const void* shared) { return (uint32_t)__cvta_generic_to_shared(shared); }
 
-// One thread calls this. The block's threads may use the barrier after the next __syncthreads, and the threads of its
-// cluster after the next cluster_sync.
+// One thread calls this, and then bulk_barrier_init_fence. The block's threads may use the barrier after the next
+// __syncthreads, and the threads of its cluster after the next cluster_sync.
 inline __device__ void bulk_barrier_init(uint64_t* barrier) {
 #if defined(KDK_HOPPER)
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;"
-               :: "r"(shared_address(barrier))
-               : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
+#endif
+}
+// Orders the barriers that this thread initialised before bulk copies that use them.
+inline __device__ void bulk_barrier_init_fence() {
+#if defined(KDK_HOPPER)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 // Begins a phase of the barrier, for this many bytes. The thread that copies the bytes calls this before it copies.

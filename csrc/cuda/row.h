@@ -153,7 +153,10 @@ struct Staging {
         student(board.data()),
         teacher(student + plan.slice * bytes_of(student_dtype)),
         parity(0) {
-    if (threadIdx.x == 0) bulk_barrier_init(&board.arrived);
+    if (threadIdx.x == 0) {
+      bulk_barrier_init(&board.arrived);
+      bulk_barrier_init_fence();
+    }
     __syncthreads();
   }
 

@@ -103,6 +103,7 @@ struct Team {
     if (threadIdx.x == 0) {
       board.merges = 0;
       for (uint64_t& barrier : board.met) bulk_barrier_init(&barrier);
+      bulk_barrier_init_fence();
     }
     cluster_sync(blocks);
   }

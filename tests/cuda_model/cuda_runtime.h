@@ -13,11 +13,15 @@
 //   - exp2_approx, log2_approx and reciprocal_approx are as wrong as the instructions may be.
 //   - Devices may have any size, and any call of the runtime can be made to fail.
 //
-// The model does not find: races between accesses without a wait between them; races between clusters, which run one
-// after the other; reordering by a GPU's compiler and memory system (the model has no fences); errors that depend on
-// registers; and errors of fused multiply-adds, which a GPU's compiler generates and a host compiler here does not.
+// A watched build (watch.h) finds more, under every seed: accesses that no barrier orders, bytes that two clusters
+// share (clusters run one after the other), reads of global memory that need not see what another thread wrote, and
+// bulk copies over bytes that no fence hands to them. Its host compiler fuses products and sums, as a GPU's does.
 //
-// machine.h, memory.h and grid.h are the machine, runtime.h has the host's functions, and this header the kernel's.
+// The model does not find: other reordering by a GPU's compiler and memory system, such as a load that is still under
+// way at a cluster barrier; errors that depend on registers or on the host's asynchrony.
+//
+// machine.h, watch.h, memory.h and grid.h are the machine, runtime.h has the host's functions, and this header the
+// kernel's.
 #pragma once
 #define KDK_CUDA_DEVICE_H  // csrc/cuda/device.h: this header has the twins of its functions
 
@@ -140,18 +144,21 @@ inline uint32_t shared_address(const void* shared) { return (uint32_t)((const ch
 template <class T> T load(const T* from) {
   static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0, "1, 2, 4, 8 or 16 bytes");
   model::check_global(from, sizeof(T), sizeof(T), false);
-  return *from;
+  T value = *from;
+  if constexpr (model::kWatched) model::watch_load(from, &value, sizeof(T));
+  return value;
 }
 template <class T> void store(T* to, T value) {
   static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0, "1, 2, 4, 8 or 16 bytes");
   model::check_global(to, sizeof(T), sizeof(T), true);
+  if constexpr (model::kWatched) model::watch_store(to, sizeof(T));
   *to = value;
 }
 template <class T> void store_streaming(T* to, T value) { store(to, value); }
 
 inline int add_shared(int* sum, int x) {
   model::shared_offset(sum, sizeof(int), sizeof(int), "adds to what");
-  return std::exchange(*sum, *sum + x);
+  return __atomic_fetch_add(sum, x, __ATOMIC_RELAXED);
 }
 
 // A number in [-1, 1] that depends on x alone.
@@ -212,21 +219,17 @@ inline void cluster_sync(int blocks, model::Place place = {}) {
   else
     model::block_barrier(0, place);
 }
-template <class T> const T* map_shared_rank(const T* mine, int rank) {
-  const size_t offset = model::shared_offset(mine, sizeof(T), 1, "maps to another block what");
-  if (rank < 0 || rank >= model::machine.cluster) model::fail("maps shared memory of block " + std::to_string(rank));
-  model::Block& block = model::machine.blocks[rank];
-  if (block.ended == model::block_threads()) model::fail("maps shared memory of a block that has ended");
-  if (&block != model::machine.current->block) block.mapped = true;
-  return (const T*)(block.shared + offset);
-}
 
 inline void bulk_barrier_init(uint64_t* barrier) {
   model::Block& block = *model::machine.current->block;
   if (model::find_bulk_barrier(barrier, block)) model::fail("initialises a bulk barrier twice");
   auto& known = block.bulk_barriers;
   *barrier = model::kBulkBarrier + known.size();
-  known.emplace_back();
+  known.emplace_back().initialised_by = model::machine.current;
+}
+inline void bulk_barrier_init_fence() {
+  for (model::BulkBarrier& barrier : model::machine.current->block->bulk_barriers)
+    barrier.published |= barrier.initialised_by == model::machine.current;
 }
 inline void bulk_barrier_expect(uint64_t* barrier, uint32_t bytes) {
   model::BulkBarrier& it = model::bulk_barrier(barrier);
@@ -249,8 +252,10 @@ inline void bulk_copy(void* shared, const void* global, uint32_t bytes, uint64_t
   model::shared_offset(shared, bytes, 16, "the destination of a bulk copy");
   if (bytes == 0 || bytes % 16) model::fail("copies " + std::to_string(bytes) + " bytes, which is no multiple of 16");
   model::check_global(global, bytes, 16, false);
+  if (!it.published) model::fail("copies to a bulk barrier that no bulk_barrier_init_fence followed");
   if (bytes > it.to_issue) model::fail("copies more bytes than the bulk barrier expects");
   it.to_issue -= bytes;
+  if constexpr (model::kWatched) model::watch_copy(shared, global, bytes);
   memset(shared, 0xff, bytes);
   model::machine.copies.push_back({model::machine.current->block, (char*)shared, (const char*)global, bytes, &it, {}});
 }
@@ -259,12 +264,19 @@ inline void store_to_block(int rank, void* to, uint4 value, uint64_t* barrier) {
   const size_t offset = model::shared_offset(to, 16, 16, "the destination of a store to another block");
   model::Block& block = model::machine.blocks[rank];
   if (block.ended) model::fail("stores to the shared memory of a block that has ended");
-  model::BulkCopy copy = {&block, block.shared + offset, nullptr, 16, &model::bulk_barrier(barrier, block), {}};
+  model::BulkBarrier& it = model::bulk_barrier(barrier, block);
+  if (!it.published) model::fail("stores to a bulk barrier that no bulk_barrier_init_fence followed");
+  model::BulkCopy copy = {&block, block.shared + offset, nullptr, 16, &it, {}};
   memcpy(copy.value, &value, 16);
+  if constexpr (model::kWatched) model::watch_store_to_block(copy.to, 16);
   memset(copy.to, 0xff, 16);
   model::machine.copies.push_back(copy);
 }
-inline void bulk_fence() {}
+inline void bulk_fence() {
+  model::Fiber& self = *model::machine.current;
+  if (self.fence < model::last_barrier(*self.block)) self.fence_before = self.fence;
+  self.fence = ++model::machine.now;
+}
 inline void bulk_prefetch(const void* global, uint32_t bytes) {
   if (bytes == 0 || bytes % 16)
     model::fail("prefetches " + std::to_string(bytes) + " bytes, which is no multiple of 16");

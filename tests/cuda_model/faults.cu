@@ -7,6 +7,8 @@
 
 #include <pybind11/stl.h>
 
+#include <set>
+
 #include "../../csrc/cuda/device.h"
 
 namespace kdk::cuda {
@@ -34,33 +36,42 @@ __global__ void warp_barrier(const float* in, float* out, bool broken) {
   store(out + element(), shared_floats()[next_lane()]);
 }
 
-// The last thread of each block takes the first element of the next block.
-__device__ inline float next_of_cluster(const float* shared) {
-  const int rank = (blockIdx.x + (next_thread() == 0)) % kCluster;
-  return *map_shared_rank(shared + next_thread(), rank);
+// What arrives from the next block of the cluster, behind the block's elements.
+struct Arriving {
+  uint4 value;
+  uint64_t barrier;
+};
+__device__ inline Arriving& arriving() { return *(Arriving*)(shared_floats() + kThreads); }
+
+// The next element of the cluster. Each block sends its first element to the block before it. start() is to wait until
+// the barriers of all blocks are initialised.
+template <class Start> __device__ inline float next_of_cluster(float mine, Start start, bool waits) {
+  shared_floats()[thread()] = mine;
+  if (thread() == 0) {
+    bulk_barrier_init(&arriving().barrier);
+    bulk_barrier_init_fence();
+  }
+  start();
+  if (thread() == 0) {
+    bulk_barrier_expect(&arriving().barrier, 16);
+    const uint4 value = {__float_as_uint(mine), 0, 0, 0};
+    store_to_block((blockIdx.x + kCluster - 1) % kCluster, &arriving().value, value, &arriving().barrier);
+  }
+  __syncthreads();
+  if (thread() + 1 < kThreads) return shared_floats()[next_thread()];
+  if (waits) bulk_barrier_wait(&arriving().barrier, 0);
+  return __uint_as_float(arriving().value.x);
 }
+__device__ inline void start_cluster() { cluster_sync(kCluster); }
+
 __global__ void cluster_barrier(const float* in, float* out, bool broken) {
-  shared_floats()[thread()] = load(in + element());
-  broken ? __syncthreads() : cluster_sync(kCluster);
-  store(out + element(), next_of_cluster(shared_floats()));
-  cluster_sync(kCluster);
+  const float x = load(in + element());
+  store(out + element(), next_of_cluster(x, [&] { broken ? __syncthreads() : start_cluster(); }, true));
 }
 
-__global__ void block_leaves_early(const float* in, float* out, bool broken) {
-  shared_floats()[thread()] = load(in + element());
-  cluster_sync(kCluster);
-  store(out + element(), next_of_cluster(shared_floats()));
-  if (!broken) cluster_sync(kCluster);
-}
-
-// block_leaves_early, with the address taken before the barrier.
-__global__ void block_leaves_early_unseen(const float* in, float* out, bool broken) {
-  shared_floats()[thread()] = load(in + element());
-  const int rank = (blockIdx.x + (next_thread() == 0)) % kCluster;
-  const float* theirs = map_shared_rank(shared_floats() + next_thread(), rank);
-  cluster_sync(kCluster);
-  store(out + element(), *theirs);
-  if (!broken) cluster_sync(kCluster);
+// A block that does not wait may also end before the value arrives.
+__global__ void arrival_not_awaited(const float* in, float* out, bool broken) {
+  store(out + element(), next_of_cluster(load(in + element()), start_cluster, !broken));
 }
 
 __global__ void divergent_barrier(const float* in, float* out, bool broken) {
@@ -78,6 +89,28 @@ __global__ void two_barriers(const float* in, float* out, bool broken) {
   store(out + element(), shared_floats()[next_thread()]);
 }
 
+// The first lane of each warp waits at a barrier of its own.
+__global__ void two_cluster_barriers(const float* in, float* out, bool broken) {
+  auto start = [&] {
+    if (!broken || thread() % 32)
+      cluster_sync(kCluster);
+    else
+      cluster_sync(kCluster);
+  };
+  store(out + element(), next_of_cluster(load(in + element()), start, true));
+}
+
+// The same, where both barriers have one line.
+__device__ inline void wait_for_block() { __syncthreads(); }
+__global__ void two_calls_of_a_barrier(const float* in, float* out, bool broken) {
+  shared_floats()[thread()] = load(in + element());
+  if (!broken || thread() % 32)
+    wait_for_block();
+  else
+    wait_for_block();
+  store(out + element(), shared_floats()[next_thread()]);
+}
+
 // Half of a warp waits in an exchange for the other half, which waits at a barrier.
 __global__ void deadlock(const float* in, float* out, bool broken) {
   shared_floats()[thread()] = load(in + element());
@@ -87,6 +120,16 @@ __global__ void deadlock(const float* in, float* out, bool broken) {
 }
 
 // ---- warp exchanges
+
+// A shuffle waits for the other lanes, but orders no memory.
+__global__ void shuffle_for_a_barrier(const float* in, float* out, bool broken) {
+  shared_floats()[thread()] = load(in + element());
+  if (broken)
+    __shfl_sync(0xffffffffu, 0, 0);
+  else
+    __syncwarp();
+  store(out + element(), shared_floats()[next_lane()]);
+}
 
 __global__ void shuffle_outside_mask(const float* in, float* out, bool broken) {
   float x = load(in + element());
@@ -161,6 +204,48 @@ __global__ void misaligned(const float* in, float* out, bool broken) {
   store(out + element(), shared_floats()[next_thread()]);
 }
 
+// Kernels find memory for elements between each other's behind `out`.
+__device__ inline float* behind(float* out) { return out + gridDim.x * kThreads; }
+
+// A block barrier orders global memory, a cluster barrier does not.
+__global__ void block_through_global(const float* in, float* out, bool broken) {
+  store(behind(out) + element(), load(in + element()));
+  broken ? cluster_sync(kCluster) : __syncthreads();
+  store(out + element(), load(behind(out) + element() - thread() + next_thread()));
+}
+
+__global__ void cluster_through_global(const float* in, float* out, bool broken) {
+  const float x = load(in + element());
+  store(behind(out) + element(), x);
+  const float next = next_of_cluster(x, start_cluster, true);
+  const int group = kCluster * kThreads, place = element() / group * group + (element() + 1) % group;
+  store(out + element(), broken ? load(behind(out) + place) : next);
+}
+
+__device__ inline bool ends_a_cluster() { return (element() + 1) % (kCluster * kThreads) == 0; }
+
+// The last thread of a cluster rewrites the neighbour's first element, as the store of a group of 16 bytes would that
+// both share.
+__global__ void neighbour_rewritten(const float* in, float* out, bool broken) {
+  const float next = load(in + element() - thread() + next_lane());
+  store(out + element(), next);
+  float* const neighbour = out + (element() + 1) % (gridDim.x * kThreads);
+  if (broken && ends_a_cluster()) store(neighbour, load(neighbour));
+}
+
+// It reads the neighbour's first element, and ignores it.
+__global__ void neighbour_read(const float* in, float* out, bool broken) {
+  float next = load(in + element() - thread() + next_lane());
+  if (broken && ends_a_cluster()) next += load(out + (element() + 1) % (gridDim.x * kThreads)) == -1;
+  store(out + element(), next);
+}
+
+// Two threads of two blocks of a cluster write one number.
+__global__ void written_twice(const float* in, float* out, bool broken) {
+  store(out + element(), load(in + element() - thread() + next_lane()));
+  if (thread() == 0 && (broken || blockIdx.x % kCluster == 0)) store(behind(out) + blockIdx.x / kCluster, 1.0f);
+}
+
 // ---- bulk copies: a block's elements in tiles, two buffers, the next tile copied while one is read
 
 struct Buffers {
@@ -177,7 +262,11 @@ enum BulkFault {
   no_barrier_after_init,
   left_under_way,
   misaligned_copy,
-  initialised_twice
+  initialised_twice,
+  init_not_fenced,
+  not_fenced,
+  fenced_after_the_barrier,
+  written_before
 };
 
 __device__ inline void copy_tile(Buffers& buffers, const float* in, int tile, uint32_t expected) {
@@ -192,6 +281,8 @@ __global__ void bulk(const float* in, float* out, BulkFault fault) {
   Buffers& buffers = *(Buffers*)shared_memory();
   if (thread() == (fault == no_barrier_after_init ? 64 : 0))
     for (int i = 0; i < 2; ++i) bulk_barrier_init(&buffers.arrived[i]);
+  if (fault != init_not_fenced) bulk_barrier_init_fence();
+  if (fault == written_before) buffers.tiles[1][thread()] = 0;
   if (fault == initialised_twice && thread() == 0) bulk_barrier_init(&buffers.arrived[1]);
   if (fault != no_barrier_after_init) __syncthreads();
   const uint32_t bytes = sizeof(buffers.tiles[0]);
@@ -201,7 +292,9 @@ __global__ void bulk(const float* in, float* out, BulkFault fault) {
   for (int tile = 0; tile < kTiles; ++tile) {
     if (fault != not_awaited || tile != 1) bulk_barrier_wait(&buffers.arrived[tile % 2], tile / 2 % 2);
     store(out + blockIdx.x * kBlockTotal + tile * kThreads + thread(), buffers.tiles[tile % 2][next_thread()]);
+    if (fault != not_fenced && fault != fenced_after_the_barrier) bulk_fence();
     if (fault != buffer_in_use) __syncthreads();
+    if (fault == fenced_after_the_barrier) bulk_fence();
     copy_tile(buffers, in, tile + 2, expected);
   }
   if (fault == left_under_way) {
@@ -263,17 +356,24 @@ void launch(int blocks, int threads, int cluster, size_t shared, void (*kernel)(
   if (error != cudaSuccess) throw LaunchError(cudaGetErrorName(error));
 }
 
+// The kernels that call next_of_cluster.
+const std::set<std::string> kExchanging = {"cluster_barrier", "arrival_not_awaited", "two_cluster_barriers",
+                                           "cluster_through_global"};
 #define KDK_FAULT(name) {#name, name}
 const std::map<std::string, void (*)(const float*, float*, bool)> kernels = {
-    KDK_FAULT(block_barrier), KDK_FAULT(warp_barrier), KDK_FAULT(cluster_barrier), KDK_FAULT(block_leaves_early),
-    KDK_FAULT(block_leaves_early_unseen), KDK_FAULT(divergent_barrier), KDK_FAULT(two_barriers), KDK_FAULT(deadlock),
+    KDK_FAULT(block_barrier), KDK_FAULT(warp_barrier), KDK_FAULT(cluster_barrier),
+    KDK_FAULT(arrival_not_awaited), KDK_FAULT(divergent_barrier), KDK_FAULT(two_barriers), KDK_FAULT(deadlock),
     KDK_FAULT(shuffle_outside_mask), KDK_FAULT(shuffle_without_a_lane), KDK_FAULT(shuffle_by_kind),
     KDK_FAULT(slot_reused), KDK_FAULT(unwritten), KDK_FAULT(shared_overrun), KDK_FAULT(read_past_the_end),
-    KDK_FAULT(write_to_input), KDK_FAULT(misaligned)};
+    KDK_FAULT(write_to_input), KDK_FAULT(misaligned), KDK_FAULT(two_cluster_barriers),
+    KDK_FAULT(two_calls_of_a_barrier),
+    KDK_FAULT(shuffle_for_a_barrier), KDK_FAULT(block_through_global), KDK_FAULT(cluster_through_global),
+    KDK_FAULT(neighbour_rewritten), KDK_FAULT(neighbour_read), KDK_FAULT(written_twice)};
 const std::map<std::string, BulkFault> bulk_faults = {
     KDK_FAULT(not_awaited), KDK_FAULT(buffer_in_use), KDK_FAULT(too_many_bytes), KDK_FAULT(too_few_bytes),
     KDK_FAULT(no_barrier_after_init), KDK_FAULT(left_under_way), KDK_FAULT(misaligned_copy),
-    KDK_FAULT(initialised_twice)};
+    KDK_FAULT(initialised_twice), KDK_FAULT(init_not_fenced), KDK_FAULT(not_fenced),
+    KDK_FAULT(fenced_after_the_barrier), KDK_FAULT(written_before)};
 #undef KDK_FAULT
 
 struct alignas(128) Line {
@@ -284,17 +384,19 @@ struct alignas(128) Line {
 std::vector<float> run(const std::string& name, bool broken) {
   const bool in_bulk = bulk_faults.count(name);
   const int blocks = kCluster * kClusters, count = blocks * (in_bulk || name == "slot_reused" ? kBlockTotal : kThreads);
-  std::vector<Line> memory(2 * count / 32 + 1);  // `in`, one line that belongs to neither, and `out`
+  std::vector<Line> memory(3 * count / 32 + 1);  // `in`, one line that belongs to neither, `out`, and as much behind it
   float *in = memory[0].x, *out = in + count + 32;
-  for (int i = 0; i < count; ++i) in[i] = (float)i, out[i] = NAN;
+  for (int i = 0; i < count; ++i) in[i] = (float)i, out[i] = out[count + i] = NAN;
   model::readable.clear();
   model::writable.clear();
   model::readable.add((uintptr_t)in, count * sizeof(float));
-  model::writable.add((uintptr_t)out, count * sizeof(float));
+  model::readable.add((uintptr_t)out, 2 * count * sizeof(float));
+  model::writable.add((uintptr_t)out, 2 * count * sizeof(float));
   if (in_bulk)
     launch(blocks, kThreads, 1, sizeof(Buffers), bulk, in, out, broken ? bulk_faults.at(name) : none);
   else
-    launch(blocks, kThreads, kCluster, kThreads * sizeof(float), kernels.at(name), in, out, broken);
+    const size_t shared = kThreads * sizeof(float) + (kExchanging.count(name) ? sizeof(Arriving) : 0);
+    launch(blocks, kThreads, kCluster, shared, kernels.at(name), in, out, broken);
   return std::vector<float>(out, out + count);
 }
 
@@ -338,6 +440,7 @@ PYBIND11_MODULE(faults, m) {
     cudaFuncSetAttribute(many_switches, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     launch(cluster, threads, cluster, 0, many_switches, rounds, cluster);
   });
+  m.def("product_and_sum", [](float x, float y, float z) { return x * y + z; });
   m.def("exp2_approx", &exp2_approx);
   m.def("log2_approx", &log2_approx);
   m.def("reciprocal_approx", &reciprocal_approx);

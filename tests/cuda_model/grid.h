@@ -21,7 +21,6 @@ inline void end_block(Block& block) {
   check_canaries(block);
   for (const BulkCopy& copy : machine.copies)
     if (copy.block == &block) fail("ends its block while a bulk copy is under way");
-  if (block.mapped) fail("ends its block while another may read its shared memory: no cluster barrier since it could");
   memset(block.shared, 0xff, machine.shared_bytes);
 }
 
@@ -62,6 +61,8 @@ inline void start_block(Block& block, int number, int rank) {
     const unsigned row = i / blockDim.x;
     fiber.block = &block;
     fiber.thread = i;
+    fiber.number = number_in_launch(number, i);
+    fiber.fence = fiber.fence_before = 0;
     fiber.index = dim3(i % blockDim.x, row % blockDim.y, row / blockDim.y);
     fiber.wait = Wait::nothing;
     block.warps[i / 32].present |= 1u << (i % 32);
@@ -94,14 +95,17 @@ inline bool run_cluster(int number) {
   machine.blocks.assign(machine.cluster, Block());
   machine.copies.clear();
   machine.ended = machine.at_barrier = 0;
+  machine.started = machine.synchronised = ++machine.now;
   std::fill(machine.shared.begin(), machine.shared.end(), (char)0xff);
   for (int rank = 0; rank < machine.cluster; ++rank)
     start_block(machine.blocks[rank], number * machine.cluster + rank, rank);
+  if (kWatched) watch_cluster(machine.blocks[0].shared, shared_stride());
   machine.runnable.reset(machine.threads);
   draw_priorities();
   const int outcome = _setjmp(machine.host);
   if (outcome == 0) enter(machine.order[0]);
   machine.current = nullptr;
+  if (kWatched) watch_cluster(nullptr, 0);
   return outcome == 2;
 }
 
@@ -111,6 +115,7 @@ inline void run_grid() {
   machine.fibers.reserve(16 * 1024);
   if ((int)machine.fibers.size() < machine.threads) machine.fibers.resize(machine.threads);
   machine.shared.resize(machine.cluster * shared_stride() + 128);
+  machine.launched = ++machine.now;
   std::vector<int> numbers(clusters);
   for (int i = 0; i < clusters; ++i) {
     numbers[i] = i;

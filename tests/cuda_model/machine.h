@@ -56,12 +56,13 @@ struct Launch {
 
 // ---- threads, warps, blocks
 
-// A place in the source at which a thread waits.
+// A place in the source at which a thread waits. In a watched build `calls` is a hash of the calls that led there.
 struct Place {
   const char* file;
   int line;
+  uint64_t calls = 0;
   Place(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
-  bool operator!=(const Place& other) const { return line != other.line || strcmp(file, other.file) != 0; }
+  bool same_line(const Place& other) const { return line == other.line && strcmp(file, other.file) == 0; }
   std::string text() const {
     const char* slash = strrchr(file, '/');
     return std::string(slash ? slash + 1 : file) + ":" + std::to_string(line);
@@ -74,15 +75,24 @@ constexpr const char* kWaits[] = {"runnable", "at the block barrier", "at the cl
 
 struct Block;
 
+// Times are numbers of events: of barriers, of fences, of starts of clusters.
+using Time = uint32_t;
+
 struct Fiber {
   jmp_buf context;
   char* stack = nullptr;
   bool entered = false;  // its stack holds a loop that runs one thread after the other
   Block* block = nullptr;
   int thread = 0, priority = 0;  // priority 0 is the highest
+  uint32_t number = 0;           // in the launch; 0 is no thread
+  Time fence = 0;                // of the last bulk_fence
+  Time fence_before = 0;         // of the last bulk_fence before the block's last barrier, if `fence` is after it
   dim3 index;
   Wait wait = Wait::nothing;
   Place place;
+  // Where each function that runs was called, if the build is watched. It is no vector, whose functions are calls too.
+  uintptr_t calls[64];
+  int depth = 0;
 };
 
 enum class Exchange { sync, indexed, up, down, butterfly, vote };
@@ -96,11 +106,14 @@ struct Lane {
 
 struct Warp {
   uint32_t present = 0, ended = 0, waiting = 0;
+  Time synchronised = 0;  // the last __syncwarp
   Lane lanes[32];
 };
 
 struct BulkBarrier {
   uint32_t phase = 0;
+  const Fiber* initialised_by = nullptr;
+  bool published = false;               // a fence made its initialisation visible to bulk copies
   bool expecting = false;               // the one arrival of this phase has come
   int64_t to_issue = 0, to_arrive = 0;  // bytes
   std::vector<Fiber*> waiting;
@@ -113,8 +126,8 @@ struct Block {
   Fiber* first = nullptr;  // the first of the block's fibers
   int at_barrier = 0, ended = 0;
   Place barrier;
+  Time synchronised = 0;  // the last block barrier
   int votes = 0, vote_result = 0;  // of __syncthreads_count
-  bool mapped = false;             // another block mapped its shared memory since the last cluster barrier
   std::vector<Warp> warps;
   std::deque<BulkBarrier> bulk_barriers;
 };
@@ -183,6 +196,8 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<BulkCopy> copies;
   int ended = 0, at_barrier = 0;
+  Place barrier;
+  Time now = 0, launched = 0, started = 0, synchronised = 0;  // launch, start and last barrier of the cluster
   std::vector<char> shared;  // shared memory of all its blocks
   uint64_t switches = 0;
 };
@@ -237,6 +252,7 @@ inline Fiber* choose() {
 [[noreturn]] inline void enter(Fiber* fiber) {
   machine.current = fiber;
   if (fiber->entered) _longjmp(fiber->context, 1);
+  fiber->depth = 0;
   constexpr size_t guard = 4 << 10, usable = 32 << 10;  // an overflow of the stack ends the process
   if (!fiber->stack) {
     void* memory = mmap(nullptr, guard + usable, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -263,7 +279,9 @@ inline __attribute__((noinline)) void reschedule() {
   Fiber* next = choose();
   if (next == self) return;
   ++machine.switches;
+  const int depth = self->depth;
   if (_setjmp(self->context) == 0) enter(next);
+  self->depth = depth;  // enter() did not return
 }
 
 inline void sleep(Wait wait, Place place) {
@@ -307,19 +325,30 @@ inline void wake_block(Block& block, Wait wait) {
     if (block.first[i].wait == wait) wake(block.first + i);
 }
 
+// The barriers are .aligned instructions: all lanes of a warp execute the same one. No kernel has its warps or blocks
+// wait at several, so the first thread at a barrier decides where all threads wait.
+inline void require_one_place(const char* barrier, bool is_first, Place here, Place& all) {
+  const Fiber& self = *machine.current;
+  for (int i = 0; i < self.depth && i < (int)std::size(self.calls); ++i)
+    here.calls = scrambled(here.calls ^ self.calls[i]);
+  if (is_first) all = here;
+  auto at = [&] { return "waits at the " + std::string(barrier) + " of " + here.text(); };
+  if (!here.same_line(all)) fail(at() + ", others at that of " + all.text());
+  if (here.calls != all.calls) fail(at() + ", to which other calls led others");
+}
+
 // Returns the number of the block's threads whose predicate is not 0.
 inline int block_barrier(int predicate, Place place) {
   Block& block = *machine.current->block;
   require_all_there(block.ended, "block barrier");
-  if (block.at_barrier == 0) block.barrier = place;
-  if (place != block.barrier)
-    fail("waits at the block barrier of " + place.text() + ", others at that of " + block.barrier.text());
+  require_one_place("block barrier", block.at_barrier == 0, place, block.barrier);
   block.votes += predicate != 0;
   if (++block.at_barrier < block_threads()) {
     sleep(Wait::block_barrier, place);
   } else {
     block.vote_result = block.votes;
     block.at_barrier = block.votes = 0;
+    block.synchronised = ++machine.now;
     wake_block(block, Wait::block_barrier);
     reschedule();
   }
@@ -328,12 +357,11 @@ inline int block_barrier(int predicate, Place place) {
 
 inline void cluster_barrier(Place place) {
   require_all_there(machine.ended, "cluster barrier");
+  require_one_place("cluster barrier", machine.at_barrier == 0, place, machine.barrier);
   if (++machine.at_barrier < machine.threads) return sleep(Wait::cluster_barrier, place);
   machine.at_barrier = 0;
-  for (Block& block : machine.blocks) {
-    block.mapped = false;
-    wake_block(block, Wait::cluster_barrier);
-  }
+  machine.synchronised = ++machine.now;
+  for (Block& block : machine.blocks) wake_block(block, Wait::cluster_barrier);
   reschedule();
 }
 
@@ -382,6 +410,7 @@ inline uint64_t exchange(Exchange what, uint32_t mask, uint64_t value, int sourc
   } else {
     exchange_values(warp, mask, what, place);
     warp.waiting &= ~mask;
+    if (what == Exchange::sync) warp.synchronised = ++machine.now;
     for (int i = 0; i < 32; ++i)
       if ((mask >> i & 1) && i != me) wake(self - me + i);
     reschedule();

@@ -1,7 +1,7 @@
 // The memory of the CUDA model (cuda_runtime.h): bulk copies to shared memory, and the ranges of allowed global memory.
 #pragma once
 
-#include "machine.h"
+#include "watch.h"
 
 namespace kdk::model {
 
