@@ -23,7 +23,7 @@ FAULTS = {
     "block_barrier": (BLOCK, None, 18),
     "warp_barrier": (WARP, None, 18),
     "cluster_barrier": (CLUSTER, "not initialised yet", 12),
-    "arrival_not_awaited": (CLUSTER, "a block that has ended", 12),
+    "arrival_not_awaited": (CLUSTER, "a block that has ended|while a bulk copy is under way", 12),
     "divergent_barrier": (BLOCK, "at the block barrier|wait at a barrier", 20),
     "two_barriers": (BLOCK, r"block barrier of faults.cu:\d+, others at that of faults.cu:\d+", 20),
     "deadlock": (BLOCK, r"deadlock.*64 threads at the block barrier.*64 threads in a warp exchange", 20),

@@ -75,8 +75,7 @@ struct alignas(16) Board {
   Slot of_team;
   uint64_t arrived;   // barrier for bulk copies
   uint64_t met[2];    // barriers for the partial results of the cluster's blocks
-  int merges;         // of the cluster, so far
-  float label_logit;  // of the student; stored by the first thread. Both free a register in the sweeps.
+  float label_logit;  // of the student; stored by the block's first thread, which frees a register in the sweeps
 
   __device__ char* data() { return (char*)(this + 1); }
 };
@@ -92,16 +91,17 @@ struct Team {
   Board& board;
   const Launch& launch;
   const int blocks, rank;
+  int merges;  // of the cluster, so far
 
   // All threads of the team call this.
   __device__ Team(const Launch& launch)
       : board(*(Board*)shared_memory()),
         launch(launch),
         blocks(launch.blocks),
-        rank(blockIdx.x % launch.blocks) {
+        rank(blockIdx.x % launch.blocks),
+        merges(0) {
     if (blocks == 1) return;
     if (threadIdx.x == 0) {
-      board.merges = 0;
       for (uint64_t& barrier : board.met) bulk_barrier_init(&barrier);
       bulk_barrier_init_fence();
     }
@@ -139,17 +139,15 @@ struct Team {
   // not the one after, which waits for this block's next x.
   template <class X> __device__ const Slot* exchanged(const X& x) {
     constexpr int kParts = (sizeof(X) + 15) / 16;
-    const int lane = threadIdx.x, merges = board.merges, turn = merges % 2, parity = merges / 2 % 2;
+    const int lane = threadIdx.x, turn = merges % 2, parity = merges / 2 % 2;
     Slot* slots = slots_of_warps() + launch.threads / kWarp + turn * blocks;
     uint64_t* barrier = &board.met[turn];
+    ++merges;
 
     const Words<X> from(x);
     uint32_t words[4 * kParts] = {};
     for (int i = 0; i < from.count; ++i) words[i] = __shfl_sync(0xffffffffu, from.words[i], 0);
-    if (lane == 0) {
-      board.merges = merges + 1;  // after the shuffles, so that every lane has read the number
-      bulk_barrier_expect(barrier, blocks * kParts * 16);
-    }
+    if (lane == 0) bulk_barrier_expect(barrier, blocks * kParts * 16);
     if (lane < blocks)
       for (int i = 0; i < kParts; ++i)
         store_to_block(lane, slots[rank].words + 4 * i,

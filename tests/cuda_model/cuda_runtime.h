@@ -263,7 +263,7 @@ inline void store_to_block(int rank, void* to, uint4 value, uint64_t* barrier) {
   if (rank < 0 || rank >= model::machine.cluster) model::fail("stores to block " + std::to_string(rank));
   const size_t offset = model::shared_offset(to, 16, 16, "the destination of a store to another block");
   model::Block& block = model::machine.blocks[rank];
-  if (block.ended) model::fail("stores to the shared memory of a block that has ended");
+  if (block.ended == model::block_threads()) model::fail("stores to the shared memory of a block that has ended");
   model::BulkBarrier& it = model::bulk_barrier(barrier, block);
   if (!it.published) model::fail("stores to a bulk barrier that no bulk_barrier_init_fence followed");
   model::BulkCopy copy = {&block, block.shared + offset, nullptr, 16, &it, {}};

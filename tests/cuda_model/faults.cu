@@ -392,10 +392,10 @@ std::vector<float> run(const std::string& name, bool broken) {
   model::readable.add((uintptr_t)in, count * sizeof(float));
   model::readable.add((uintptr_t)out, 2 * count * sizeof(float));
   model::writable.add((uintptr_t)out, 2 * count * sizeof(float));
+  const size_t shared = kThreads * sizeof(float) + (kExchanging.count(name) ? sizeof(Arriving) : 0);
   if (in_bulk)
     launch(blocks, kThreads, 1, sizeof(Buffers), bulk, in, out, broken ? bulk_faults.at(name) : none);
   else
-    const size_t shared = kThreads * sizeof(float) + (kExchanging.count(name) ? sizeof(Arriving) : 0);
     launch(blocks, kThreads, kCluster, shared, kernels.at(name), in, out, broken);
   return std::vector<float>(out, out + count);
 }
