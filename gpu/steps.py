@@ -65,7 +65,7 @@ def script(name: str, target: Target, *arguments, **environment: str) -> Command
 
 
 def plan_commands(target: Target) -> tuple[Command, ...]:
-    """A process for each plan, since a process reads KDKERNELS_PLAN once."""
+    """A process for each plan, so that a plan that hangs or fails ends alone."""
     chosen = plans()[:: 1 if target.device == "cuda" else 10]  # the model is slow
     arguments = script("check_plan.py", target).arguments
     return tuple(
