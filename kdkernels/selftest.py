@@ -481,9 +481,13 @@ def main():
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"where to run (default here: {default})")
     parser.add_argument(
-        "--backend", nargs="+", choices=KERNELS, default=[], metavar="NAME",
+        "--backend",
+        nargs="+",
+        choices=KERNELS,
+        default=[],
+        metavar="NAME",
         help=f"the backends to check, of {', '.join(KERNELS)}; each must serve (default: all that serve)",
-    )  # fmt: skip
+    )
     parser.add_argument("--verbose", action="store_true", help="print every check, not the wrong ones alone")
     arguments = parser.parse_args()
     sys.exit(0 if check(arguments.device, arguments.verbose, arguments.backend) else 1)

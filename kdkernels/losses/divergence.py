@@ -181,9 +181,17 @@ def fused_divergence(
     options.check_choice("gradient", gradient, options.GRADIENTS)
     options.check_statistics(statistics, labels)
     given = options.GivenRowOptions(
-        temperature, temperature_squared, mask, row_weight, labels, ignore_index, hard_weight, reduction, normalizer,
+        temperature,
+        temperature_squared,
+        mask,
+        row_weight,
+        labels,
+        ignore_index,
+        hard_weight,
+        reduction,
+        normalizer,
         loss_cap,
-    )  # fmt: skip
+    )
     rows = options.resolve(student, teacher, given)
     heads = head_options.HeadOptions(chunk_rows, compact_rows, logits_dtype)
     chunking = head_options.resolve_chunking(heads, student=student, teacher=teacher)

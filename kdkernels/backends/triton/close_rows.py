@@ -193,9 +193,14 @@ def close_rows_kernel(
         if NEEDS_LOSS:
             scale = scale_of_gradient(options, phi, cross_entropy, TEMPERATURE_SQUARED)
         terms = gradient_terms(
-            gradient + row * gradient_columns, options, scale, norms.student_max, norms.unit_log_sum, HAS_HARD,
+            gradient + row * gradient_columns,
+            options,
+            scale,
+            norms.student_max,
+            norms.unit_log_sum,
+            HAS_HARD,
             TEMPERATURE_SQUARED,
-        )  # fmt: skip
+        )
         for start in range(0, columns, BLOCK):
             s, q, _, slope, _ = _terms(
                 logits, norms, shift, start, parameter, VALUE, SLOPE, CLOSE_VALUE, CLOSE_SLOPE, BLOCK

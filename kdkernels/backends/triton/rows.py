@@ -378,11 +378,18 @@ def rows(problem: Rows, gradient: bool, out: Tensor | None = None):
     sums = per_row_empty(student, (len(ROW_SUMS),), row_scale)
     row_statistics, top1 = statistics_empty(student, row_scale, statistics)
     _launch(
-        problem, options, out if gradient else None,
-        floats=floats, sums=sums, loss=loss,
-        statistics=row_statistics if statistics else None, top1=top1 if statistics else None, FLOATS=True, SUMS=True,
+        problem,
+        options,
+        out if gradient else None,
+        floats=floats,
+        sums=sums,
+        loss=loss,
+        statistics=row_statistics if statistics else None,
+        top1=top1 if statistics else None,
+        FLOATS=True,
+        SUMS=True,
         UNIT=options.hard_weight is not None or (options.labels is not None and statistics),
-    )  # fmt: skip
+    )
     return loss, out, floats, sums, row_statistics, top1
 
 
@@ -436,11 +443,18 @@ def _launch(problem: Rows, options: RowOptions, gradient: Tensor | None = None, 
     block, warps = tile(vocab_size, arguments["statistics"] is not None)
     (student_outer, student_inner), (teacher_outer, teacher_inner) = row_strides(student), row_strides(teacher)
     common = {
-        "parameters": problem.parameters, "rows": count, "inner": student.shape[1], "columns": vocab_size,
-        "gradient_columns": student.shape[2], "VALUE": value, "SLOPE": slope,
-        "student_outer_stride": student_outer, "student_inner_stride": student_inner,
-        "teacher_outer_stride": teacher_outer, "teacher_inner_stride": teacher_inner,
-    }  # fmt: skip
+        "parameters": problem.parameters,
+        "rows": count,
+        "inner": student.shape[1],
+        "columns": vocab_size,
+        "gradient_columns": student.shape[2],
+        "VALUE": value,
+        "SLOPE": slope,
+        "student_outer_stride": student_outer,
+        "student_inner_stride": student_inner,
+        "teacher_outer_stride": teacher_outer,
+        "teacher_inner_stride": teacher_inner,
+    }
     with device_of(student), written(gradient) as target:
         rows_kernel[(count,)](
             student, teacher, gradient=target, SLOPE_SUM=slope_sum, CLOSE_BELOW=bound,
