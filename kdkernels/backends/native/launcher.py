@@ -20,6 +20,7 @@ class Launcher(ABC):
     def gradient_target(self, student: Tensor, gradient: bool, out: Tensor | None = None) -> Tensor:
         """The tensor that takes the student's gradient: `out`, or a fresh tensor; an empty one without a gradient."""
         if not gradient:
+            assert out is None, "out takes a gradient"
             return student.new_empty(0)
         if out is None:
             return self.empty(*student.shape, dtype=student.dtype, device=student.device)
