@@ -31,7 +31,7 @@ CHIPS = {
     # The largest cluster has 8 blocks, not 16.
     "portable": small(9, 1536, max_cluster=8),
     # Rows too long for every cluster are read from memory, by clusters.
-    "streaming": small(12, 800, l2_bytes=20_000),
+    "streaming": small(12, 1200, l2_bytes=20_000),
     # A chip without clusters.
     "a100": small(3, 160_000, major=8, l2_bytes=50_000),
 }

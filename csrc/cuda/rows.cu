@@ -276,7 +276,7 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
 // ---- the kernels
 
 template <class D, Way way>
-__global__ void __launch_bounds__(threads_held(way))
+__global__ void __launch_bounds__(threads_held(way), 1)
     rows_kernel(const __grid_constant__ RowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (way != Way::streaming) return;  // no plan has this way on these chips

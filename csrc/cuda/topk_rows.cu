@@ -329,7 +329,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
 // Without a gradient a streaming kernel reads a row once, from memory. Two blocks share a multiprocessor, so that they
 // wait for memory together.
 template <Way way>
-__global__ void __launch_bounds__(way == Way::streaming ? 2 * kMaxThreads : threads_held(way))
+__global__ void __launch_bounds__(way == Way::streaming ? 2 * kMaxThreads : threads_held(way), 1)
     topk_rows_kernel(const __grid_constant__ TopkRowsCall call, const __grid_constant__ Plan plan) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   if (way != Way::streaming) return;  // no plan has this way on these chips
