@@ -175,19 +175,23 @@ def errors_of_slopes(student, teacher, divergence, options):
         ulps = 4 * torch.finfo(dtype).eps * (1 + largest)
         factor = options.get("row_weight", torch.ones((), device=student.device)).abs()
         factor = factor * (temperature if options["temperature_squared"] else 1 / temperature)
-        slopes = undecided_signs(*logits, column, ulps)
+        of_loss, slopes = 0, undecided_signs(*logits, column, ulps)
     else:
         given = {name: options[name] for name in GivenRowOptions._fields if name in options}
         factor = resolve(student, teacher, GivenRowOptions(**given)).soft_factor().reshape(student.shape[:-1])
+        dtype = max((student.dtype, teacher.dtype), key=lambda x: torch.finfo(x).eps)
+        dtype = torch.float32 if dtype == torch.float64 else dtype
+        of_loss, slopes = rounding_if_steep(*logits, column, divergence, dtype)
+        of_loss = of_loss * factor.abs()
+        of_loss = (of_loss.norm() if options.get("reduction") == "none" else of_loss.sum()).item()
         factor = factor.abs() * options.get("grad_output", 1) / temperature
-        slopes = rounding_if_steep(*logits, column, divergence)
     slopes = slopes * factor[..., None]
     if isinstance(student, torch.Tensor):
-        return 0, slopes.norm().item()
+        return of_loss, slopes.norm().item()
     slopes, scale = slopes.reshape(-1, slopes.shape[-1]), abs(student.scale)
     weight, hidden = student.weight[: slopes.shape[1]].double().abs(), student.hidden.double().abs()
     of_weight = slopes.t() @ hidden.reshape(-1, hidden.shape[-1])
-    return 0, *(scale * x.norm().item() for x in (slopes @ weight, of_weight, slopes.sum(0)))
+    return of_loss, *(scale * x.norm().item() for x in (slopes @ weight, of_weight, slopes.sum(0)))
 
 
 def assert_close(got, want, same_dtype, dtypes, what="", more=(0, 0, 0, 0)):

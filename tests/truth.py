@@ -123,25 +123,38 @@ def slopes_if_steep(student, teacher, temperature, divergence) -> torch.Tensor:
     return (by_teacher.abs() + by_student.abs()).nan_to_num(0, 0).sum(-1)
 
 
-def rounding_if_steep(student, teacher, temperature, divergence) -> torch.Tensor:
-    """The error of a steep divergence's gradient by logits, times T, from fp32 log-probabilities: in fp64 of the
-    logits' shape. 0 for other divergences, and in rows whose slopes have size 1.
+def rounding_if_steep(
+    student, teacher, temperature, divergence, dtype=torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The errors of a steep divergence's loss, and of its gradient by logits times T, from the rounding of
+    log-probabilities: in fp64, a number for each row and one for each logit. 0 for other divergences, and in rows whose
+    slopes have size 1.
 
-    A log-probability is off by r = 2^-23 (1 + 1.5 |log p|): it is a difference of terms no larger than itself. With
-    psi = d phi / d log q, psi_k is off by e_k = |d psi_k / d log p| r_p + |d psi_k / d log q| r_q, and the element
-    psi_k - q_k sum psi by e_k + q_k (sum e + r_q |sum psi|). At p = q the two derivatives sum to 2 over the classes
-    (chi_square: 4), for which the gradient's own tolerance has room; the factor 1 - 4 / sum leaves the excess.
+    In fp32 a log-probability is off by r = 2^-23 (1 + 1.5 |log p|): it is a difference of terms no larger than itself.
+    If a head rounds the logits to 16 bits, it is off by half a unit of its logit, and by the mean of that over p. With
+    psi = d phi / d log q and chi = d phi / d log p, the loss is off by sum |psi| r_q + |chi| r_p. psi_k is off by
+    e_k = |d psi_k / d log p| r_p + |d psi_k / d log q| r_q, and the element psi_k - q_k sum psi by
+    e_k + q_k (sum e + r_q |sum psi|). At p = q the two derivatives sum to 2 over the classes (chi_square: 4), for which
+    the tolerances have room; the factor 1 - 4 / sum leaves the excess.
     """
     if not divergence.is_steep:
-        return torch.zeros_like(student, dtype=torch.float64)
-    log_p, log_q = ((x.double() / temperature).log_softmax(-1).requires_grad_() for x in (teacher, student))
+        return torch.zeros(student.shape[:-1], dtype=torch.float64), torch.zeros_like(student, dtype=torch.float64)
+    logits = [x.double() / temperature for x in (teacher, student)]
+    log_p, log_q = (x.log_softmax(-1).requires_grad_() for x in logits)
     phi = TABLE[divergence.name](log_p, log_q, log_p.exp(), log_q.exp(), divergence.parameter)
-    (psi,) = torch.autograd.grad(phi.sum(), log_q, create_graph=True)
+    psi, chi = torch.autograd.grad(phi.sum(), (log_q, log_p), create_graph=True)
     slopes = [x.abs().nan_to_num(0, 0) for x in torch.autograd.grad(psi.sum(), (log_p, log_q))]
-    r_p, r_q = (2.0**-23 * (1 + 1.5 * x.detach().abs().nan_to_num(0, 0, 0)) for x in (log_p, log_q))
-    e, psi = slopes[0] * r_p + slopes[1] * r_q, psi.detach().nan_to_num(0, 0, 0)
-    error = e + log_q.detach().exp() * (e.sum(-1, keepdim=True) + r_q * psi.sum(-1, keepdim=True).abs())
-    return error * (1 - 4 / sum(slopes).sum(-1, keepdim=True)).clamp_min(0).nan_to_num(0)
+    if dtype == torch.float32:
+        r_p, r_q = (2.0**-23 * (1 + 1.5 * x.detach().abs().nan_to_num(0, 0, 0)) for x in (log_p, log_q))
+    else:
+        r_p, r_q = (torch.finfo(dtype).eps / 2 * x.abs().nan_to_num(0, 0, 0) for x in logits)
+        r_p = r_p + (r_p * log_p.detach().exp()).sum(-1, keepdim=True)
+        r_q = r_q + (r_q * log_q.detach().exp()).sum(-1, keepdim=True)
+    e, psi, chi = slopes[0] * r_p + slopes[1] * r_q, *(x.detach().nan_to_num(0, 0, 0) for x in (psi, chi))
+    of_loss = (psi.abs() * r_q + chi.abs() * r_p).sum(-1)
+    of_logit = e + log_q.detach().exp() * (e.sum(-1, keepdim=True) + r_q * psi.sum(-1, keepdim=True).abs())
+    excess = (1 - 4 / sum(slopes).sum(-1, keepdim=True)).clamp_min(0)
+    return (of_loss * excess[..., 0]).nan_to_num(0), (of_logit * excess).nan_to_num(0)
 
 
 def assert_gradient_close(got: torch.Tensor, want: torch.Tensor, of_row: torch.Tensor, what="", of_class=0):
