@@ -265,7 +265,8 @@ inline __device__ void sweep_row(const RowsCall& call, Team& team, int64_t row, 
   if (waits) {
     __syncthreads();  // the label's logit is stored
     if (call.options.labels) label_logit = team.board.label_logit;
-    gradient.set(numbers.factors(call.options, at.inverse_temperature, phi, floats[4] + (floats[0] - label_logit)));
+    const RowTerms again(call, row);
+    gradient.set(again.factors(call.options, at.inverse_temperature, phi, floats[4] + (floats[0] - label_logit)));
     __syncthreads();  // the next row's label comes after all threads have read this one's
   }
   if (!at_once && !(shift < INFINITY))
