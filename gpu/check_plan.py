@@ -1,6 +1,6 @@
 """The check of the plan in KDKERNELS_PLAN: kl and js in every dtype, rows at 16 bytes and shifted rows, against fp64.
 
-A process reads the variable once, so each plan is a process.
+Each plan has a process, so that a plan that hangs ends alone.
 """
 
 import os

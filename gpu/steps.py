@@ -122,9 +122,9 @@ def sanitize(target: Target) -> list[Step]:
 
     unknown = (
         "By its manual racecheck knows the barriers of a block, cp.async, and blocks of a cluster that start late or "
-        "end early. The manual names neither bulk copies that complete at an mbarrier nor cluster barriers that order "
-        "accesses to another block's shared memory. So an alarm of racecheck or synccheck about staged rows or about "
-        "the merges of a cluster is a place to read, not a verdict."
+        "end early. The manual names neither bulk copies nor stores to another block's shared memory that complete at "
+        "an mbarrier. So an alarm of racecheck or synccheck about staged rows or about the merges of a cluster is a "
+        "place to read, not a verdict."
     )
     return [
         *preparation(target),

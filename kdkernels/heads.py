@@ -29,7 +29,7 @@ def check_number(name: str, value):
 
 
 def check_size(name: str, value: int | float):
-    """Raises for a finite number that no kernel could take: numbers become fp32, and ints pass through int64. A traced
+    """Raises for a finite number beyond fp32's range, which fp64 calls have too, or an int beyond int64's. A traced
     number is not compared, which would make a guard."""
     if torch.compiler.is_compiling():
         return

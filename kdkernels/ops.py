@@ -30,16 +30,18 @@ def version_of(sources: list[Path]) -> str:
     """The overload of every operator: a hash of the sources that decide the operators' arguments and results.
 
     The compiler's caches on disk know an operator by its name and overload alone. A graph that an earlier version of
-    the package left there has other overloads, so no call finds it, whatever its operators returned.
+    the package left there has other overloads, so no call finds it, whatever its operators returned. Line endings do
+    not count, since git may convert them.
     """
     try:
-        return "v" + hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+        text = b"".join(source.read_bytes() for source in sources).replace(b"\r\n", b"\n")
+        return "v" + hashlib.sha256(text).hexdigest()[:12]
     except OSError:  # an application that is frozen into one file has no sources
         return "frozen"
 
 
 _here = Path(__file__)
-VERSION = version_of([_here, *sorted((_here.parent / "families").glob("*.py"))])
+VERSION = version_of([_here, *sorted((_here.parent / "families").glob("[!.]*.py"))])
 
 
 class Operator(NamedTuple):

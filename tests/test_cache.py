@@ -522,6 +522,7 @@ def test_other_settings_are_refused_by_name(tmp_path, other, named):
         ({"columns": ([1],)}, ValueError, r"columns: expected some of labels, .*; got \[1\]"),
         ({"columns": ("mask", "mask")}, ValueError, "columns: expected some of labels, .*; got mask, mask"),
         ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an int; got float"),
+        ({"ignore_index": 2**31}, ValueError, "ignore_index: expected within int32's range; got 2147483648"),
     ],
 )
 def test_bad_settings_make_nothing(tmp_path, other, error, expected):
@@ -975,6 +976,7 @@ def test_an_embedding_without_an_id_is_named_before_the_model_runs(tmp_path):
         ({"batch": 2.0}, TypeError, "batch: expected an int; got float"),
         ({"sequences_per_shard": 0}, ValueError, "sequences_per_shard: expected at least 1; got 0"),
         ({"ignore_index": None}, TypeError, "ignore_index: expected an int; got NoneType"),
+        ({"ignore_index": 2**32}, ValueError, "ignore_index: expected within int32's range; got 4294967296"),
         ({"temperature": None}, TypeError, "temperature: expected a number; got NoneType"),
         ({"directory": None}, TypeError, "directory: expected a path; got NoneType"),
     ],

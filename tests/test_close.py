@@ -345,6 +345,15 @@ def test_small_divergences_from_sparse_teachers_keep_their_digits(divergence, ba
         check_sparse(student, teacher, divergence, temperature, got.loss, got.gradient, backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("divergence", [x for x in DIVERGENCES if x.name in ("kl", "reverse_kl", "js")], ids=repr)
+def test_divergences_of_1e_13_from_sparse_teachers_keep_their_digits(divergence, backend):
+    """The sums of exponentials must be right to 1e-15: the log-ratios of most classes are about 1e-7."""
+    student, teacher = sparse_rows((1e-6, 3e-7), 1, 1000, 40, "bucket", 0)
+    got = run(student, teacher, divergence, backend=backend)
+    check_sparse(student, teacher, divergence, 1, got.loss, got.gradient, backend)
+
+
 @pytest.mark.parametrize("temperature", [1, 1000])
 @each_backend
 def test_a_sparse_teacher_whose_mass_is_not_1_keeps_its_digits(temperature, backend):

@@ -223,7 +223,7 @@ def test_the_page_lists_the_steps():
     assert str(steps.LIMIT) in page and all(f"`{way}`" in page for way in plans.LARGEST_CLUSTER)
 
 
-def test_every_plan_of_the_kernels_is_checked():
+def test_every_way_and_cluster_is_checked():
     team, launch = ((ROOT / "csrc" / "cuda" / name).read_text() for name in ("team.h", "launch.h"))
     most_blocks, most_threads = (int(re.search(rf"{name} = (\d+);", team)[1]) for name in ("kMaxBlocks", "kMaxThreads"))
     ways = re.search(r"enum class Way \{ (.*?) \}", launch)[1].split(", ")

@@ -154,6 +154,7 @@ def test_a_plan_can_be_forced(monkeypatch, plan, dtype, way, cluster, threads):
         ("staged,4", "h100", "expected WAY,BLOCKS,THREADS"),
         ("staged,4,64,1", "h100", "expected WAY,BLOCKS,THREADS"),
         ("staged,4,1024", "h100", "from 32 to 512"),
+        ("streaming,16,64", "h100", "up to 8 blocks"),
         ("halves,1,64", "h100", "not of one 16-bit dtype"),
         ("staged,1,64", "a100", "no clusters and no bulk copies"),
         ("staged,16,64", "portable", "no room for a cluster"),

@@ -76,12 +76,14 @@ def test_a_compiled_graph_names_the_version_of_its_operators(tmp_path):
         assert getattr(torch.ops.kdkernels, name).overloads() == [ops.VERSION], name
 
     package = Path(kdkernels.__file__).parent
-    sources = [package / "ops.py", *sorted((package / "families").glob("*.py"))]
+    sources = [package / "ops.py", *sorted((package / "families").glob("[!.]*.py"))]
     assert ops.version_of(sources) == ops.VERSION
     with_more_sums = tmp_path / "rows.py"
     with_more_sums.write_text((package / "families/rows.py").read_text().replace('"shift")', '"shift", "more")'))
     changed = [with_more_sums if source.name == "rows.py" else source for source in sources]
     assert ops.version_of(changed) != ops.VERSION
+    (tmp_path / "ops.py").write_bytes(sources[0].read_bytes().replace(b"\n", b"\r\n"))
+    assert ops.version_of([tmp_path / "ops.py", *sources[1:]]) == ops.VERSION, "git may convert line endings"
 
 
 def test_compiles_modules_without_grad_and_reference():

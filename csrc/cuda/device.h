@@ -116,7 +116,8 @@ inline __device__ void bulk_barrier_expect(uint64_t* barrier, uint32_t bytes) {
                : "memory");
 #endif
 }
-// Waits until the phase of this parity (0, 1, 0, ... for the first, second, third use) has all its bytes.
+// Waits until the phase of this parity (0, 1, 0, ... for the first, second, third use) has all its bytes. The block's
+// scope is enough for bytes that other blocks store too: an acquire of the cluster's scope drops the first-level cache.
 inline __device__ void bulk_barrier_wait(uint64_t* barrier, uint32_t parity) {
 #if defined(KDK_HOPPER)
   asm volatile(

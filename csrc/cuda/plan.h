@@ -21,6 +21,8 @@ namespace cuda {
 constexpr int threads_held(Way way) { return way == Way::halves ? 768 : 512; }
 // The threads of a block that shares its multiprocessor with another. A block alone may have kMaxThreads.
 constexpr int kThreadsOfTwo = 256;
+// Every card with clusters allows this many blocks.
+constexpr int kMaxStreamingBlocks = 8;
 
 struct Plan : Launch {
   int slice;  // columns of a block, a multiple of kGroup
@@ -121,7 +123,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
   const int64_t fit = rows_in_cache(shape, chip);
   Plan plan = {};
   int64_t teams = 0;
-  for (int blocks = 1; blocks <= 8; blocks *= 2) {
+  for (int blocks = 1; blocks <= kMaxStreamingBlocks; blocks *= 2) {
     if (blocks > 1 && !chip.clusters) break;
     const Plan larger = cut(shape, Way::streaming, blocks, kMaxThreads);
     if (larger.shared > chip.shared) continue;
@@ -151,6 +153,7 @@ struct Forced {
     if (read != 3 || found == 3 || !powers || blocks > kMaxBlocks || threads < kWarp || threads > kMaxThreads)
       fail("expected WAY,BLOCKS,THREADS: halves, staged or streaming; the blocks of a cluster, a power of 2 up to 16; "
            "the threads of a block, a power of 2 from 32 to 512");
+    if ((Way)found == Way::streaming && blocks > kMaxStreamingBlocks) fail("streaming takes clusters of up to 8 blocks");
     way = (Way)found;
   }
   [[noreturn]] void fail(const std::string& why) const { throw std::runtime_error("KDKERNELS_PLAN=" + text + ": " + why); }

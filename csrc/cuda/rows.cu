@@ -39,8 +39,8 @@
 // memory, each of two blocks 115,712, and each of three blocks 76,800:
 //
 //     columns     bf16: blocks of a cluster, bytes        fp32
-//      32,000      2   64,448  three on a multiprocessor   4   64,448  two
-//     128,256      8   64,960  three                      16   65,344  two
+//      32,000      2   64,448  three on a multiprocessor   4   64,448  three
+//     128,256      8   64,960  three                      16   65,344  three
 //     151,936      8   76,800  three                      16   77,312  two
 //     262,144     16   66,880  three                      16  132,672  one
 //

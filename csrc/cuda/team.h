@@ -75,7 +75,7 @@ struct alignas(16) Board {
   Slot of_team;
   uint64_t arrived;   // barrier for bulk copies
   uint64_t met[2];    // barriers for the partial results of the cluster's blocks
-  float label_logit;  // of the student; stored by the block's first thread, which frees a register in the sweeps
+  float label_logit;  // of the student. The block's first thread stores it; the sweeps have a register more.
 
   __device__ char* data() { return (char*)(this + 1); }
 };

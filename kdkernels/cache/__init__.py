@@ -60,7 +60,7 @@ except ImportError as error:
 from ..distributions import HAVE_TAIL_MASS, LinearLogits, SparseLogProbs
 from ..teachers.extract import sampled_log_probs, topk_log_probs
 from . import packing, shards
-from .writer import CacheWriter, check_column, check_ids, named_shards, path_of
+from .writer import CacheWriter, check_column, check_ids, check_ignore_index, named_shards, path_of
 
 
 class TopKCache(torch.utils.data.Dataset):
@@ -199,7 +199,7 @@ def write_teacher(
     if blocks.dim() != 2 or blocks.dtype != torch.int64 or blocks.numel() == 0:
         raise ValueError(f"blocks: expected int64 [sequences, T]; got {blocks.dtype} of {list(blocks.shape)}")
     shards.check_int("batch", batch, 1)
-    shards.check_int("ignore_index", ignore_index, -(2**31))
+    check_ignore_index(ignore_index)
     if sequences_per_shard is not None:
         shards.check_int("sequences_per_shard", sequences_per_shard, 1)
         sequences_per_shard = -(-sequences_per_shard // batch) * batch

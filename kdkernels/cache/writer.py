@@ -81,7 +81,7 @@ class CacheWriter:
         if sequences_per_shard is None:
             sequences_per_shard = default_sequences_per_shard(self.settings)
         shards.check_int("sequences_per_shard", sequences_per_shard, 1)
-        shards.check_int("ignore_index", ignore_index, -(2**31))
+        check_ignore_index(ignore_index)
         self.sequences_per_shard, self.ignore_index = sequences_per_shard, ignore_index
         self._pending: list[dict[str, np.ndarray]] = []  # one dict per sequence
         self._last_shard = self._last_append = time.monotonic()
@@ -235,6 +235,13 @@ def pack_sequences(
 def check_ids(name: str, ids: Tensor, vocab_size: int, first: int = 0) -> None:
     values = _as_numpy(ids)
     _refuse(name, f"expected within [0, {vocab_size})", values, (values < 0) | (values >= vocab_size), first)
+
+
+def check_ignore_index(ignore_index: int) -> None:
+    """A cache stores labels as int32."""
+    shards.check_int("ignore_index", ignore_index, -(2**31))
+    if ignore_index >= 2**31:
+        raise ValueError(f"ignore_index: expected within int32's range; got {ignore_index}")
 
 
 def check_column(
