@@ -156,7 +156,9 @@ struct Forced {
     if ((Way)found == Way::streaming && blocks > kMaxStreamingBlocks) fail("streaming takes clusters of up to 8 blocks");
     way = (Way)found;
   }
-  [[noreturn]] void fail(const std::string& why) const { throw std::runtime_error("KDKERNELS_PLAN=" + text + ": " + why); }
+  [[noreturn]] void fail(const std::string& why) const {
+    throw std::runtime_error("KDKERNELS_PLAN=" + text + ": " + why);
+  }
 };
 
 template <class KernelOf>
@@ -169,8 +171,8 @@ Plan plan_forced(const Forced& forced, const Shape& shape, const Chip& chip, int
   if (teams == 0)
     forced.fail("the device has no room for a cluster: a block takes " + std::to_string(plan.shared) +
                 " bytes of shared memory, and may have " + std::to_string(chip.shared));
-  const bool streams = forced.way == Way::streaming;
-  return with_teams(plan, shape, streams ? limited_teams(teams, shape, chip, plan.blocks, rows_in_cache(shape, chip)) : teams);
+  if (forced.way != Way::streaming) return with_teams(plan, shape, teams);
+  return with_teams(plan, shape, limited_teams(teams, shape, chip, plan.blocks, rows_in_cache(shape, chip)));
 }
 
 // kernel_of(way) returns the kernel of a way.

@@ -82,7 +82,7 @@ struct alignas(16) Board {
 inline __host__ __device__ int bytes_of_slots(int threads, int blocks) {
   return (threads / kWarp + (blocks > 1 ? 2 * blocks : 0)) * (int)sizeof(Slot);
 }
-// The shared memory of a block with so many bytes of data.
+// The bytes of shared memory of a block whose kernel has `data` bytes of its own.
 inline int64_t shared_with_board(int threads, int blocks, int64_t data) {
   return sizeof(Board) + (data + 15) / 16 * 16 + bytes_of_slots(threads, blocks);
 }
