@@ -3,7 +3,7 @@
 #pragma once
 #include "../calls/fields.h"
 #include "../calls/kernels.h"
-#include "launch.h"
+#include "recording.h"
 
 namespace kdk {
 
@@ -34,9 +34,8 @@ inline void bind_cuda(pybind11::module_& m) {
     pybind11::list all;
     for (const cuda::Recorded& one : cuda::recording.turn(on)) {
       pybind11::dict launch;
-      launch["kernel"] = one.kernel, launch["way"] = cuda::kWays[(int)one.launch.way];
-      launch["cluster"] = one.launch.blocks, launch["threads"] = one.launch.threads;
-      launch["shared"] = one.launch.shared, launch["grid"] = one.launch.grid;
+      launch["kernel"] = one.kernel, launch["way"] = one.way, launch["cluster"] = one.blocks;
+      launch["threads"] = one.threads, launch["shared"] = one.shared, launch["grid"] = one.grid;
       all.append(launch);
     }
     return all;

@@ -8,10 +8,9 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "../calls/kernels.h"
+#include "recording.h"
 
 namespace kdk {
 namespace cuda {
@@ -86,29 +85,6 @@ struct Launch {
   Way way = Way::streaming;
 };
 
-// The launches since a recording began, for reports: of every thread, since autograd has threads of its own.
-struct Recorded {
-  std::string kernel;
-  Launch launch;
-};
-struct Recording {
-  std::mutex mutex;
-  bool on = false;
-  std::vector<Recorded> launches;
-
-  void add(const char* kernel, const Launch& launch) {
-    std::lock_guard<std::mutex> lock(mutex);
-    if (on) launches.push_back({kernel, launch});
-  }
-  // Begins or ends a recording. Returns the launches of the one before.
-  std::vector<Recorded> turn(bool to) {
-    std::lock_guard<std::mutex> lock(mutex);
-    on = to;
-    return std::exchange(launches, {});
-  }
-};
-inline Recording recording;
-
 inline cudaLaunchConfig_t launch_config(const Launch& launch, cudaLaunchAttribute* cluster, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(launch.grid);
@@ -130,7 +106,7 @@ void launch(Kernel kernel, const Launch& plan, const Execution& run, const Argum
   cudaLaunchAttribute cluster;
   const cudaLaunchConfig_t config = launch_config(plan, &cluster, (cudaStream_t)run.stream);
   KDK_CHECK(cudaLaunchKernelEx, &config, kernel, arguments...);
-  recording.add(run.kernel, plan);
+  recording.add(run.kernel, kWays[(int)plan.way], plan.blocks, plan.threads, plan.shared, plan.grid);
 }
 
 inline void require_room(bool has_room) {
