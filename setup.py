@@ -248,7 +248,7 @@ def pybind11_folder() -> str:
 
 def border() -> str:
     """The hash of the sources at the border between Python and the kernels."""
-    return runpy.run_path(str(ROOT / "kdkernels" / "backends" / "native" / "border.py"))["border_hash"](CSRC)
+    return runpy.run_path(str(ROOT / "kdkernels" / "sources.py"))["border_hash"](CSRC)
 
 
 def module_lines(module: Path, cuda: Cuda | None) -> list[str]:

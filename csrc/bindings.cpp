@@ -8,7 +8,7 @@
 // kernel does not run and writes nothing.
 //
 // The build defines KDK_BORDER: the hash of the sources that decide how Python calls the kernels
-// (kdkernels/backends/native/border.py).
+// (kdkernels/sources.py).
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>

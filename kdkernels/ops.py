@@ -9,7 +9,6 @@ inner; every per-row tensor is contiguous [rows], or [1] for one number that ser
 A row with row_scale 0 is skipped before any load, and its results are 0.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,27 +20,13 @@ from . import backends, families
 from .families.options import check_values, compute_dtype, values_are_checked
 from .families.problem import Fields
 from .families.rows import ROW_FLOATS, ROW_STATISTICS, ROW_SUMS, ROW_TOP1, Rows
+from .sources import version_of_operators
 
 NAMESPACE = "kdkernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 
-def version_of(sources: list[Path]) -> str:
-    """The overload of every operator: a hash of the sources that decide the operators' arguments and results.
-
-    The compiler's caches on disk know an operator by its name and overload alone. A graph that an earlier version of
-    the package left there has other overloads, so no call finds it, whatever its operators returned. Line endings do
-    not count, since git may convert them.
-    """
-    try:
-        text = b"".join(source.read_bytes() for source in sources).replace(b"\r\n", b"\n")
-        return "v" + hashlib.sha256(text).hexdigest()[:12]
-    except OSError:  # an application that is frozen into one file has no sources
-        return "frozen"
-
-
-_here = Path(__file__)
-VERSION = version_of([_here, *sorted((_here.parent / "families").glob("[!.]*.py"))])
+VERSION = version_of_operators(Path(__file__).parent)
 
 
 class Operator(NamedTuple):

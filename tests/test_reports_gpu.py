@@ -79,7 +79,7 @@ def test_the_selftest_knows_no_other_backend(monkeypatch, capsys):
 def test_a_build_that_requires_cuda_fails_without(tmp_path, nvcc_does, required, failure):
     """The compiler of the CPU kernels is `true`, so nothing is linked."""
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    border = Path("kdkernels", "backends", "native", "border.py")
+    border = Path("kdkernels", "sources.py")
     (tmp_path / border.parent).mkdir(parents=True)
     for name in (border, "setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)

@@ -26,7 +26,7 @@ import kdkernels
 from kdkernels import info
 from kdkernels.backends import native
 from kdkernels.backends.native import module as loading
-from kdkernels.backends.native.border import border_hash
+from kdkernels.sources import border_hash
 
 ROOT = Path(__file__).parent.parent
 GBK = rb"\264\355\316\363"  # "error" in GBK, as printf writes the bytes: not UTF-8
@@ -150,7 +150,7 @@ def test_an_nvcc_that_fails_in_another_encoding_is_quoted(monkeypatch, tmp_path)
 
 def test_builds_where_python_takes_file_names_for_ascii(tmp_path):
     folder = tmp_path / "jörg"
-    border = Path("kdkernels", "backends", "native", "border.py")
+    border = Path("kdkernels", "sources.py")
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     (folder / border.parent).mkdir(parents=True)
     for name in (border, "setup.py", "pyproject.toml", "README.md"):

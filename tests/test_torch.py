@@ -13,6 +13,7 @@ from kdkernels import Divergence, fused_divergence, fused_js, fused_kl, ops
 from kdkernels.backends import native
 from kdkernels.families.options import RowOptions
 from kdkernels.families.rows import Rows
+from kdkernels.sources import version_of_operators
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 kernel_backends = pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
@@ -75,15 +76,19 @@ def test_a_compiled_graph_names_the_version_of_its_operators(tmp_path):
     for name in torch.ops.kdkernels:
         assert getattr(torch.ops.kdkernels, name).overloads() == [ops.VERSION], name
 
-    package = Path(kdkernels.__file__).parent
-    sources = [package / "ops.py", *sorted((package / "families").glob("[!.]*.py"))]
-    assert ops.version_of(sources) == ops.VERSION
-    with_more_sums = tmp_path / "rows.py"
-    with_more_sums.write_text((package / "families/rows.py").read_text().replace('"shift")', '"shift", "more")'))
-    changed = [with_more_sums if source.name == "rows.py" else source for source in sources]
-    assert ops.version_of(changed) != ops.VERSION
-    (tmp_path / "ops.py").write_bytes(sources[0].read_bytes().replace(b"\n", b"\r\n"))
-    assert ops.version_of([tmp_path / "ops.py", *sources[1:]]) == ops.VERSION, "git may convert line endings"
+    package, copy = Path(kdkernels.__file__).parent, tmp_path / "kdkernels"
+    (copy / "families").mkdir(parents=True)
+    for source in (package / "ops.py", *(package / "families").glob("*.py")):
+        place = copy / source.relative_to(package)
+        place.write_bytes(source.read_bytes().replace(b"\n", b"\r\n"))
+    (copy / "families" / ".#rows.py").symlink_to("nowhere")
+    assert version_of_operators(copy) == ops.VERSION, "git may convert line endings, and an editor leaves dot files"
+    rows = copy / "families" / "rows.py"
+    rows.write_bytes(rows.read_bytes().replace(b'"shift")', b'"shift", "more")'))
+    assert version_of_operators(copy) not in (ops.VERSION, "frozen")
+    rows.unlink()
+    rows.mkdir()
+    assert version_of_operators(copy) == "frozen"
 
 
 def test_compiles_modules_without_grad_and_reference():

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-from .border import border_hash
+from ...sources import border_hash
 
 PACKAGE = Path(__file__).parents[2]
 CSRC = PACKAGE.parent / "csrc"  # beside the package in a checkout, and nowhere else
