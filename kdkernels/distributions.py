@@ -10,7 +10,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 import torch
 from torch import Tensor
 
-from .heads import check_linear, check_number, head_of, input_of_head, scale_and_cap, unwrapped
+from .checks import check_number
+from .heads import check_linear, head_of, input_of_head, scale_and_cap, unwrapped
 
 _REGISTER = (
     "call the loss inside a method of the model that torch.distributed.fsdp.register_fsdp_forward_method(model, "

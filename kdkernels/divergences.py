@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .heads import check_size
+from .checks import check_size
 
 _INFINITY = float("inf")
 _MARGIN = 0.001

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import reprlib
 import threading
 import types
 import weakref
@@ -12,31 +11,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .checks import check_number
+
 # Settings in a transformers config that multiply, divide or cap the logits.
 _MULTIPLY = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVIDE = ("logits_scaling", "logits_mup_width_multiplier")
 _CAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_LARGEST = torch.finfo(torch.float32).max
 # Models that scale by rules in their code. T5's family scales the head's input by its width if weights are tied.
 _T5 = ("longt5", "mt5", "pop2piano", "switch_transformers", "t5", "udop", "umt5")
 _BY_OTHER_RULES = ("mpt", *_T5)  # MPT's own code scales by logit_scale
-
-
-def check_number(name: str, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, a constant of the model; got {type(value).__name__}")
-    check_size(name, value)
-
-
-def check_size(name: str, value: int | float):
-    """Raises for a finite number beyond fp32's range, which fp64 calls have too, or an int beyond int64's. A traced
-    number is not compared, which would make a guard."""
-    if torch.compiler.is_compiling():
-        return
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: expected an int within int64's range; got {reprlib.repr(value)}")
-    if isinstance(value, float) and _LARGEST < abs(value) < math.inf:
-        raise ValueError(f"{name}: expected a number within fp32's range; got {value}")
 
 
 def check_linear(lm_head):

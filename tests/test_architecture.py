@@ -27,7 +27,8 @@ ROOT = Path(__file__).parent.parent
 
 # The layers of the package, lowest first. A module imports from lower layers and from its own folder.
 FLOORS = (
-    ("callers", "forks", "heads"),
+    ("callers", "checks", "forks", "sources"),
+    ("heads",),
     ("_native", "distributions", "divergences"),
     ("families",),
     ("backends",),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..heads import check_size
+from ..checks import check_size
 from . import options
 
 GRADIENTS = ("averaged", "summed")

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_size
 from ..distributions import LinearLogits, SparseLogProbs
 from ..divergences import Divergence
 from ..families.options import STORAGE_DTYPES, RowOptions, bad_values_raise, compute_dtype
 from ..families.rows import ROW_STATISTICS, ROW_TOP1
-from ..heads import check_size
 
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("auto", "forward", "backward")
