@@ -69,11 +69,11 @@ struct Classes : Pointer {
 
 // How a call runs. The launcher fills the members, never by name; a kernel uses the members of its device.
 struct Execution {
-  bool fp64;        // the compute type is double, else float
-  void* workspace;  // of the size that the kernel's _bytes function returns
-  int threads;      // CPU: the number of threads
-  int device;       // GPU: its index
-  void* stream;     // GPU: a cudaStream_t
+  bool fp64;           // the compute type is double, else float
+  void* workspace;     // of the size that the kernel's _bytes function returns
+  int threads;         // CPU: the number of threads
+  int device;          // GPU: its index
+  void* stream;        // GPU: a cudaStream_t
   const char* kernel;  // GPU: the kernel's name, for reports
 };
 

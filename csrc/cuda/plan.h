@@ -66,18 +66,21 @@ struct Shape {
   bool halves;
 };
 
-// A plan for clusters of `blocks` blocks, without the number of clusters. `threads`: of a block, 0 for as many as its
-// slice needs, at most `most`.
-inline Plan cut(const Shape& shape, Way way, int blocks, int most, int threads = 0) {
+// The threads of a block. Around its loops a row costs a thread as much time as two groups inside. A thread that reads
+// global memory should still wait for few groups, and so should a thread of a block that is alone on its multiprocessor.
+inline int threads_of(Way way, int64_t slice, bool is_alone) {
+  if (way == Way::streaming) return threads_for(slice, 2, kMaxThreads);
+  return is_alone ? threads_for(slice, 4, kMaxThreads) : threads_for(slice, 8, kThreadsOfTwo);
+}
+
+// A plan for clusters of `blocks` blocks, without the number of clusters. `threads` is 0 for those of threads_of.
+inline Plan cut(const Shape& shape, Way way, int blocks, bool is_alone, int threads = 0) {
   const int64_t positions = shape.columns + (shape.aligned ? 0 : kGroup - 1);  // a row that is not aligned is shifted
   Plan plan = {};
   plan.way = way;
   plan.blocks = blocks;
   plan.slice = (int)round_up((positions + blocks - 1) / blocks, kGroup);
-  // Around its loops a row costs a thread as much time as two groups inside. A thread that reads global memory should
-  // still wait for few groups, and so should a thread of a block that is alone on its multiprocessor.
-  const int groups = way == Way::streaming ? 2 : most > kThreadsOfTwo ? 4 : 8;
-  plan.threads = threads ? threads : threads_for(plan.slice, groups, most);
+  plan.threads = threads ? threads : threads_of(way, plan.slice, is_alone);
   const int64_t staged = way == Way::streaming ? 0 : (int64_t)plan.slice * shape.column_bytes;
   const int64_t shared = shared_with_board(plan.threads, blocks, staged + (int64_t)plan.slice * shape.column_bits / 8);
   plan.shared = (int)(shared < INT_MAX ? shared : INT_MAX);
@@ -108,7 +111,7 @@ template <class KernelOf> Plan plan_staged(const Shape& shape, const Chip& chip,
   const Way way = shape.halves ? Way::halves : Way::staged;
   for (int occupancy : {2, 1, 0}) {
     for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2) {
-      const Plan plan = cut(shape, way, blocks, occupancy == 2 ? kThreadsOfTwo : kMaxThreads);
+      const Plan plan = cut(shape, way, blocks, occupancy < 2);
       if (plan.shared > chip.shared_of(occupancy)) continue;
       const int teams = teams_at_once(kernel_of(way), plan, chip, device);
       if (teams > 0 && teams * blocks >= 0.75 * occupancy * chip.multiprocessors) return with_teams(plan, shape, teams);
@@ -125,7 +128,7 @@ template <class KernelOf> Plan plan_streaming(const Shape& shape, const Chip& ch
   int64_t teams = 0;
   for (int blocks = 1; blocks <= kMaxStreamingBlocks; blocks *= 2) {
     if (blocks > 1 && !chip.clusters) break;
-    const Plan larger = cut(shape, Way::streaming, blocks, kMaxThreads);
+    const Plan larger = cut(shape, Way::streaming, blocks, false);
     if (larger.shared > chip.shared) continue;
     const int64_t at_once = teams_at_once(kernel_of(Way::streaming), larger, chip, device);
     if (at_once == 0) break;
@@ -166,7 +169,7 @@ Plan plan_forced(const Forced& forced, const Shape& shape, const Chip& chip, int
   if (forced.way == Way::halves && !shape.halves) forced.fail("the logits of this call are not of one 16-bit dtype");
   if ((forced.way != Way::streaming || forced.blocks > 1) && !chip.clusters)
     forced.fail("these kernels have no clusters and no bulk copies on this device");
-  const Plan plan = cut(shape, forced.way, forced.blocks, kMaxThreads, forced.threads);
+  const Plan plan = cut(shape, forced.way, forced.blocks, false, forced.threads);
   const int64_t teams = plan.shared > chip.shared ? 0 : teams_at_once(kernel_of(forced.way), plan, chip, device);
   if (teams == 0)
     forced.fail("the device has no room for a cluster: a block takes " + std::to_string(plan.shared) +

@@ -2,6 +2,7 @@
 // columns, and the copy of a slice to shared memory. A Call is a RowsCall or a TopkRowsCall.
 #pragma once
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "device.h"
@@ -80,6 +81,11 @@ inline __device__ void write_statistics(const Call& call, int64_t row, const Row
     store((float*)call.statistics + i * call.rows + row, __uint_as_float(values.words[i]));
   store(call.top1 + row, student_first < call.columns ? student_first : 0);
   store(call.top1 + call.rows + row, teacher_first < call.columns ? teacher_first : 0);
+}
+// Replaces the divergence among the statistics of a row.
+template <class Call> inline __device__ void write_divergence(const Call& call, int64_t row, float divergence) {
+  const int64_t place = offsetof(RowStatistics<float>, divergence) / sizeof(float);
+  store((float*)call.statistics + place * call.rows + row, divergence);
 }
 template <class Call> inline __device__ void fill_statistics(const Call& call, int64_t row, float value) {
   for (int i = 0; i < kRowStatistics; ++i) store((float*)call.statistics + i * call.rows + row, value);

@@ -45,10 +45,11 @@
 //     262,144     16   66,880  three                      16  132,672  one
 //
 // A block has 256 threads; 128 in the first two rows of fp32, and 512 in the last. Launch bounds leave a thread at most
-// 80 registers in bf16 and 128 otherwise. A copy at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their gradients. In that
-// time 132 multiprocessors at 1.7 GHz issue 57 instructions for a pair, 7.2 of them of the special-function unit. kl
-// needs fewer of both. js, alpha and the skews need more of one or of both, which then bounds them; a polynomial exp2
-// on the other pipes would need more instructions. (cuobjdump --dump-sass shows the loops of a build.)
+// 80 registers in bf16 and 128 otherwise. A copy at 3 TB/s moves 5.0e11 column pairs a second in bf16 with their
+// gradients. In that time 132 multiprocessors at 1.7 GHz issue 57 instructions for a pair, 7.2 of them of the
+// special-function unit. kl needs fewer of both. js, alpha and the skews need more of one or of both, which then bounds
+// them; a polynomial exp2 on the other pipes would need more instructions. (cuobjdump --dump-sass shows the loops of a
+// build.)
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>

@@ -2,7 +2,6 @@
 // lines of csrc/divergences.h. It reads rows from global memory. One kernel serves all divergences.
 #pragma once
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 
 #include "groups.h"
@@ -93,9 +92,7 @@ inline __device__ void sweep_close_row(const RowsCall& call, Team& team, int64_t
     if (team.first_thread()) {
       write_column(call.sums, call, row, sums, kRowSums);
       if (call.loss) outcome.write_loss(sums[0]);
-      if (call.statistics)
-        store((float*)call.statistics + offsetof(RowStatistics<float>, divergence) / sizeof(float) * call.rows + row,
-              sums[0]);
+      if (call.statistics) write_divergence(call, row, sums[0]);
     }
   }
   if (!(call.sweeps & kGradient)) return;

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "mass.h"
+#include "rows_partials.h"
 #include "table.h"
 #include "team.h"
 
@@ -35,25 +36,13 @@ struct Masses {
   }
 };
 
-struct EntrySums {
-  float phi, psi;
+// The statistics over the entries; the student's are over all classes.
+struct EntryStatistics : Statistics {
+  int label_entry;  // the entry that is the label; INT32_MAX: no entry is the label
 
-  static __device__ EntrySums none() { return {0, 0}; }
-  __device__ void merge(const EntrySums& below) {
-    phi += below.phi, psi += below.psi;
-  }
-};
-
-struct EntryStatistics {
-  float tv, student_entropy, teacher_entropy;
-  int student_first, teacher_first;  // the first class that has the maximum; INT32_MAX: no class has it
-  int label_entry;                   // the entry that is the label; INT32_MAX: no entry is the label
-
-  static __device__ EntryStatistics none() { return {0, 0, 0, INT32_MAX, INT32_MAX, INT32_MAX}; }
+  static __device__ EntryStatistics none() { return {Statistics::none(), INT32_MAX}; }
   __device__ void merge(const EntryStatistics& below) {
-    tv += below.tv, student_entropy += below.student_entropy, teacher_entropy += below.teacher_entropy;
-    student_first = min(student_first, below.student_first);
-    teacher_first = min(teacher_first, below.teacher_first);
+    Statistics::merge(below);
     label_entry = min(label_entry, below.label_entry);
   }
 };

@@ -27,7 +27,6 @@
 // two special functions a column. (cuobjdump --dump-sass shows the loops of a build.)
 #include <cuda_runtime.h>
 #include <math.h>
-#include <stddef.h>
 #include <stdint.h>
 
 #include "device.h"
@@ -243,7 +242,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
     statistics = team.merged(statistics);
   }
 
-  EntrySums sums = EntrySums::none();
+  Sums sums = Sums::none();
   float bucket_phi = 0, bucket_psi = 0;
   SparseCloseRow close_row(call, row, logits, norm.max, numbers.temperature);
   WideMasses wide = WideMasses::none();
@@ -282,10 +281,7 @@ inline __device__ void sweep_topk_row(const TopkRowsCall& call, Team& team, int6
     const TopkOutcome outcome = {call, row, numbers, all, unit_log_sum, team.board.label_logit};
     outcome.write_loss(sums.phi);
     if constexpr (close) {
-      if (call.statistics) {
-        const int64_t place = offsetof(RowStatistics<float>, divergence) / sizeof(float);
-        store((float*)call.statistics + place * call.rows + row, sums.phi);
-      }
+      if (call.statistics) write_divergence(call, row, sums.phi);
     } else {
       if (call.statistics) outcome.write_statistics(sums.phi, statistics, masses, bucket_lp, bucket_lq);
       if (call.close_below > 0) store((uint8_t*)call.run.workspace + row, (uint8_t)is_close);
