@@ -170,7 +170,7 @@ def chunk_rows(problem: Problem) -> int:
     """The rows of the loss's chunks, whose buffers are the logits and the hidden states of both sides in bf16."""
     hidden, weight = problem.student.hidden, problem.student.weight
     device = hidden.device
-    slab = 0 if device.type == "cuda" else min(chunks._SLAB, weight.nbytes)
+    slab = 0 if chunks.adds_fp32(device) else min(chunks._slab_bytes(device), weight.nbytes)
     buffers = SimpleNamespace(row_bytes=2 * 2 * (len(weight) + hidden.shape[1]), fixed_bytes=slab)
     chunking = chunks.Chunking(None, None, 0, current_budget(device), False)
     return chunks._chunk_size(len(hidden), chunking, [buffers], device)

@@ -112,17 +112,17 @@ def plan_lines(device: str = "cuda") -> list[tuple[str, str]]:
     """How the CUDA kernels are launched for 8 rows of kl with its gradient."""
     from . import fused_kl
 
-    lines = []
-    for dtype in (torch.bfloat16, torch.float32):
-        if device not in devices():
-            return []
+    def line(dtype: torch.dtype) -> tuple[str, str]:
         student, teacher = torch.zeros(2, 8, 151_936, dtype=dtype, device=device)
-        if backends.refuse("cuda", student, teacher) is None:
-            plan = launches(lambda: fused_kl(student.requires_grad_(), teacher, backend="cuda"))[0]  # noqa: B023
-            text = "{way}, clusters of {cluster}, {threads} threads and {shared:,} bytes a block, grid {grid}"
-            name = str(dtype).removeprefix("torch.")
-            lines.append((f"plan, {name}", f"{text.format(**plan)} (kl, 151,936 classes; KDKERNELS_PLAN forces one)"))
-    return lines
+        plan = launches(lambda: fused_kl(student.requires_grad_(), teacher, backend="cuda"))[0]
+        text = "{way}, clusters of {cluster}, {threads} threads and {shared:,} bytes a block, grid {grid}"
+        name = str(dtype).removeprefix("torch.")
+        return f"plan, {name}", f"{text.format(**plan)} (kl, 151,936 classes; KDKERNELS_PLAN forces one)"
+
+    if device not in devices():
+        return []
+    x = torch.empty(1, 1, device=device)
+    return [line(torch.bfloat16), line(torch.float32)] if backends.refuse("cuda", x, x) is None else []
 
 
 def report() -> str:
