@@ -2,7 +2,7 @@
 # make test    the whole test suite, on the same examples in each run
 # make fuzz    the property tests alone, on examples that a printed seed draws: as many as the suite's, FUZZ times
 #              (make fuzz FUZZ=10); SEED=123 draws those of that seed again
-# make gpu OUT=dir            builds, checks and measures the package on the GPU here, in 9 minutes (docs/gpu.md)
+# make gpu OUT=dir            builds, checks and measures the package on the GPU here, in at most 9 minutes (docs/gpu.md)
 # make gpu-sanitize OUT=dir   runs the CUDA kernels under compute-sanitizer, then Triton's self-test
 #
 # All make .venv first, but for the last two where PYTHON has torch. torch is pinned here, so that two people measure and

@@ -153,7 +153,7 @@ def extraction_errors(shape, dtype: torch.dtype, k: int, device: str, backend: s
 
 
 def calls(student: torch.Tensor, teacher: torch.Tensor, backend: str):
-    """Calls by name, each of which returns tensors that must have the same bits in every run."""
+    """Calls by name. A call returns tensors, which must have the same bits in every run."""
     sparse = kdkernels.topk_log_probs(teacher, 64, backend=backend)
 
     def extraction():

@@ -30,7 +30,7 @@ ARCHIVE = "results.tar.gz"
 
 @dataclass
 class Outcome:
-    """What became of a step, or of one command among a step's."""
+    """The outcome of a step, or of one of its commands."""
 
     name: str
     limit: float

@@ -45,9 +45,9 @@ KEPT = ROOT / "build" / "cuda_model"
 COMPILER = os.environ.get("CXX", "g++")
 # -fvisibility=hidden keeps two modules in one process from sharing the state of the model.
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-Wno-unknown-pragmas", "-x", "c++"]
-# -fsanitize=thread makes calls of watch.cpp's functions, and no library of it is linked. -fexpensive-optimizations is
-# what g++ fuses products and sums with at -O1.
-# -fno-thread-jumps keeps it from making two calls of one.
+# -fsanitize=thread calls a function at each access; watch.cpp defines the functions, so its library is not linked. At
+# -O1, g++ fuses products and sums with -fexpensive-optimizations alone. -fno-thread-jumps keeps g++ from making two
+# calls of one.
 WATCHED_KERNELS = [
     "-DKDK_WATCHED", "-fsanitize=thread", "-fno-thread-jumps", "-fexpensive-optimizations", "-ffp-contract=fast",
 ]  # fmt: skip

@@ -36,7 +36,7 @@ class Entries(NamedTuple):
     indices: Tensor  # [rows, K] int32, ascending; an index of vocab_size or more is no entry
     log_probs: Tensor  # [rows, K] in the compute dtype, -inf for an absent entry
     tail_log_prob: Tensor  # [rows]
-    # What rounding to fp32 took from the two, for the close lines. None: nothing.
+    # The parts of the two that fp32 does not hold; the close lines add them. None: no such part.
     log_probs_rounding: Tensor | None = None  # [rows, K]
     tail_rounding: Tensor | None = None  # [rows]
 

@@ -212,7 +212,7 @@ def without_wrong_rows(rows: ServedRows, strict: bool) -> ServedRows:
         scored = others[:, rows.scored].clone()
         others[:, rows.scored] = -1
         copies = (scored >= 0)[:, None] & (others == scored[:, None])
-        # The first entry of a token is kept: the mass is that of the kept entries.
+        # The first entry of a token is kept, and the mass counts the kept entries alone.
         if rows.scored == 0:
             log_probs = torch.where(copies, -torch.inf, log_probs)
         else:

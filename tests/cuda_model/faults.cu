@@ -36,7 +36,7 @@ __global__ void warp_barrier(const float* in, float* out, bool broken) {
   store(out + element(), shared_floats()[next_lane()]);
 }
 
-// What arrives from the next block of the cluster, behind the block's elements.
+// The value that the next block of the cluster sends, and its barrier. They lie behind the block's elements.
 struct Arriving {
   uint4 value;
   uint64_t barrier;
